@@ -1,0 +1,98 @@
+"""The experts of one layer as stacked weights.
+
+Shape suffixes: see :mod:`fairseq_sparsemixer.moe`.
+"""
+
+import math
+from typing import Callable, Dict, List, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: Dict[str, Activation] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+}
+
+
+class Experts(nn.Module):
+    """N two-layer perceptrons, E_i(x) = w2_i a(w1_i x + b1_i) + b2_i.
+
+    One parameter holds all experts, so an expert without tokens gets a gradient of zeros rather
+    than none, which is what data-parallel training needs.
+
+    Args:
+        embed_dim: D.
+        ffn_dim: F.
+        num_experts: N.
+        activation_fn: a name in ``ACTIVATIONS`` or a function from Tensor to Tensor.
+        activation_dropout: probability of dropping an inner unit, after the activation.
+
+    Raises:
+        ValueError: for a size below 1, an unknown activation, or a probability outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        ffn_dim: int,
+        num_experts: int,
+        activation_fn: Union[str, Activation] = "relu",
+        activation_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if ffn_dim < 1:
+            raise ValueError(f"ffn_dim must be at least 1, not {ffn_dim}")
+        if isinstance(activation_fn, str) and activation_fn not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation_fn {activation_fn!r}; choose from {', '.join(ACTIVATIONS)}"
+            )
+        if not 0 <= activation_dropout <= 1:
+            raise ValueError(f"activation_dropout must be 0 to 1, not {activation_dropout}")
+        self.num_experts = num_experts
+        self.activation_fn = (
+            ACTIVATIONS[activation_fn] if isinstance(activation_fn, str) else activation_fn
+        )
+        self.activation_dropout = activation_dropout
+        self.w1 = nn.Parameter(torch.empty(num_experts, ffn_dim, embed_dim))
+        self.b1 = nn.Parameter(torch.empty(num_experts, ffn_dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_dim))
+        self.b2 = nn.Parameter(torch.empty(num_experts, embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise each expert as two :class:`torch.nn.Linear`, as fairseq's dense layer is."""
+        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+            bound = 1 / math.sqrt(weight.shape[-1])
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, x_SD: Tensor, slots_per_expert: List[int]) -> Tensor:
+        """(S, D): the experts' outputs for rows sorted by expert.
+
+        Args:
+            x_SD: the first ``slots_per_expert[0]`` rows belong to expert 0, and so on.
+            slots_per_expert: N numbers with sum S.
+        """
+        weights = list(zip(self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), self.b2.unbind()))
+        # With no row at all one expert still runs, on nothing, to stay part of the graph.
+        used = [i for i, slots in enumerate(slots_per_expert) if slots] or [0]
+        rows = x_SD.split(slots_per_expert)
+        return torch.cat([self._expert(rows[i], *weights[i]) for i in used])
+
+    def _expert(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        hidden = self.activation_fn(F.linear(x, w1, b1))
+        hidden = F.dropout(hidden, self.activation_dropout, self.training)
+        return F.linear(hidden, w2, b2)
+
+    def extra_repr(self) -> str:
+        """The settings shown by ``print(model)``."""
+        num_experts, ffn_dim, embed_dim = self.w1.shape
+        return f"{embed_dim}, {ffn_dim}, num_experts={num_experts}"

@@ -1,0 +1,113 @@
+"""Routing losses, from sums over tokens that may be added up over batches and workers.
+
+Shape suffixes: see :mod:`fairseq_sparsemixer.moe`.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.moe.routing import Routing
+
+
+@dataclasses.dataclass
+class RoutingStatistics:
+    """Sums over the non-padding tokens of one or more layers; "..." are the layers.
+
+    Sums rather than means, so that those of two batches or workers simply add up.
+    """
+
+    tokens: Tensor
+    """(...): number of tokens."""
+    squared_logsumexp: Tensor
+    """(...): sum of logsumexp(z)^2, with gradient."""
+    entropy: Tensor
+    """(...): sum of the entropy of p in nats, without gradient."""
+    expert_tokens: Tensor
+    """(..., N): tokens sent to each expert, without gradient."""
+    probs: Tensor
+    """(..., N): sum of p, with gradient."""
+    sampling_probs: Tensor
+    """(..., N): sum of the distribution that the gate is read from, with gradient."""
+
+    @classmethod
+    def from_routing(cls, routing: Routing) -> "RoutingStatistics":
+        """The sums of one layer."""
+        if routing.padding_mask is None:
+            keep_T1 = torch.ones_like(routing.gate[:, :1])
+        else:
+            keep_T1 = (~routing.padding_mask).unsqueeze(-1).to(routing.logits.dtype)
+        logsumexp_T1 = routing.logits.logsumexp(dim=-1, keepdim=True)
+        with torch.no_grad():
+            # H(p) = logsumexp(z) - sum_i p_i z_i
+            entropy_T1 = logsumexp_T1 - (routing.probs * routing.logits).sum(-1, keepdim=True)
+            num_experts = routing.logits.shape[-1]
+            # Scattered rather than counted by bincount, which has no deterministic CUDA form and
+            # waits for the device; padding (-1) lands in the extra first cell.
+            slots = routing.expert_index.reshape(-1) + 1
+            counts = keep_T1.new_zeros(num_experts + 1)
+            counts = counts.scatter_add(0, slots, keep_T1.new_ones(slots.shape))
+        return cls(
+            tokens=keep_T1.detach().sum(),
+            squared_logsumexp=(logsumexp_T1.square() * keep_T1).sum(),
+            entropy=(entropy_T1 * keep_T1).sum(),
+            expert_tokens=counts[1:],
+            probs=(routing.probs * keep_T1).sum(0),
+            sampling_probs=(routing.sampling_probs * keep_T1).sum(0),
+        )
+
+    def pack(self) -> Tensor:
+        """(..., 3 + 3N) float32: all of it as one tensor, undone by :meth:`unpack`."""
+        scalars = torch.stack([self.tokens, self.squared_logsumexp, self.entropy], dim=-1)
+        vectors = [self.expert_tokens, self.probs, self.sampling_probs]
+        return torch.cat([scalars, *vectors], dim=-1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> "RoutingStatistics":
+        """The statistics that :meth:`pack` made ``packed`` (..., 3 + 3N) from."""
+        num_experts = (packed.shape[-1] - 3) // 3
+        scalars, *vectors = packed.split([3] + 3 * [num_experts], dim=-1)
+        return cls(*scalars.unbind(-1), *vectors)
+
+    @property
+    def expert_share(self) -> Tensor:
+        """(..., N): F_i, the share of the tokens that each expert got; 0 without tokens."""
+        return self.expert_tokens / self.expert_tokens.sum(-1, keepdim=True).clamp_min(1)
+
+    @property
+    def load_balance_loss(self) -> Tensor:
+        """(...): N sum_i F_i P_i (arXiv 2101.03961, equation 4); 1 when uniform."""
+        return self._balance(self.probs)
+
+    @property
+    def sampling_load_balance_loss(self) -> Tensor:
+        """(...): the same with the masked probabilities p~ in place of p."""
+        return self._balance(self.sampling_probs)
+
+    @property
+    def z_loss(self) -> Tensor:
+        """(...): mean of logsumexp(z)^2 (arXiv 2202.08906, equation 5)."""
+        return self.squared_logsumexp / self.tokens.clamp_min(1)
+
+    @property
+    def mean_entropy(self) -> Tensor:
+        """(...): mean entropy of p in nats, 0 to log N."""
+        return self.entropy / self.tokens.clamp_min(1)
+
+    def _balance(self, probs: Tensor) -> Tensor:
+        mean_probs = probs / self.tokens.clamp_min(1).unsqueeze(-1)
+        return probs.shape[-1] * (self.expert_share * mean_probs).sum(-1)
+
+
+def load_balance_loss(routing: Routing) -> Tensor:
+    """(): N sum_i F_i P_i of one layer (arXiv 2101.03961, equation 4); 1 when uniform.
+
+    F_i is the share of non-padding tokens sent to expert i (no gradient), P_i the mean of p_i.
+    """
+    return RoutingStatistics.from_routing(routing).load_balance_loss
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """(): mean of logsumexp(z)^2 over the non-padding tokens of one layer (arXiv 2202.08906)."""
+    return RoutingStatistics.from_routing(routing).z_loss
