@@ -1,0 +1,103 @@
+"""The only file that knows how fairseq and torch versions differ.
+
+:func:`apply` runs when the extension is imported.
+"""
+
+import argparse
+import functools
+import logging
+import os
+import sys
+from types import TracebackType
+from typing import Any, Optional, Type
+
+import torch
+
+from fairseq_sparsemixer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MINIMUM_TORCH = (1, 13)
+
+
+def apply() -> None:
+    """Cure what can be cured, and name what cannot.
+
+    Raises:
+        UserError: for an environment in which training could not work.
+    """
+    _check_environment()
+    _allow_checkpoint_classes()
+    _warn_of_dropped_sentences()
+    _print_user_errors_alone()
+
+
+def _check_environment() -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < MINIMUM_TORCH:
+        raise UserError(
+            f"torch {torch.__version__} is too old: install torch >= "
+            f"{'.'.join(map(str, MINIMUM_TORCH))}"
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ and not torch.cuda.is_available():
+        raise UserError(
+            "fairseq cannot be started by torchrun on a machine without a GPU: start each process "
+            "yourself with --distributed-world-size, --distributed-rank, "
+            "--distributed-init-method tcp://HOST:PORT, --distributed-no-spawn, "
+            "--distributed-backend gloo and --cpu"
+        )
+
+
+def _allow_checkpoint_classes() -> None:
+    """Let torch >= 2.6 load fairseq's checkpoints without giving up ``weights_only``.
+
+    Checkpoints that ``fairseq-train`` wrote hold the flags as an ``argparse.Namespace``, a plain
+    record; nothing else is let in.
+    """
+    if hasattr(torch.serialization, "add_safe_globals"):
+        torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+def _warn_of_dropped_sentences() -> None:
+    """Say so when fairseq leaves out sentences.
+
+    fairseq's last versions drop the last batch of a data set, silently, unless its size is a
+    multiple of --required-batch-size-multiple (8 by default).
+    """
+    from fairseq.data import data_utils
+
+    original = data_utils.batch_by_size
+
+    @functools.wraps(original)
+    def batch_by_size(indices: Any, *args: Any, **kwargs: Any) -> Any:
+        batches = original(indices, *args, **kwargs)
+        dropped = len(indices) - sum(len(batch) for batch in batches)
+        if dropped > 0:
+            logger.warning(
+                "fairseq leaves out %d of %d sentences; pass --required-batch-size-multiple 1 "
+                "when you validate or generate",
+                dropped,
+                len(indices),
+            )
+        return batches
+
+    data_utils.batch_by_size = batch_by_size
+
+
+def _print_user_errors_alone() -> None:
+    """Print a :class:`UserError` that ends the program as one line, without its traceback."""
+    previous = sys.excepthook
+
+    def hook(
+        kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]
+    ) -> None:
+        cause: Optional[BaseException] = error
+        while cause is not None:
+            # fairseq's trainer wraps what goes wrong while loading a checkpoint.
+            if isinstance(cause, UserError):
+                print(f"error: {cause}", file=sys.stderr)
+                return
+            cause = cause.__cause__ or cause.__context__
+        previous(kind, error, traceback)
+
+    sys.excepthook = hook

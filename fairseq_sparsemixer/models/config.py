@@ -1,0 +1,267 @@
+"""One flat configuration, so that ``fairseq-train`` flags and hydra see the same fields.
+
+fairseq's own nested TransformerConfig does not extend: its flags are fixed in the parent class,
+and a legacy model's extra fields are dropped under hydra. The fields of fairseq's transformer are
+therefore flattened here from TransformerConfig itself (``encoder.embed_dim`` becomes
+``encoder_embed_dim``), and expanded to it again when the model is built.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.utils import interpret_dc_type
+from fairseq.models.transformer import TransformerConfig, transformer_legacy
+from hydra.errors import CompactHydraException
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.moe import ROUTERS, build_router
+from fairseq_sparsemixer.moe.dispatch import check_backend
+
+
+class ConfigError(UserError, CompactHydraException):
+    """A wrong model setting; hydra, too, prints its message without a traceback."""
+
+
+def _architecture_fields() -> FrozenSet[str]:
+    """The settings that fairseq's named architectures decide."""
+    args = argparse.Namespace()
+    transformer_legacy.base_architecture(args)
+    return frozenset(vars(args))
+
+
+def _transformer_fields() -> Iterator[Tuple[str, Any, Any]]:
+    """fairseq's transformer settings under their flag names.
+
+    What a named architecture decides is None here, so that it is filled in the same way under
+    both launchers; the rest has fairseq's default.
+    """
+    from_architecture = _architecture_fields()
+    for field in dataclasses.fields(TransformerConfig):
+        kind: Any = field.type
+        is_group = isinstance(kind, type) and issubclass(kind, FairseqDataclass)
+        for member in dataclasses.fields(kind) if is_group else [field]:
+            if member.name.startswith("_"):
+                continue
+            name = f"{field.name}_{member.name}" if is_group else member.name
+            # fairseq declares a list here but reads a comma-separated string.
+            inner = str if member.name == "layers_to_keep" else interpret_dc_type(member.type)
+            metadata = dict(member.metadata)
+            if is_group and "help" in metadata:
+                metadata["help"] = f"{field.name}: {metadata['help']}"
+            default: Any = None if name in from_architecture else member.default
+            yield name, Optional[inner], dataclasses.field(default=default, metadata=metadata)
+
+
+_FlatTransformerConfig: Type = dataclasses.make_dataclass(
+    "_FlatTransformerConfig", list(_transformer_fields()), bases=(FairseqDataclass,)
+)
+
+
+@dataclasses.dataclass
+class SwitchTransformerConfig(_FlatTransformerConfig):
+    """Settings of :class:`~fairseq_sparsemixer.models.SwitchTransformerModel`.
+
+    All of fairseq's transformer settings (``encoder_embed_dim``, ``dropout``, ...), where None
+    means what the architecture says, and those of the experts.
+    """
+
+    num_experts: int = dataclasses.field(
+        default=4, metadata={"help": "experts in each mixture-of-experts layer"}
+    )
+    moe_every: int = dataclasses.field(
+        default=2, metadata={"help": "every how many layers one holds experts"}
+    )
+    moe_offset: int = dataclasses.field(
+        default=0, metadata={"help": "the first layer that holds experts, counted from 0"}
+    )
+    encoder_moe_layers: Optional[str] = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "encoder layers that hold experts, as '0,2,4' or 'none' "
+            "(default: by --moe-every and --moe-offset)"
+        },
+    )
+    decoder_moe_layers: Optional[str] = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "decoder layers that hold experts, as '0,2,4' or 'none' "
+            "(default: by --moe-every and --moe-offset)"
+        },
+    )
+    router: str = dataclasses.field(
+        default="sparsemixer", metadata={"help": f"one of {', '.join(ROUTERS)}"}
+    )
+    top_k: int = dataclasses.field(default=1, metadata={"help": "experts of each token"})
+    jitter_eps: float = dataclasses.field(
+        default=0.1,
+        metadata={"help": "router jitter; SparseMixer samples what jitter could have chosen"},
+    )
+    no_router_bias: bool = dataclasses.field(
+        default=False, metadata={"help": "router logits without a bias"}
+    )
+    router_init_scale: float = dataclasses.field(
+        default=1.0, metadata={"help": "factor on the initial router weights"}
+    )
+    router_options: str = dataclasses.field(
+        default="{}",
+        metadata={"help": "further options of the router as JSON, see docs/configuration.md"},
+    )
+    expert_activation_dropout: Optional[float] = dataclasses.field(
+        default=None,
+        metadata={"help": "activation dropout inside experts (default: --activation-dropout)"},
+    )
+    moe_backend: str = dataclasses.field(
+        default="auto", metadata={"help": "how tokens reach their experts: auto, sorted or loop"}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertSettings:
+    """What a mixture-of-experts layer needs beyond fairseq's TransformerConfig.
+
+    Layers are counted from 0 before LayerDrop pruning; ``*_kept`` lists those that pruning
+    (``--encoder-layers-to-keep``) leaves.
+    """
+
+    num_experts: int
+    router: str
+    top_k: int
+    jitter_eps: float
+    router_options: Dict[str, Any]
+    activation_dropout: Optional[float]
+    backend: str
+    encoder_layers: FrozenSet[int]
+    decoder_layers: FrozenSet[int]
+    encoder_kept: Tuple[int, ...]
+    decoder_kept: Tuple[int, ...]
+
+
+def expert_settings(args: argparse.Namespace) -> ExpertSettings:
+    """Check the settings of the experts.
+
+    Args:
+        args: a namespace with every field of :class:`SwitchTransformerConfig`, gaps filled.
+
+    Raises:
+        ConfigError: naming the flag and the allowed values.
+    """
+    for flag in ("num_experts", "top_k", "moe_every"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
+    if args.moe_offset < 0:
+        raise ConfigError(f"--moe-offset must be at least 0, not {args.moe_offset}")
+    if args.top_k > args.num_experts:
+        raise ConfigError(
+            f"--top-k must be 1 to --num-experts ({args.num_experts}), not {args.top_k}"
+        )
+    if not (args.jitter_eps >= 0 and math.isfinite(args.jitter_eps)):
+        raise ConfigError(f"--jitter-eps must be a number of at least 0, not {args.jitter_eps}")
+    if not (args.router_init_scale >= 0 and math.isfinite(args.router_init_scale)):
+        raise ConfigError(
+            f"--router-init-scale must be a number of at least 0, not {args.router_init_scale}"
+        )
+    for flag in ("expert_activation_dropout", "activation_dropout"):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{_flag(flag)} must be 0 to 1, not {value}")
+    for side in ("encoder", "decoder"):
+        for flag in (f"{side}_embed_dim", f"{side}_ffn_embed_dim", f"{side}_attention_heads"):
+            if getattr(args, flag) < 1:
+                raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
+        width, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
+        if width % heads:
+            raise ConfigError(
+                f"--{side}-embed-dim ({width}) must be a multiple of "
+                f"--{side}-attention-heads ({heads})"
+            )
+    if args.quant_noise_pq > 0:
+        raise ConfigError("--quant-noise-pq must be 0: experts do not support quantization noise")
+    try:
+        check_backend(args.moe_backend)
+    except ValueError as error:
+        raise ConfigError(f"--moe-backend: {error}") from None
+    settings = ExpertSettings(
+        num_experts=args.num_experts,
+        router=args.router,
+        top_k=args.top_k,
+        jitter_eps=args.jitter_eps,
+        router_options=_router_options(args),
+        activation_dropout=args.expert_activation_dropout,
+        backend=args.moe_backend,
+        encoder_layers=_moe_layers(args, "encoder"),
+        decoder_layers=_moe_layers(args, "decoder"),
+        encoder_kept=_kept_layers(args, "encoder"),
+        decoder_kept=_kept_layers(args, "decoder"),
+    )
+    _try_router(settings)
+    return settings
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _router_options(args: argparse.Namespace) -> Dict[str, Any]:
+    try:
+        options = json.loads(args.router_options)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--router-options is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"--router-options must be a JSON object, not {args.router_options}")
+    return {**options, "bias": not args.no_router_bias, "init_scale": args.router_init_scale}
+
+
+def _try_router(settings: ExpertSettings) -> None:
+    """Let the router itself check its settings, on the smallest possible instance."""
+    try:
+        build_router(
+            settings.router,
+            embed_dim=1,
+            num_experts=settings.num_experts,
+            top_k=settings.top_k,
+            jitter_eps=settings.jitter_eps,
+            **settings.router_options,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--router {settings.router}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"--router-options for --router {settings.router}: {error}") from None
+
+
+def _layer_numbers(args: argparse.Namespace, flag: str, allowed: str, size: int) -> List[int]:
+    text = str(getattr(args, flag))
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{_flag(flag)} must be {allowed}, not {text!r}") from None
+    for number in numbers:
+        if not 0 <= number < size:
+            raise ConfigError(
+                f"{_flag(flag)}: there is no layer {number}; the layers are 0 to {size - 1}"
+            )
+    return numbers
+
+
+def _moe_layers(args: argparse.Namespace, side: str) -> FrozenSet[int]:
+    """The layers of one side that hold experts."""
+    size = getattr(args, f"{side}_layers")
+    text = getattr(args, f"{side}_moe_layers")
+    if text is None:
+        return frozenset(range(args.moe_offset, size, args.moe_every))
+    if text == "none":
+        return frozenset()
+    allowed = "'none' or layer numbers such as '0,2,4'"
+    return frozenset(_layer_numbers(args, f"{side}_moe_layers", allowed, size))
+
+
+def _kept_layers(args: argparse.Namespace, side: str) -> Tuple[int, ...]:
+    """The layers of one side that remain after LayerDrop pruning, in order."""
+    size = getattr(args, f"{side}_layers")
+    if not getattr(args, f"{side}_layers_to_keep"):
+        return tuple(range(size))
+    allowed = "layer numbers such as '0,2,4'"
+    return tuple(sorted(_layer_numbers(args, f"{side}_layers_to_keep", allowed, size)))

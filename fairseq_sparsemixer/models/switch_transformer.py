@@ -1,0 +1,213 @@
+"""The Switch Transformer for translation: fairseq's transformer with experts in some layers."""
+
+import argparse
+from typing import Any, Callable, Dict, Optional, Union
+
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import gen_parser_from_dataclass, merge_with_parent
+from fairseq.distributed import fsdp_wrap
+from fairseq.models import register_model
+from fairseq.models.transformer import (
+    TransformerConfig,
+    TransformerDecoderBase,
+    TransformerEncoderBase,
+    TransformerModelBase,
+    transformer_legacy,
+)
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
+from fairseq.tasks import FairseqTask
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.models.config import (
+    ConfigError,
+    SwitchTransformerConfig,
+    expert_settings,
+)
+from fairseq_sparsemixer.models.layers import (
+    SwitchTransformerDecoderLayer,
+    SwitchTransformerEncoderLayer,
+)
+
+Settings = Union[argparse.Namespace, DictConfig]
+
+
+def _given(settings: Settings) -> argparse.Namespace:
+    """The settings that are not None."""
+    if isinstance(settings, DictConfig):
+        values: Any = OmegaConf.to_container(settings, resolve=True, enum_to_str=True)
+    else:
+        values = vars(settings)
+    return argparse.Namespace(**{k: v for k, v in values.items() if v is not None})
+
+
+def fill_gaps(settings: Settings, fill: Callable[[argparse.Namespace], Any]) -> None:
+    """Give the settings that are missing or None what one of fairseq's architectures says.
+
+    Args:
+        settings: flags or hydra's node, changed in place.
+        fill: sets the attributes that its argument does not have.
+    """
+    filled = _given(settings)
+    fill(filled)
+    for name in SwitchTransformerConfig.__dataclass_fields__:
+        value = getattr(filled, name, None)
+        if value is not None and not name.startswith("_"):
+            setattr(settings, name, value)
+
+
+def _expand(settings: Settings) -> TransformerConfig:
+    """fairseq's nested settings, with those of the experts as ``experts``.
+
+    Raises:
+        ConfigError: for a setting that is unknown, out of range or not supported.
+    """
+    if getattr(settings, "scale_fc", False):
+        raise ConfigError("--scale-fc must be off: experts have no inner layer norm")
+    if isinstance(settings, DictConfig):
+        # hydra builds the node before it knows this dataclass: fill in and refuse unknown keys.
+        try:
+            settings = merge_with_parent(SwitchTransformerConfig(), settings)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"model settings: {str(error).splitlines()[0]}") from None
+    args = _given(SwitchTransformerConfig.from_namespace(settings))
+    transformer_legacy.base_architecture(args)
+    for name, field in SwitchTransformerConfig.__dataclass_fields__.items():
+        if not hasattr(args, name):
+            setattr(args, name, field.default)
+    experts = expert_settings(args)
+    cfg = TransformerConfig.from_namespace(_given(args))
+    cfg.experts = experts
+    return cfg
+
+
+@register_model("switch_transformer", dataclass=SwitchTransformerConfig)
+class SwitchTransformerModel(TransformerModelBase):
+    """Switch Transformer (Fedus et al. 2021, arXiv 2101.03961) for translation.
+
+    fairseq's encoder-decoder transformer whose layers 0, 2, 4, ... have experts for their
+    feed-forward network, routed with SparseMixer (arXiv 2310.00811) or another of
+    :data:`fairseq_sparsemixer.moe.ROUTERS`. Everything that fairseq's transformer can do, it can
+    do, apart from quantization noise and ``scale_fc``.
+
+    >>> model = SwitchTransformerModel.from_pretrained(
+    ...     "runs/demo/sparsemixer", "checkpoint_best.pt", bpe="sentencepiece"
+    ... )
+    >>> model.translate("The device is not available.")
+    """
+
+    @classmethod
+    def add_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add a flag for every field of :class:`SwitchTransformerConfig`."""
+        # Without defaults: a flag that is not given is for the architecture to fill.
+        gen_parser_from_dataclass(
+            parser, SwitchTransformerConfig(), delete_default=True, with_prefix=""
+        )
+
+    @classmethod
+    def build_model(cls, settings: Settings, task: FairseqTask) -> "SwitchTransformerModel":
+        """Build the model from flags or from hydra's node.
+
+        Raises:
+            ConfigError: for a setting that is unknown, out of range or not supported.
+        """
+        cfg = _expand(settings)
+        try:
+            return super().build_model(cfg, task)
+        except ValueError as error:
+            # fairseq's own checks of flags that do not fit together
+            raise ConfigError(str(error)) from error
+
+    @classmethod
+    def build_encoder(
+        cls, cfg: TransformerConfig, src_dict: Dictionary, embed_tokens: nn.Embedding
+    ) -> "SwitchTransformerEncoder":
+        """The encoder, called by fairseq's ``build_model``."""
+        return SwitchTransformerEncoder(cfg, src_dict, embed_tokens)
+
+    @classmethod
+    def build_decoder(
+        cls, cfg: TransformerConfig, tgt_dict: Dictionary, embed_tokens: nn.Embedding
+    ) -> "SwitchTransformerDecoder":
+        """The decoder, called by fairseq's ``build_model``."""
+        return SwitchTransformerDecoder(
+            cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention
+        )
+
+    def load_state_dict(self, state_dict: Dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Load parameters.
+
+        Raises:
+            ConfigError: for a checkpoint of another shape, naming the first parameter that differs.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            difference = _first_difference(self.state_dict(), state_dict)
+            if difference is None:
+                raise
+            raise ConfigError(
+                f"the checkpoint does not fit the model: {difference}; give the --arch, --router, "
+                "--num-experts and layer flags that it was trained with, or another --save-dir"
+            ) from error
+
+
+def _first_difference(here: Dict[str, Tensor], there: Dict[str, Tensor]) -> Optional[str]:
+    """Which parameter of the model differs from the checkpoint's in name or shape."""
+    for name, value in here.items():
+        if name not in there:
+            return f"it has no {name}"
+        if there[name].shape != value.shape:
+            return f"{name} is {tuple(there[name].shape)} there and {tuple(value.shape)} here"
+    extra = [name for name in there if name not in here]
+    return f"the model has no {extra[0]}" if extra else None
+
+
+def _wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
+    """Activation checkpointing and sharding, as fairseq applies them to its own layers."""
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    min_params = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
+    return fsdp_wrap(layer, min_num_params=min_params)
+
+
+class SwitchTransformerEncoder(TransformerEncoderBase):
+    """fairseq's encoder; the layers in ``cfg.experts.encoder_layers`` hold experts."""
+
+    def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        # fairseq builds its layers in order, without telling which one it wants.
+        self._to_build = list(cfg.experts.encoder_kept)
+        super().__init__(cfg, *args, **kwargs)
+
+    def build_encoder_layer(self, cfg: TransformerConfig) -> nn.Module:
+        """The next layer, with experts or dense."""
+        number = self._to_build.pop(0)
+        if number not in cfg.experts.encoder_layers:
+            return _wrap_layer(TransformerEncoderLayerBase(cfg, return_fc=self.return_fc), cfg)
+        layer = SwitchTransformerEncoderLayer(
+            cfg, return_fc=self.return_fc, layer_name=f"encoder.{number}"
+        )
+        return _wrap_layer(layer, cfg)
+
+
+class SwitchTransformerDecoder(TransformerDecoderBase):
+    """fairseq's decoder; the layers in ``cfg.experts.decoder_layers`` hold experts."""
+
+    def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        self._to_build = list(cfg.experts.decoder_kept)
+        super().__init__(cfg, *args, **kwargs)
+
+    def build_decoder_layer(
+        self, cfg: TransformerConfig, no_encoder_attn: bool = False
+    ) -> nn.Module:
+        """The next layer, with experts or dense."""
+        number = self._to_build.pop(0)
+        if number not in cfg.experts.decoder_layers:
+            return _wrap_layer(TransformerDecoderLayerBase(cfg, no_encoder_attn), cfg)
+        layer = SwitchTransformerDecoderLayer(cfg, no_encoder_attn, layer_name=f"decoder.{number}")
+        return _wrap_layer(layer, cfg)

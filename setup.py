@@ -1,0 +1,48 @@
+"""Packaging; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "fairseq_sparsemixer/__init__.py").read_text(), re.M
+).group(1)
+
+setup(
+    name="fairseq-sparsemixer",
+    version=VERSION,
+    description="SparseMixer mixture-of-experts translation models for fairseq",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["fairseq_sparsemixer", "fairseq_sparsemixer.*"]),
+    python_requires=">=3.9,<3.13",
+    install_requires=[
+        # fairseq's own releases fail at import on Python 3.11 (mutable dataclass defaults).
+        "fairseq>=0.12.2; python_version < '3.11'",
+        "ve-fairseq==0.12.3; python_version >= '3.11'",
+        "hydra-core>=1.0.7,<1.4",
+        "omegaconf>=2.0.6,<2.4",
+        "sacrebleu>=2.3",
+        "sentencepiece>=0.1.99",
+        "scikit-learn>=1.0",
+        "torch>=1.13",
+        "tqdm",
+    ],
+    extras_require={
+        "dev": ["mypy", "pytest>=7", "pytest-xdist", "ruff"],
+        "report": ["matplotlib", "tensorboardX"],
+        "wmt": ["sacremoses", "subword-nmt"],
+    },
+    entry_points={"console_scripts": ["fairseq-sparsemixer=fairseq_sparsemixer.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.9",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
