@@ -12,6 +12,7 @@ import json
 import math
 from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
 
+import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import interpret_dc_type
 from fairseq.models.transformer import TransformerConfig, transformer_legacy
@@ -216,16 +217,17 @@ def _router_options(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _try_router(settings: ExpertSettings) -> None:
-    """Let the router itself check its settings, on the smallest possible instance."""
+    """Let the router itself check its settings, on an instance without storage or random draws."""
     try:
-        build_router(
-            settings.router,
-            embed_dim=1,
-            num_experts=settings.num_experts,
-            top_k=settings.top_k,
-            jitter_eps=settings.jitter_eps,
-            **settings.router_options,
-        )
+        with torch.device("meta"):
+            build_router(
+                settings.router,
+                embed_dim=1,
+                num_experts=settings.num_experts,
+                top_k=settings.top_k,
+                jitter_eps=settings.jitter_eps,
+                **settings.router_options,
+            )
     except ValueError as error:
         raise ConfigError(f"--router {settings.router}: {error}") from None
     except TypeError as error:

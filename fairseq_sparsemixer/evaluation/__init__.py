@@ -1,0 +1,1 @@
+"""Averaging, translation and scoring: what a trained run is worth."""

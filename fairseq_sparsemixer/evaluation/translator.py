@@ -1,0 +1,418 @@
+"""Raw text in, translations out: one for each line, whatever the line holds.
+
+Beam search, models and dictionaries are fairseq's. What is added is the bookkeeping that its
+command lines leave to the user: where the dictionaries are, blank and over-long lines, and
+that as many lines come out as went in.
+"""
+
+import copy
+import logging
+import pickle
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+from fairseq import checkpoint_utils, tasks, utils
+from fairseq.data import data_utils
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.hub_utils import GeneratorHubInterface
+from omegaconf import DictConfig, OmegaConf, open_dict
+from tqdm import tqdm
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.average import num_updates
+
+logger = logging.getLogger(__name__)
+
+SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
+
+# Output is at most MAX_LEN_A * source tokens + MAX_LEN_B tokens long: fairseq's own defaults. A
+# slope other than 0 would make a line's limit depend on the longest line of its batch.
+MAX_LEN_A, MAX_LEN_B = 0, 200
+
+# Parts of a model's config worth reporting beside its score.
+MODEL_KEYS = ("router", "num_experts", "top_k")
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Translation(NamedTuple):
+    """The translation of one line.
+
+    Attributes:
+        text: detokenised text; empty where the source line is blank.
+        score: log-probability (base e) over length ** lenpen; 0 for a blank line.
+        source_cut: the source was longer than the model can read, and was cut.
+        at_length_limit: the output ends where no longer output is allowed.
+    """
+
+    text: str
+    score: float = 0.0
+    source_cut: bool = False
+    at_length_limit: bool = False
+
+
+class CheckpointInfo(NamedTuple):
+    """Where a model came from: file, optimiser updates, and inputs if it is an average."""
+
+    path: Path
+    updates: int
+    averaged_from: List[str]
+
+
+class _Source(NamedTuple):
+    """A line as the model reads it: its place in the input, tokens (length,), whether cut."""
+
+    place: int
+    tokens: torch.Tensor
+    cut: bool
+
+
+class Translator:
+    """A model, or an ensemble, that translates raw lines.
+
+    Args:
+        run: run folder, or checkpoint files joined by ``:``.
+        checkpoint: file in the run folder; several joined by ``:`` are an ensemble. Not used
+            when ``run`` names files.
+        data: prepared corpus, searched for dictionaries and SentencePiece model after the run
+            folder and before the folder that the model was trained on.
+        source_lang, target_lang: where neither the checkpoint nor the data tell them.
+        precision: ``"fp32"``, or ``"fp16"`` or ``"bf16"`` on a GPU.
+
+    Attributes:
+        checkpoints: a :class:`CheckpointInfo` for each model.
+        source_lang, target_lang: as in the names of the dictionaries.
+        trained_on: the folder of binarised data that the model was trained on.
+        model_settings: ``arch``, ``router`` and the like, as far as the model has them.
+        device: a GPU if there is one.
+
+    Raises:
+        UserError: a file is missing, damaged or does not fit the others, or there is no GPU
+            for the precision.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        checkpoint: str = "checkpoint_best.pt",
+        data: Optional[Path] = None,
+        source_lang: Optional[str] = None,
+        target_lang: Optional[str] = None,
+        precision: str = "fp32",
+    ):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if precision != "fp32" and self.device.type == "cpu":
+            raise UserError(f"--{precision} needs a CUDA device and there is none; leave it out")
+        paths = find_checkpoints(run, checkpoint)
+        state = load_state(paths[0])
+        cfg = state["cfg"]
+        _check_task(cfg, paths[0])
+        self.trained_on = Path(utils.split_paths(cfg.task.data)[0])
+        data_folders = [*_corpus_folders(data), self.trained_on]
+        self.source_lang, self.target_lang = find_languages(
+            source_lang or cfg.task.source_lang, target_lang or cfg.task.target_lang, data_folders
+        )
+        folders = [paths[0].parent, *data_folders]
+        self.dictionary_folder = find_dictionaries(folders, self.source_lang, self.target_lang)
+        self.sentencepiece_model = find_sentencepiece([self.dictionary_folder, *folders])
+        self.model_settings = _model_settings(cfg.model)
+        task = _build_task(cfg, self.dictionary_folder, (self.source_lang, self.target_lang))
+        self.checkpoints: List[CheckpointInfo] = []
+        models = []
+        # The first file has been read already, and each may be large.
+        already_read = [state]
+        for path in paths:
+            state = already_read.pop() if already_read else load_state(path)
+            models.append(_build_model(path, state, task, self.dictionary_folder))
+            averaged_from = list(state.get("averaged_from", []))
+            self.checkpoints.append(CheckpointInfo(path, num_updates(state), averaged_from))
+        self._hub = _build_hub(cfg, task, models, self.sentencepiece_model)
+        self._hub.to(self.device, DTYPES[precision]).eval()
+
+    @property
+    def max_source_positions(self) -> int:
+        """The longest source that the model can read, in tokens, end of sentence included."""
+        return self._hub.max_positions[0]
+
+    def translate(
+        self,
+        lines: Iterable[str],
+        beam: int = 5,
+        lenpen: float = 1.0,
+        max_tokens: int = 4096,
+        batch_size: Optional[int] = None,
+        progress: bool = False,
+    ) -> List[Translation]:
+        """Translate raw lines: exactly one :class:`Translation` for each, in their order.
+
+        Args:
+            lines: raw text, not tokenised. Blank lines stay blank and skip the model; lines
+                longer than :attr:`max_source_positions` are cut, with one warning.
+            beam: beam size.
+            lenpen: length penalty.
+            max_tokens: source tokens in a batch, padding included (raised to the longest line).
+            batch_size: at most this many lines in a batch.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            UserError: ``beam`` or ``max_tokens`` is below 1.
+        """
+        for flag, value in (("--beam", beam), ("--max-tokens", max_tokens)):
+            if value < 1:
+                raise UserError(f"{flag} {value} makes no search; give 1 or more")
+        lines = list(lines)
+        sources = self._encode_all(lines)
+        results = [Translation("")] * len(lines)
+        missing = {source.place for source in sources}
+        with tqdm(
+            total=len(lines),
+            initial=len(lines) - len(sources),
+            unit=" lines",
+            file=sys.stderr,
+            disable=not progress,
+        ) as bar:
+            generation = self._generation(beam, lenpen)
+            for source, hypothesis in self._search(sources, generation, max_tokens, batch_size):
+                results[source.place] = self._decode(hypothesis, source.cut)
+                missing.remove(source.place)
+                bar.update()
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of {len(lines)} lines came back without a translation"
+            )
+        return results
+
+    def _encode_all(self, lines: List[str]) -> List["_Source"]:
+        """What the model has to read; warns once of lines that were cut."""
+        encoded = (self._encode(line, place) for place, line in enumerate(lines))
+        sources = [source for source in encoded if source is not None]
+        cut = sum(source.cut for source in sources)
+        if cut:
+            logger.warning(
+                "%d of %d lines are longer than the model's %d tokens and were cut",
+                cut,
+                len(lines),
+                self.max_source_positions,
+            )
+        return sources
+
+    def _encode(self, line: str, place: int) -> Optional["_Source"]:
+        """One line as the model reads it, or None where it is blank."""
+        # SentencePiece drops invisible characters: end of sentence may be all that is left.
+        if not line.strip() or len(tokens := self._hub.encode(line)) == 1:
+            return None
+        if len(tokens) <= self.max_source_positions:
+            return _Source(place, tokens, cut=False)
+        kept = torch.cat([tokens[: self.max_source_positions - 1], tokens[-1:]])
+        return _Source(place, kept, cut=True)
+
+    def _generation(self, beam: int, lenpen: float) -> DictConfig:
+        """Search settings: fairseq's defaults but for ``beam`` and ``lenpen``."""
+        return OmegaConf.structured(
+            GenerationConfig(beam=beam, lenpen=lenpen, max_len_a=MAX_LEN_A, max_len_b=MAX_LEN_B)
+        )
+
+    def _search(
+        self,
+        sources: List["_Source"],
+        generation: DictConfig,
+        max_tokens: int,
+        batch_size: Optional[int],
+    ) -> Iterator[Tuple["_Source", Dict[str, Any]]]:
+        """Yield each source with its best hypothesis, shortest source first."""
+        if not sources:
+            return
+        task, models = self._hub.task, list(self._hub.models)
+        generator = task.build_generator(models, generation)
+        tokens = [source.tokens for source in sources]
+        lengths = torch.tensor([len(line) for line in tokens])
+        batches = task.get_batch_iterator(
+            dataset=task.build_dataset_for_inference(tokens, lengths),
+            max_tokens=max(max_tokens, int(lengths.max())),
+            max_sentences=batch_size,
+            max_positions=self._hub.max_positions,
+            # Any other multiple makes fairseq drop the last lines without a word.
+            required_batch_size_multiple=1,
+            disable_iterator_cache=True,
+        ).next_epoch_itr(shuffle=False)
+        for batch in batches:
+            batch = utils.apply_to_sample(lambda tensor: tensor.to(self.device), batch)
+            hypotheses = task.inference_step(generator, models, batch)
+            for index, best_first in zip(batch["id"].tolist(), hypotheses):
+                yield sources[index], best_first[0]
+
+    def _decode(self, hypothesis: Dict[str, Any], source_cut: bool) -> Translation:
+        """The :class:`Translation` of one of fairseq's hypotheses."""
+        tokens = hypothesis["tokens"].cpu()
+        longest = min(MAX_LEN_B + 1, self._hub.max_positions[1])
+        return Translation(
+            text=self._hub.decode(tokens),
+            score=float(hypothesis["score"]),
+            source_cut=source_cut,
+            at_length_limit=len(tokens) >= longest,
+        )
+
+
+def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
+    """The checkpoint files that ``RUN_DIR`` and ``--checkpoint`` name.
+
+    Raises:
+        UserError: one of them does not exist; the message lists those that do.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        paths = [Path(name) for name in str(run).split(":")]
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"there is no run folder or checkpoint {path}; check RUN_DIR")
+        return paths
+    paths = [folder / name for name in checkpoint.split(":")]
+    for path in paths:
+        if not path.is_file():
+            others = ", ".join(sorted(other.name for other in folder.glob("*.pt"))) or "none"
+            raise UserError(
+                f"there is no checkpoint {path}; choose another with --checkpoint (there: {others})"
+            )
+    return paths
+
+
+def load_state(path: Path) -> Dict[str, Any]:
+    """The content of a checkpoint on the CPU, its config under ``cfg``.
+
+    Raises:
+        UserError: the file is damaged or not a fairseq checkpoint.
+    """
+    try:
+        return checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+        # A file of torch that fairseq did not write:
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot read the checkpoint {path} ({type(error).__name__}: {reason}); copy it again "
+            "or choose another with --checkpoint"
+        ) from error
+
+
+def find_dictionaries(folders: List[Path], source_lang: str, target_lang: str) -> Path:
+    """The first of ``folders`` that holds both dictionaries.
+
+    Raises:
+        UserError: none does.
+    """
+    names = [f"dict.{source_lang}.txt", f"dict.{target_lang}.txt"]
+    for folder in folders:
+        if all((folder / name).is_file() for name in names):
+            return folder
+    raise UserError(_not_found(" and ".join(names), folders))
+
+
+def find_sentencepiece(folders: List[Path]) -> Path:
+    """The first SentencePiece model in ``folders``.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in folders:
+        if (folder / SENTENCEPIECE_FILE).is_file():
+            return folder / SENTENCEPIECE_FILE
+    raise UserError(_not_found(SENTENCEPIECE_FILE, folders))
+
+
+def _not_found(what: str, folders: List[Path]) -> str:
+    """What a UserError says when ``what`` is in none of ``folders``."""
+    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    return f"found no {what} in {looked}; give the folder that holds it with --data"
+
+
+def _corpus_folders(data: Optional[Path]) -> List[Path]:
+    """Where a prepared corpus (or a folder of binarised data) may hold the dictionaries."""
+    return [] if data is None else [data, data / "bin"]
+
+
+def _check_task(cfg: DictConfig, path: Path) -> None:
+    """Raise UserError for a language model and the like."""
+    if "source_lang" not in cfg.task:
+        raise UserError(
+            f"{path} was not trained to translate (its task is {cfg.task.get('_name')}); choose "
+            "another with --checkpoint"
+        )
+
+
+def find_languages(
+    source_lang: Optional[str], target_lang: Optional[str], data_folders: List[Path]
+) -> Tuple[str, str]:
+    """The given languages, or those in the names of binarised data, as fairseq finds them.
+
+    fairseq-train keeps them in the checkpoint only where they were given as flags.
+
+    Raises:
+        UserError: no folder holds binarised data.
+    """
+    if source_lang and target_lang:
+        return source_lang, target_lang
+    for folder in filter(Path.is_dir, data_folders):
+        pair = data_utils.infer_language_pair(str(folder))
+        if None not in pair:
+            return tuple(pair)
+    raise UserError(
+        "neither the checkpoint nor its data tell the languages; give --source-lang and "
+        "--target-lang, or the data with --data"
+    )
+
+
+def _model_settings(model_cfg: Any) -> Dict[str, Any]:
+    """``arch``, and the entries of :data:`MODEL_KEYS` that a checkpoint's model config has."""
+    # A Namespace from fairseq-train, a config from fairseq-hydra-train: getattr reads both.
+    settings = {key: getattr(model_cfg, key, None) for key in ("arch", "_name", *MODEL_KEYS)}
+    name = settings.pop("_name")
+    settings["arch"] = settings["arch"] or name
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _build_task(cfg: DictConfig, folder: Path, languages: Tuple[str, str]) -> Any:
+    """The checkpoint's fairseq task, with the dictionaries of ``folder``."""
+    with open_dict(cfg):
+        cfg.task.data = str(folder)
+        cfg.task.source_lang, cfg.task.target_lang = languages
+        # Scoring during training needs its own detokeniser, which may not be here.
+        cfg.task.eval_bleu = False
+    return tasks.setup_task(cfg.task, from_checkpoint=True)
+
+
+def _build_model(path: Path, state: Dict[str, Any], task: Any, folder: Path) -> torch.nn.Module:
+    """The model of one checkpoint, whose dictionaries came from ``folder``."""
+    for side, dictionary in (
+        ("encoder", task.source_dictionary),
+        ("decoder", task.target_dictionary),
+    ):
+        embedding = state["model"].get(f"{side}.embed_tokens.weight")
+        if embedding is not None and len(embedding) != len(dictionary):
+            raise UserError(
+                f"the checkpoint {path} was trained with dictionaries of {len(embedding)} entries "
+                f"and those in {folder} have {len(dictionary)}; give the right ones with --data"
+            )
+    return checkpoint_utils.load_model_ensemble([str(path)], task=task, state=state)[0][0]
+
+
+def _build_hub(
+    cfg: DictConfig, task: Any, models: List[torch.nn.Module], sentencepiece_model: Path
+) -> GeneratorHubInterface:
+    """fairseq's wrapper of models, text encoding and decoding."""
+    cfg = copy.deepcopy(cfg)
+    bpe = OmegaConf.structured(SentencepieceConfig(sentencepiece_model=str(sentencepiece_model)))
+    with open_dict(cfg), open_dict(bpe):
+        bpe._name = "sentencepiece"
+        cfg.bpe = bpe
+        cfg.generation = OmegaConf.structured(GenerationConfig())
+    return GeneratorHubInterface(cfg, task, models)

@@ -1,0 +1,142 @@
+"""Text that is read strictly, and files that are written whole or not at all."""
+
+import codecs
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterable, Iterator, List
+
+from fairseq_sparsemixer.errors import UserError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_lines(path: Path) -> List[str]:
+    r"""The lines of a UTF-8 file, split on ``\n`` alone.
+
+    ``str.splitlines`` and text mode would also split on characters that occur inside sentences
+    (U+2028, U+0085, a lone carriage return) and so shift one side against the other. A byte order
+    mark and the carriage return of a Windows line ending are not part of the text.
+
+    Raises:
+        UserError: no such file, or bytes that are not UTF-8 (names the line).
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    raw_lines = data.split(b"\n")
+    if raw_lines[-1] == b"":
+        raw_lines.pop()
+    return [decode_line(line, str(path), number) for number, line in enumerate(raw_lines, 1)]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; move it there when the block ends without error."""
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        replace_durably(partial, path)
+    finally:
+        # Only still there after an error.
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Move ``source`` over ``target`` (same file system) once its bytes are on the disk."""
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    r"""Write UTF-8 lines ended by ``\n``, whole or not at all."""
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        for line in lines:
+            file.write(line)
+            file.write("\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_lines(path, [json.dumps(value, ensure_ascii=False, indent=2)])
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that is gone after the block; what a killed run left there goes first."""
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def report_full_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """Turn "no space left" inside the block into a :class:`UserError` that names ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise UserError(
+            f"no space left on the disk of {folder} (about {megabytes} MB are needed): make room, "
+            "or choose another folder with --output, and run the same command again"
+        ) from error
+
+
+def decode_line(line: bytes, name: str, number: int) -> str:
+    """The text of one line of a stream, without its line ending.
+
+    Args:
+        line: up to and with ``b"\\n"``, if it has one.
+        name: of the stream, for the error.
+        number: of the line, from 1; a byte order mark before the first is not text.
+
+    Raises:
+        UserError: the line is not UTF-8.
+    """
+    if number == 1 and line.startswith(codecs.BOM_UTF8):
+        line = line[len(codecs.BOM_UTF8) :]
+    for ending in (b"\n", b"\r"):
+        if line.endswith(ending):
+            line = line[:-1]
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}, line {number}: not UTF-8 (byte {error.start + 1} of the line); convert the "
+            "text to UTF-8"
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output that cannot become a file.
+
+    Raises:
+        UserError: ``path`` is a folder, or in a place that cannot be written to.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give --output the name of a file")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"cannot write into {nearest}; choose another place with --output")

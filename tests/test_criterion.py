@@ -1,0 +1,205 @@
+"""The criterion: what it adds to the loss, and what it logs."""
+
+import math
+
+import pytest
+import torch
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.logging import metrics
+from test_models import Task, batch, build
+
+from fairseq_sparsemixer.criterions import LabelSmoothedCrossEntropyWithRouting
+from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
+    take_routing_statistics,
+)
+from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.moe import RoutingStatistics
+
+LENGTHS = [(3, 4), (5, 2), (1, 6), (4, 4)]
+
+
+def criterion(**settings):
+    return LabelSmoothedCrossEntropyWithRouting(Task2(), False, 0.1, **settings)
+
+
+class Task2(Task):
+    @property
+    def target(self):
+        return self.target_dictionary
+
+
+def sample(lengths=tuple(LENGTHS), seed=0):
+    net_input = batch(lengths, seed)
+    tokens = net_input["prev_output_tokens"]
+    target = torch.cat([tokens[:, 1:], torch.ones(len(tokens), 1, dtype=torch.long)], 1)
+    for row, (_, length) in enumerate(lengths):
+        target[row, length] = 2
+    return {"net_input": net_input, "target": target, "ntokens": int(target.ne(1).sum())}
+
+
+def deterministic_model(**settings):
+    return build(router="switch", jitter_eps=0.0, dropout=0.0, **settings)
+
+
+def statistics_of(model, data):
+    model(**data["net_input"])
+    return RoutingStatistics.unpack(torch.stack(list(take_routing_statistics(model).values())))
+
+
+def plain_loss(model, data):
+    loss = LabelSmoothedCrossEntropyCriterion(Task2(), False, 0.1)(model, data)[0]
+    take_routing_statistics(model)
+    return loss
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_corrected_loss_is_weighted_by_sample_size_and_averaged_over_layers(training):
+    model, data = deterministic_model().train(training), sample()
+    loss, sample_size, logs = criterion(balance_weight=0.3, z_loss_weight=0.2)(model, data)
+    statistics = statistics_of(model, data)
+    assert sample_size == sum(target + 1 for _, target in LENGTHS)
+    extra = 0.3 * statistics.load_balance_loss.mean() + 0.2 * statistics.z_loss.mean()
+    torch.testing.assert_close(loss, plain_loss(model, data) + sample_size * extra)
+    assert logs["loss"] == loss
+    assert statistics.tokens.tolist() == [17, 17, 20, 20], "source and target tokens, no padding"
+
+
+def test_released_loss_is_a_sum_over_layers_without_sample_size():
+    model, data = deterministic_model(), sample()
+    loss, _, _ = criterion(routing_loss="released", balance_weight=0.3)(model, data)
+    extra = 0.3 * statistics_of(model, data).sampling_load_balance_loss.sum()
+    torch.testing.assert_close(loss, plain_loss(model, data) + extra)
+
+
+def test_released_loss_reads_the_masked_probabilities():
+    model, data = build(dropout=0.0, router_options='{"init_scale": 9}').eval(), sample()
+    statistics = statistics_of(model, data)
+    assert (statistics.probs - statistics.sampling_probs).abs().max() > 0.1
+    loss = criterion(routing_loss="released", balance_weight=1.0)(model, data)[0]
+    f, p = statistics.expert_share, statistics.sampling_probs / statistics.tokens.unsqueeze(-1)
+    torch.testing.assert_close(loss - plain_loss(model, data), 4 * (f * p).sum())
+
+
+def gradients(model, losses):
+    model.zero_grad()
+    for loss in losses:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch():
+    """--update-freq: cross-entropy and z-loss add up; micro-batches of one composition."""
+    model = deterministic_model()
+    loss_of = criterion(balance_weight=0.0, z_loss_weight=0.5)
+    halves = [sample(tuple(LENGTHS), seed) for seed in (1, 2)]
+    whole = {
+        "net_input": {
+            key: torch.cat([half["net_input"][key] for half in halves])
+            for key in halves[0]["net_input"]
+        },
+        "target": torch.cat([half["target"] for half in halves]),
+        "ntokens": sum(half["ntokens"] for half in halves),
+    }
+    accumulated = gradients(model, (loss_of(model, half)[0] for half in halves))
+    at_once = gradients(model, [loss_of(model, whole)[0]])
+    torch.testing.assert_close(accumulated, at_once, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulated_balance_loss_is_the_sum_over_micro_batches():
+    """Each micro-batch has its own shares; with equal ones that is the whole batch."""
+    model = deterministic_model()
+    loss_of = criterion(balance_weight=2.0)
+    half = sample()
+    whole = {
+        "net_input": {k: torch.cat([v, v]) for k, v in half["net_input"].items()},
+        "target": torch.cat([half["target"]] * 2),
+        "ntokens": 2 * half["ntokens"],
+    }
+    accumulated = gradients(model, (loss_of(model, half)[0] for _ in range(2)))
+    at_once = gradients(model, [loss_of(model, whole)[0]])
+    torch.testing.assert_close(accumulated, at_once, rtol=1e-5, atol=1e-5)
+    different = [sample(tuple(LENGTHS), seed) for seed in (1, 2)]
+    separate = gradients(model, (loss_of(model, half)[0] for half in different))
+    summed = gradients(model, [sum(loss_of(model, half)[0] for half in different)])
+    torch.testing.assert_close(separate, summed, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_model_gets_the_plain_loss():
+    model, data = build(encoder_moe_layers="none", decoder_moe_layers="none").eval(), sample()
+    loss, _, logs = criterion(balance_weight=5.0)(model, data)
+    torch.testing.assert_close(loss, plain_loss(model, data))
+    assert not [key for key in logs if key.startswith("routing")]
+
+
+def reduce(logging_outputs):
+    with metrics.aggregate(new_root=True) as aggregate:
+        for outputs in logging_outputs:
+            LabelSmoothedCrossEntropyWithRouting.reduce_metrics(outputs)
+    return aggregate.get_smoothed_values()
+
+
+def test_logged_routing_is_right_over_batches_and_workers():
+    model = deterministic_model().eval()
+    loss_of = criterion()
+    parts = [sample(((3, 4), (5, 2)), 1), sample(((1, 6), (4, 4), (2, 2)), 2)]
+    statistics = [statistics_of(model, part) for part in parts]
+    logs = [loss_of(model, part)[2] for part in parts]
+    names = ["encoder.0", "encoder.2", "decoder.0", "decoder.2"]
+    packed = sum(s.pack() for s in statistics)
+    whole = RoutingStatistics.unpack(packed.detach())
+    # Two workers of one batch: their sums add up to the whole batch.
+    values = reduce([logs])
+    expected = {
+        "balance_loss": whole.load_balance_loss,
+        "z_loss": whole.z_loss,
+        "router_entropy": whole.mean_entropy,
+        "max_expert_share": whole.expert_share.amax(-1),
+        "min_expert_share": whole.expert_share.amin(-1),
+    }
+    for key, by_layer in expected.items():
+        for name, value in zip(names, by_layer.tolist()):
+            assert values[f"{key}/{name}"] == pytest.approx(value, abs=1e-4)
+    assert values["balance_loss"] == pytest.approx(whole.load_balance_loss.mean().item(), abs=1e-4)
+    assert values["max_expert_share"] == pytest.approx(whole.expert_share.max().item(), abs=1e-4)
+    assert values["min_expert_share"] == pytest.approx(whole.expert_share.min().item(), abs=1e-4)
+    assert 0 < values["router_entropy"] <= math.log(4)
+    # Two batches of one worker, as in validation: shares are those of all tokens together.
+    one_by_one = reduce([[log] for log in logs])
+    for label in ("max_expert_share", "min_expert_share"):
+        assert one_by_one[label] == values[label]
+    mean = sum(float(s.z_loss[0] * s.tokens[0]) for s in statistics) / float(whole.tokens[0])
+    assert one_by_one["z_loss/encoder.0"] == pytest.approx(mean, abs=1e-4)
+    assert not [key for key in one_by_one if key.startswith("_")]
+
+
+def test_logging_outputs_are_sums():
+    assert LabelSmoothedCrossEntropyWithRouting.logging_outputs_can_be_summed()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"balance_weight": -1.0}, "--balance-weight must be"),
+        ({"z_loss_weight": math.nan}, "--z-loss-weight must be"),
+        ({"routing_loss": "released", "z_loss_weight": 0.1}, "--z-loss-weight must be 0 with"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        criterion(**settings)
+
+
+def test_losses_stay_float32_in_half_precision():
+    model, data = build(dropout=0.0).to(torch.bfloat16), sample()
+    model(**data["net_input"])
+    packed = take_routing_statistics(model)
+    assert {value.dtype for value in packed.values()} == {torch.float32}
+
+
+def test_sentence_average_weights_by_sentences():
+    model, data = deterministic_model(), sample()
+    by_sentence = LabelSmoothedCrossEntropyWithRouting(Task2(), True, 0.1, balance_weight=1.0)
+    loss, sample_size, _ = by_sentence(model, data)
+    assert sample_size == len(LENGTHS)
+    balance = statistics_of(model, data).load_balance_loss.mean()
+    torch.testing.assert_close(loss, plain_loss(model, data) + sample_size * balance)

@@ -1,0 +1,612 @@
+"""Averaging, translating and scoring, against fairseq's and sacrebleu's own command lines."""
+
+import argparse
+import json
+import os
+import pty
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+import fairseq_sparsemixer
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation import average, evaluate, scoring, translate
+from fairseq_sparsemixer.evaluation.translator import Translator
+from fairseq_sparsemixer.files import read_lines, write_lines
+
+LEXICON = {
+    "the": "das", "a": "ein", "red": "rote", "blue": "blaue", "old": "alte", "new": "neue",
+    "house": "Haus", "car": "Auto", "book": "Buch", "lamp": "Licht", "is": "ist", "was": "war",
+    "here": "hier", "there": "dort", "not": "nicht", "and": "und",
+}  # fmt: skip
+MAX_POSITIONS = 30
+USER_DIR = ["--user-dir", Path(fairseq_sparsemixer.__file__).parent]
+TOO_LONG = " ".join(["red house and blue car"] * 12)
+# Blank lines first, in the middle and last; U+2028 is no line break; Ω is in no dictionary.
+LINES = [
+    "",
+    "the red house is here",
+    "a car",
+    "   ",
+    "the old book was not there and the lamp is new",
+    TOO_LONG,
+    "lamp",
+    "Ω the car",
+    "the blue\u2028car is old",
+    "book and lamp and car and house",
+    "there was a new car",
+    "not here",
+    "",
+]
+
+
+def sentences(count, seed):
+    """Word-for-word pairs of a toy language: even a model of a few updates tells them apart."""
+    rng = random.Random(seed)
+    sources = [rng.choices(list(LEXICON), k=rng.randint(2, 9)) for _ in range(count)]
+    return (
+        [" ".join(words) for words in sources],
+        [" ".join(LEXICON[word] for word in words) for words in sources],
+    )
+
+
+def python(*arguments, **options):
+    """Run a module; its stdout. The error output is shown where it fails."""
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+    assert result.returncode == 0, result.stderr.decode()[-4000:]
+    return result.stdout.decode()
+
+
+def command(module, *flags):
+    """Run one sub-command in this process."""
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return module.run(parser.parse_args([str(flag) for flag in flags]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A prepared corpus: raw/, bin/, copy/ and record.json, as ``prepare`` leaves it."""
+    root = tmp_path_factory.mktemp("corpus")
+    for folder in ("raw", "bin", "copy", "pieces"):
+        (root / folder).mkdir()
+    for seed, (split, count) in enumerate([("train", 300), ("valid", 20), ("test", 21)]):
+        for language, lines in zip(("en", "de"), sentences(count, seed)):
+            write_lines(root / "raw" / f"{split}.{language}", lines)
+    model = root / "bin" / "sentencepiece.bpe.model"
+    sentencepiece.SentencePieceTrainer.train(
+        input=[str(root / "raw" / f"train.{language}") for language in ("en", "de")],
+        model_prefix=str(model)[: -len(".model")],
+        vocab_size=60,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for split in ("train", "valid", "test"):
+        for language in ("en", "de"):
+            lines = read_lines(root / "raw" / f"{split}.{language}")
+            encoded = [" ".join(pieces.encode(line, out_type=str)) for line in lines]
+            write_lines(root / "pieces" / f"{split}.{language}", encoded)
+    prefixes = [f"--{split}pref={root / 'pieces' / split}" for split in ("train", "valid", "test")]
+    python(
+        "-m", "fairseq_cli.preprocess", "-s", "en", "-t", "de", "--joined-dictionary",
+        *prefixes, "--destdir", root / "bin",
+    )  # fmt: skip
+    copied = read_lines(root / "raw" / "train.de")[:21]
+    write_lines(root / "copy" / "test.de", copied)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run_dir(corpus, tmp_path_factory):
+    """150 updates of a Switch Transformer: checkpoints by update, by epoch and by loss."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    python(
+        "-m", "fairseq_cli.train", corpus / "bin", "--cpu", *USER_DIR,
+        "--arch", "switch_transformer_demo", "--num-experts", 4, "--router", "sparsemixer",
+        "--task", "translation", "--share-all-embeddings", "--encoder-layers", 1,
+        "--decoder-layers", 1, "--encoder-embed-dim", 32, "--decoder-embed-dim", 32,
+        "--encoder-ffn-embed-dim", 64, "--decoder-ffn-embed-dim", 64,
+        "--encoder-attention-heads", 2, "--decoder-attention-heads", 2, "--dropout", 0,
+        "--optimizer", "adam", "--lr", 0.01, "--max-tokens", 1000, "--max-update", 150,
+        "--required-batch-size-multiple", 1, "--max-source-positions", MAX_POSITIONS,
+        "--max-target-positions", 40, "--save-interval", 9, "--validate-interval", 9,
+        "--save-interval-updates", 50, "--keep-best-checkpoints", 2, "--save-dir", folder,
+        "--no-progress-bar", "--num-workers", 0,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def translator(run_dir):
+    return Translator(str(run_dir))
+
+
+def interactive(corpus, path, lines):
+    """What fairseq-interactive translates ``lines`` to, with the checkpoint at ``path``."""
+    stdout = python(
+        "-m", "fairseq_cli.interactive", corpus / "bin", *USER_DIR, "--path", path, "--cpu",
+        "--bpe", "sentencepiece", "--sentencepiece-model",
+        corpus / "bin" / "sentencepiece.bpe.model", "--beam", 5, "--buffer-size", 100,
+        "--max-tokens", 4096, "--required-batch-size-multiple", 1,
+        input="".join(f"{line}\n" for line in lines).encode(),
+    )  # fmt: skip
+    return [line.split("\t", 2)[2] for line in stdout.split("\n") if line.startswith("D-")]
+
+
+def texts(translations):
+    return [translation.text for translation in translations]
+
+
+# Averaging
+
+
+def write_state(path, model, updates=0, maximize=False):
+    """The smallest file that averaging takes for a checkpoint."""
+    state = {
+        "cfg": {"checkpoint": {"maximize_best_checkpoint_metric": maximize}},
+        "model": model,
+        "optimizer_history": [{"num_updates": updates}],
+        "last_optimizer_state": {"state": torch.zeros(1000)},
+        "extra_state": {"val_loss": updates, "ema": {"weight": torch.zeros(2)}},
+    }
+    torch.save(state, path)
+    return path
+
+
+def test_average_equals_the_naive_mean_and_stays_tied(run_dir, tmp_path):
+    names = ["checkpoint_7_50.pt", "checkpoint_19_150.pt", "checkpoint_13_100.pt"]
+    output = tmp_path / "averaged.pt"
+    command(average, "--inputs", *(run_dir / name for name in names), "--output", output)
+    averaged = torch.load(output)
+    models = [torch.load(run_dir / name)["model"] for name in names]
+    assert averaged["model"].keys() == models[0].keys()
+    for key, value in averaged["model"].items():
+        mean = sum(model[key].double() for model in models) / len(models)
+        assert torch.equal(value, mean.to(models[0][key].dtype)), key
+    tied = [averaged["model"][f"{side}.embed_tokens.weight"] for side in ("encoder", "decoder")]
+    assert tied[0].data_ptr() == tied[1].data_ptr()
+    assert "last_optimizer_state" not in averaged
+    assert averaged["averaged_from"] == names
+    assert averaged["optimizer_history"][-1]["num_updates"] == 150
+
+
+def test_average_keeps_dtypes_and_takes_the_rest_from_the_newest(tmp_path):
+    shared = torch.tensor([1.0, 2.0])
+    paths = [
+        write_state(
+            tmp_path / "new.pt",
+            {
+                "half": torch.tensor([61440.0], dtype=torch.float16),
+                "steps": torch.tensor([7]),
+                "tied": shared,
+                "also_tied": shared,
+            },
+            updates=9,
+        ),
+        write_state(
+            tmp_path / "old.pt",
+            {
+                "half": torch.tensor([49152.0], dtype=torch.float16),
+                "steps": torch.tensor([5]),
+                "tied": torch.tensor([3.0, 4.0]),
+                "also_tied": torch.tensor([5.0, 6.0]),
+            },
+            updates=3,
+        ),
+    ]
+    average.average_checkpoints(paths, tmp_path / "out.pt")
+    state = torch.load(tmp_path / "out.pt")
+    model = state["model"]
+    # The sum would overflow float16.
+    assert model["half"].dtype == torch.float16 and model["half"].item() == 55296.0
+    assert model["steps"].tolist() == [7]
+    # Tied in one file only: two means, each its own.
+    assert model["tied"].tolist() == [2.0, 3.0] and model["also_tied"].tolist() == [3.0, 4.0]
+    assert state["extra_state"] == {"val_loss": 9}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"a": torch.zeros(3)}, "parameter a has the shape [2] in .*one.pt and [3] in .*two.pt"),
+        ({"b": torch.zeros(2)}, "one.pt has the parameter a and .*two.pt has not"),
+    ],
+)
+def test_average_refuses_files_that_do_not_match(tmp_path, other, message):
+    paths = [
+        write_state(tmp_path / "one.pt", {"a": torch.zeros(2)}),
+        write_state(tmp_path / "two.pt", other),
+    ]
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        average.average_checkpoints(paths, tmp_path / "out.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.pt", "two.pt"]
+
+
+def test_last_is_chronological(run_dir):
+    names = [path.name for path in average.last_checkpoints(run_dir, 4)]
+    assert names == [
+        "checkpoint9.pt",
+        "checkpoint_13_100.pt",
+        "checkpoint18.pt",
+        "checkpoint_19_150.pt",
+    ]
+
+
+@pytest.mark.parametrize(("maximize", "best"), [(False, ["4.500", "10.250"]), (True, ["30.000"])])
+def test_best_knows_which_way_is_better(tmp_path, maximize, best):
+    for value in ("10.250", "4.500", "30.000"):
+        # The digit after the decimals is fairseq's, and not part of the value.
+        path = tmp_path / f"checkpoint.best_bleu_{value}7.pt"
+        write_state(path, {"a": torch.zeros(1)}, maximize=maximize)
+    chosen = average.best_checkpoints(tmp_path, len(best))
+    assert [path.name for path in chosen] == [f"checkpoint.best_bleu_{value}7.pt" for value in best]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--last", 9], "found 5 .* lower --last"),
+        (["--best", 3], "found 2 .* lower --best"),
+        (["--last", 0], "--last 0"),
+        ([], "add --last N or --best N"),
+    ],
+)
+def test_average_says_which_flag_to_change(run_dir, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        command(average, "--inputs", run_dir, *flags, "--output", tmp_path / "out.pt")
+
+
+def test_average_of_files_takes_no_choice_and_reads_no_junk(tmp_path):
+    junk = tmp_path / "junk.pt"
+    junk.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="--last and --best choose from a run folder"):
+        command(average, "--inputs", junk, "--last", 2, "--output", tmp_path / "out.pt")
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*junk.pt"):
+        command(average, "--inputs", junk, "--output", tmp_path / "out.pt")
+    with pytest.raises(UserError, match=r"no checkpoint .*gone.pt"):
+        command(average, "--inputs", tmp_path / "gone.pt", "--output", tmp_path / "out.pt")
+
+
+def test_generate_agrees_on_an_ensemble_with_an_average(corpus, run_dir, tmp_path):
+    averaged = tmp_path / "averaged.pt"
+    command(average, "--inputs", run_dir, "--best", 2, "--output", averaged)
+    path = f"{averaged}:{run_dir / 'checkpoint_7_50.pt'}"
+    stdout = python(
+        "-m", "fairseq_cli.generate", corpus / "bin", *USER_DIR, "--path", path, "--cpu",
+        "--bpe", "sentencepiece", "--sentencepiece-model",
+        corpus / "bin" / "sentencepiece.bpe.model", "--beam", 5, "--max-tokens", 4096,
+        "--required-batch-size-multiple", 1,
+    )  # fmt: skip
+    hypotheses = {}
+    for line in stdout.split("\n"):
+        if line.startswith("D-"):
+            number, _, text = line[2:].split("\t", 2)
+            hypotheses[int(number)] = text
+    ensemble = Translator(path)
+    sources = read_lines(corpus / "raw" / "test.en")
+    translations = texts(ensemble.translate(sources))
+    assert translations == [hypotheses[number] for number in range(len(sources))]
+    assert [checkpoint.updates for checkpoint in ensemble.checkpoints] == [150, 50]
+    assert [len(checkpoint.averaged_from) for checkpoint in ensemble.checkpoints] == [2, 0]
+    single = Translator(str(averaged))
+    assert translations != texts(single.translate(sources))
+
+
+# Translating
+
+
+def test_translator_equals_interactive_line_by_line(corpus, run_dir, translator, caplog):
+    translations = translator.translate(LINES)
+    assert len(translations) == len(LINES)
+    assert caplog.text.count("were cut") == 1 and "1 of 13 lines" in caplog.text
+    blank = [place for place, line in enumerate(LINES) if not line.strip()]
+    assert blank == [0, 3, 12]
+    assert [translations[place].text for place in blank] == ["", "", ""]
+    assert [translation.source_cut for translation in translations].index(True) == 5
+
+    # What is left of the long line is its first tokens, of which the last is end of sentence.
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(corpus / "bin" / "sentencepiece.bpe.model")
+    )
+    kept = pieces.encode(TOO_LONG)[: MAX_POSITIONS - 1]
+    short = pieces.decode(kept)
+    assert pieces.encode(short) == kept
+    lines = [short if line == TOO_LONG else line for line in LINES if line.strip()]
+    expected = interactive(corpus, run_dir / "checkpoint_best.pt", lines)
+    assert [text for text in texts(translations) if text] == expected
+    # Or a wrong order would go unseen.
+    assert len(set(expected)) == len(expected)
+
+
+def test_checkpoints_of_an_ensemble_are_looked_up_in_the_run(run_dir):
+    names = "checkpoint_7_50.pt:checkpoint_19_150.pt"
+    ensemble = Translator(str(run_dir), names)
+    assert [checkpoint.updates for checkpoint in ensemble.checkpoints] == [50, 150]
+    with pytest.raises(UserError, match=r"no checkpoint .*checkpoint_8.pt"):
+        Translator(str(run_dir), f"{names}:checkpoint_8.pt")
+
+
+@pytest.mark.parametrize("limit", [{"batch_size": 1}, {"batch_size": 2}, {"max_tokens": 1}])
+def test_batches_do_not_matter(translator, limit):
+    whole, parts = translator.translate(LINES), translator.translate(LINES, **limit)
+    assert texts(parts) == texts(whole)
+    assert [t.score for t in parts] == pytest.approx([t.score for t in whole], abs=1e-4)
+
+
+def test_one_line_no_line_and_blank_lines(translator):
+    assert translator.translate([]) == []
+    assert texts(translator.translate(["", " \t", "\u200b"])) == ["", "", ""]
+    line = "the red house is here"
+    assert texts(translator.translate([line])) == [texts(translator.translate(LINES))[1]]
+
+
+def test_search_flags_reach_the_search(translator):
+    lines = LINES[4:6]
+    greedy, wide = translator.translate(lines, beam=1), translator.translate(lines, beam=8)
+    assert [t.score for t in greedy] != [t.score for t in wide]
+    # A score is the log-probability over length ** lenpen: longer output is favoured.
+    long = translator.translate(lines, beam=8, lenpen=4.0)
+    assert sum(map(len, texts(long))) >= sum(map(len, texts(wide)))
+    assert [t.score for t in long] != [t.score for t in wide]
+    with pytest.raises(UserError, match="--beam 0"):
+        translator.translate(lines, beam=0)
+
+
+def test_lost_lines_are_an_error(translator, monkeypatch):
+    search = translator._search
+    monkeypatch.setattr(translator, "_search", lambda *args: list(search(*args))[:-1])
+    with pytest.raises(RuntimeError, match="1 of 13 lines"):
+        translator.translate(LINES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_half_precision_needs_a_gpu(run_dir):
+    with pytest.raises(UserError, match="--fp16 needs a CUDA device"):
+        Translator(str(run_dir), precision="fp16")
+
+
+@pytest.fixture
+def moved(run_dir, tmp_path):
+    """A run folder whose data have gone: the checkpoint alone."""
+    state = torch.load(run_dir / "checkpoint_best.pt")
+    state["cfg"]["task"]["data"] = str(tmp_path / "gone")
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    torch.save(state, folder / "checkpoint_best.pt")
+    return folder
+
+
+def link_model_files(corpus, folder):
+    for name in ("dict.en.txt", "dict.de.txt", "sentencepiece.bpe.model"):
+        (folder / name).symlink_to(corpus / "bin" / name)
+
+
+def test_model_files_are_found_in_the_run_and_in_data(corpus, moved, translator):
+    expected = translator.translate(LINES)
+    assert Translator(str(moved), data=corpus).translate(LINES) == expected
+    assert Translator(str(moved), data=corpus / "bin").translate(LINES) == expected
+    with pytest.raises(UserError, match="give --source-lang and --target-lang"):
+        Translator(str(moved))
+    languages = {"source_lang": "en", "target_lang": "de"}
+    with pytest.raises(UserError, match=r"found no dict.en.txt and dict.de.txt .* --data"):
+        Translator(str(moved), **languages)
+    link_model_files(corpus, moved)
+    assert Translator(str(moved), **languages).translate(LINES) == expected
+    (moved / "sentencepiece.bpe.model").unlink()
+    with pytest.raises(UserError, match=r"found no sentencepiece.bpe.model .* --data"):
+        Translator(str(moved), **languages)
+
+
+def test_dictionaries_of_another_model_are_refused(corpus, moved):
+    link_model_files(corpus, moved)
+    for name in ("dict.en.txt", "dict.de.txt"):
+        lines = read_lines(moved / name)
+        (moved / name).unlink()
+        write_lines(moved / name, lines[:-5])
+    with pytest.raises(UserError, match=r"dictionaries of 48 entries and .* have 43; .*--data"):
+        Translator(str(moved), data=corpus)
+
+
+def test_missing_and_damaged_checkpoints(run_dir, tmp_path):
+    with pytest.raises(UserError, match=r"--checkpoint \(there: .*checkpoint_last.pt"):
+        Translator(str(run_dir), "checkpoint_99.pt")
+    with pytest.raises(UserError, match="no run folder or checkpoint"):
+        Translator(str(tmp_path / "nowhere"))
+    content = (run_dir / "checkpoint_best.pt").read_bytes()
+    (tmp_path / "checkpoint_best.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .* copy it again"):
+        Translator(str(tmp_path))
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "checkpoint_best.pt")
+    with pytest.raises(UserError, match="cannot read the checkpoint"):
+        Translator(str(tmp_path))
+
+
+# The translate command
+
+
+def test_a_pipe_streams_whatever_the_locale(run_dir, translator):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    lines = ["the red house", "", "Ω the\u2028car is old", "lamp"]
+    expected = texts(translator.translate(lines))
+    program = [sys.executable, "-m", "fairseq_sparsemixer.cli", "translate", str(run_dir)]
+    with subprocess.Popen(
+        [*program, "--buffer-size", "2"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        process.stdin.write(f"{lines[0]}\n{lines[1]}\n".encode())
+        process.stdin.flush()
+        # Answered while the pipe is still open.
+        assert process.stdout.readline().decode() == f"{expected[0]}\n"
+        assert process.stdout.readline() == b"\n"
+        # The last line has no newline of its own.
+        rest, errors = process.communicate(f"{lines[2]}\n{lines[3]}".encode(), timeout=60)
+    assert rest.decode() == f"{expected[2]}\n{expected[3]}\n"
+    assert process.returncode == 0 and b"Traceback" not in errors
+
+
+def test_a_file_becomes_a_file(run_dir, translator, tmp_path, capsys):
+    # A byte order mark and Windows line endings are no text.
+    source = tmp_path / "in.en"
+    source.write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}\r\n" for line in LINES).encode())
+    output = tmp_path / "new" / "out.de"
+    command(translate, run_dir, "--input", source, "--output", output, "--buffer-size", 5)
+    assert read_lines(output) == texts(translator.translate(LINES))
+    assert capsys.readouterr().out == ""
+    source.write_bytes(b"the car\n\xff\n")
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        command(translate, run_dir, "--input", source, "--output", tmp_path / "bad.de")
+    assert not (tmp_path / "bad.de").exists()
+    with pytest.raises(UserError, match="check --input"):
+        command(translate, run_dir, "--input", tmp_path / "gone.en")
+    with pytest.raises(UserError, match="--output the name of a file"):
+        command(translate, run_dir, "--input", source, "--output", tmp_path)
+
+
+def test_a_prompt_answers_each_line_until_ctrl_d(run_dir, translator, monkeypatch, capsysbinary):
+    ours, theirs = pty.openpty()
+    os.write(ours, b"the red house\n\nlamp\n\x04")
+    with open(theirs, encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        command(translate, run_dir)
+    os.close(ours)
+    captured = capsysbinary.readouterr()
+    expected = texts(translator.translate(["the red house", "", "lamp"]))
+    assert captured.out.decode() == "".join(f"{line}\n" for line in expected)
+    assert captured.err.count(b"> ") == 4 and captured.err.endswith(b"\n")
+
+
+# Scoring and the evaluate command
+
+
+def sacrebleu(reference, hypothesis):
+    """What sacrebleu's command prints: scores with 6 decimals, and signatures."""
+    printed = python(
+        "-m", "sacrebleu", reference, "-i", hypothesis, "-m", "bleu", "chrf", "-w", 6
+    )  # fmt: skip
+    return {entry["name"]: (entry["score"], entry["signature"]) for entry in json.loads(printed)}
+
+
+def test_report_equals_sacrebleu_and_says_how_it_came_about(
+    corpus, run_dir, translator, tmp_path, capsys
+):
+    output = tmp_path / "report.json"
+    baseline = run_dir / "checkpoint_7_50.pt"
+    command(
+        evaluate, run_dir, "--data", corpus, "--beam", 2, "--baseline", baseline,
+        "--output", output,
+    )  # fmt: skip
+    report = json.loads(output.read_text(encoding="utf-8"))
+    reference = corpus / "raw" / "test.de"
+    for system, path in ((report, "report.de"), (report["baseline"], "report.baseline.de")):
+        assert system["hypotheses"] == str(tmp_path / path)
+        printed = sacrebleu(reference, tmp_path / path)
+        for name, key in (("BLEU", "bleu"), ("chrF2", "chrf")):
+            score, signature = printed[name]
+            assert system["scores"][key]["score"] == pytest.approx(score, abs=1e-6)
+            assert system["scores"][key]["signature"] == signature
+    sources = read_lines(corpus / "raw" / "test.en")
+    assert read_lines(tmp_path / "report.de") == texts(translator.translate(sources, beam=2))
+    assert report["scores"]["bleu"]["score"] > report["baseline"]["scores"]["bleu"]["score"] > 0
+
+    counts = report["counts"]
+    assert (counts["source_lines"], counts["hypothesis_lines"]) == (21, 21)
+    checkpoint = report["checkpoints"][0]
+    assert (checkpoint["name"], checkpoint["updates"]) == ("checkpoint_best.pt", 144)
+    assert len(checkpoint["sha256"]) == 64
+    assert report["model"] == {
+        "arch": "switch_transformer_demo",
+        "router": "sparsemixer",
+        "num_experts": 4,
+        "top_k": 1,
+    }
+    assert report["generation"]["beam"] == 2
+    assert set(report["versions"]) >= {"fairseq", "torch", "sacrebleu", "sentencepiece"}
+    copied = scoring.score(read_lines(corpus / "copy" / "test.de"), read_lines(reference))
+    assert report["copy"]["scores"] == copied
+    comparison = report["comparison"]["bleu"]
+    difference = report["scores"]["bleu"]["score"] - report["baseline"]["scores"]["bleu"]["score"]
+    assert comparison["difference"] == pytest.approx(difference)
+    table = capsys.readouterr().out
+    assert f"{report['scores']['bleu']['score']:.2f}" in table
+    assert report["scores"]["bleu"]["signature"] in table
+
+
+def test_report_finds_the_corpus_and_its_place_alone(corpus, run_dir):
+    command(evaluate, run_dir, "--subset", "valid")
+    report = json.loads((run_dir / "evaluation" / "valid.checkpoint_best.json").read_bytes())
+    assert report["hypotheses"] == str(run_dir / "evaluation" / "valid.checkpoint_best.de")
+    assert report["counts"]["hypothesis_lines"] == 20
+    assert report["copy"] is None
+
+
+def test_copy_score_of_the_record_where_the_copied_lines_are_gone(tmp_path):
+    record = {"copy_score": {"test": {"bleu": 12.34, "signature": "nrefs:1"}}}
+    (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    test_set = evaluate.TestSet("test", tmp_path, tmp_path, corpus=tmp_path)
+    scores = evaluate.copy_score(test_set, "de", ["das Haus"])["scores"]
+    assert scores == {"bleu": {"score": 12.34, "signature": "nrefs:1"}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--source", "three.en"], "--source and --reference go together"),
+        (["--source", "three.en", "--reference", "gone.de"], "no gone.de; check --source"),
+        (["--source", "three.en", "--reference", "two.de"], "has 3 lines and two.de has 2"),
+        (["--source", "two.de", "--reference", "two.de", "--output", "two.json"], "overwrite"),
+        (["--output", "scores.txt"], "ending in .json"),
+        (["--data", "."], "name a prepared corpus with --data"),
+    ],
+)
+def test_evaluate_refuses_before_it_translates(run_dir, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "three.en", ["a", "b", "c"])
+    write_lines(tmp_path / "two.de", ["a", "b"])
+    with pytest.raises(UserError, match=message):
+        command(evaluate, run_dir, *flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["three.en", "two.de"]
+
+
+def test_scores_need_a_reference_for_each_line():
+    with pytest.raises(UserError, match=r"2 hypotheses .* 1 reference"):
+        scoring.score(["a", "b"], ["a"])
+    with pytest.raises(UserError, match=r"1 hypotheses .* 2 reference"):
+        scoring.compare(["a", "b"], ["a"], ["a", "b"])
+    with pytest.raises(UserError, match="no lines to score"):
+        scoring.score([], [])
+
+
+def test_comparison_tells_a_real_difference_from_none():
+    _, references = sentences(60, seed=7)
+    worse = [line if place % 3 else line[: len(line) // 2] for place, line in enumerate(references)]
+    result = scoring.compare(references, worse, references)
+    for metric in ("bleu", "chrf"):
+        assert result[metric]["difference"] > 1
+        assert result[metric]["p_value"] < 0.01
+        assert "bs:1000|seed:12345" in result[metric]["signature"]
+    same = scoring.compare(worse, worse, references)
+    assert same["bleu"]["difference"] == 0 and same["bleu"]["p_value"] == 1

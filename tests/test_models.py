@@ -1,0 +1,355 @@
+"""The fairseq seam: settings, architectures, layers and what they must leave as it was."""
+
+import argparse
+import copy
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_CONFIG_REGISTRY, build_model
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+from omegaconf import OmegaConf
+
+from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
+    take_routing_statistics,
+)
+from fairseq_sparsemixer.models import SwitchTransformerConfig, SwitchTransformerModel
+from fairseq_sparsemixer.models.architectures import ARCHITECTURES
+from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.models.layers import SwitchLayer
+from fairseq_sparsemixer.moe import RoutingStatistics
+
+SMALL = {
+    "encoder_embed_dim": 16,
+    "encoder_ffn_embed_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+}
+
+
+class Task:
+    """What a model reads of a task."""
+
+    def __init__(self):
+        self.source_dictionary = self.target_dictionary = Dictionary()
+        for symbol in "abcdefgh":
+            self.source_dictionary.add_symbol(symbol)
+
+
+def build(arch="switch_transformer", seed=0, **settings):
+    torch.manual_seed(seed)
+    return build_model(OmegaConf.create({"_name": arch, **SMALL, **settings}), Task())
+
+
+def batch(lengths=((3, 4), (5, 2)), seed=0):
+    """A left-padded source and right-padded target batch."""
+    generator = torch.Generator().manual_seed(seed)
+    pad, eos = 1, 2
+    sources = torch.full((len(lengths), max(s for s, _ in lengths) + 1), pad)
+    targets = torch.full((len(lengths), max(t for _, t in lengths) + 1), pad)
+    for row, (source, target) in enumerate(lengths):
+        sources[row, -source - 1 :] = torch.cat(
+            [torch.randint(4, 12, (source,), generator=generator), torch.tensor([eos])]
+        )
+        targets[row, : target + 1] = torch.cat(
+            [torch.tensor([eos]), torch.randint(4, 12, (target,), generator=generator)]
+        )
+    return {
+        "src_tokens": sources,
+        "src_lengths": sources.ne(pad).sum(1),
+        "prev_output_tokens": targets,
+    }
+
+
+def dense_transformer(cfg):
+    torch.manual_seed(0)
+    return TransformerModelBase.build_model(cfg, Task())
+
+
+def moe_layers(model):
+    return [m.layer_name for m in model.modules() if isinstance(m, SwitchLayer)]
+
+
+def test_experts_lie_in_layers_0_2_4_by_default():
+    model = build(encoder_layers=6, decoder_layers=5)
+    names = ["encoder.0", "encoder.2", "encoder.4", "decoder.0", "decoder.2", "decoder.4"]
+    assert moe_layers(model) == names
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"moe_every": 1},
+            ["encoder.0", "encoder.1", "encoder.2", "decoder.0", "decoder.1", "decoder.2"],
+        ),
+        ({"moe_every": 3, "moe_offset": 1}, ["encoder.1", "decoder.1"]),
+        ({"encoder_moe_layers": "none"}, ["decoder.0", "decoder.2"]),
+        (
+            {"encoder_moe_layers": "2,1", "decoder_moe_layers": "0"},
+            ["encoder.1", "encoder.2", "decoder.0"],
+        ),
+        ({"encoder_layers_to_keep": "1,2"}, ["encoder.2", "decoder.0", "decoder.2"]),
+    ],
+)
+def test_layers_with_experts_can_be_chosen(settings, expected):
+    assert moe_layers(build(**settings)) == expected
+
+
+def test_expert_parameters_read_well():
+    names = [name for name in build().state_dict() if name.startswith("encoder.layers.0.moe")]
+    assert names == [
+        f"encoder.layers.0.moe.{name}"
+        for name in (
+            "router.weight", "router.bias", "router.output_scale",
+            "experts.w1", "experts.b1", "experts.w2", "experts.b2",
+        )
+    ]  # fmt: skip
+    assert not [name for name in build().state_dict() if "layers.0.fc" in name]
+
+
+@pytest.mark.parametrize("normalize_before", [True, False])
+def test_without_experts_it_is_fairseqs_transformer(normalize_before):
+    settings = {
+        "encoder_normalize_before": normalize_before,
+        "decoder_normalize_before": normalize_before,
+    }
+    model = build(encoder_moe_layers="none", decoder_moe_layers="none", **settings).eval()
+    cfg = copy.deepcopy(model.cfg)
+    dense = dense_transformer(cfg).eval()
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in dense.state_dict().items()
+    }
+    for name, value in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(model(**batch())[0], dense(**batch())[0])
+
+
+@pytest.mark.parametrize("router", ["switch", "sparsemixer"])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_expert_with_gate_one_equals_fairseqs_transformer(router, training):
+    """One expert: softmax over one logit is 1, and m is 1 where the arg-max is drawn."""
+    settings = {"dropout": 0.2, "attention_dropout": 0.1, "activation_dropout": 0.0}
+    model = build(num_experts=1, router=router, **settings).train(training)
+    dense = dense_transformer(copy.deepcopy(model.cfg)).train(training)
+    state = dense.state_dict()
+    renamed = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
+    for name, value in model.state_dict().items():
+        prefix, _, last = name.rpartition(".moe.experts.")
+        if prefix:
+            state[f"{prefix}.{renamed[last]}"] = value[0]
+        elif ".moe." not in name:
+            state[name] = value
+    dense.load_state_dict(state)
+    # Router noise would shift the dropout masks of the later layers: give every mask its own seed.
+    for both in (model, dense):
+        for module in both.modules():
+            module.register_forward_pre_hook(lambda *_: torch.manual_seed(7) and None)
+    # Padding is not routed, so its own outputs, which nobody reads, are others.
+    keep = batch()["prev_output_tokens"].ne(1)
+    torch.testing.assert_close(model(**batch())[0][keep], dense(**batch())[0][keep])
+
+
+def test_padding_changes_neither_outputs_nor_statistics_nor_gradients():
+    model = build(router="switch", jitter_eps=0.0, dropout=0.0)
+    lengths = [(3, 4), (5, 2), (1, 6)]
+    padded = batch(lengths)
+
+    def run(net_inputs):
+        model.zero_grad()
+        logits, sums = [], 0
+        for net_input in net_inputs:
+            out = model(**net_input)[0]
+            keep = net_input["prev_output_tokens"].ne(1)
+            logits.append(out[keep])
+            sums = sums + torch.stack(list(take_routing_statistics(model).values()))
+        statistics = RoutingStatistics.unpack(sums)
+        losses = statistics.load_balance_loss.mean(), statistics.z_loss.mean()
+        out = torch.cat(logits)
+        (out.square().mean() + sum(losses)).backward()
+        return out, losses, [p.grad.clone() for p in model.parameters()]
+
+    alone = []
+    for row, (source, target) in enumerate(lengths):
+        alone.append(
+            {
+                "src_tokens": padded["src_tokens"][row : row + 1, -source - 1 :],
+                "src_lengths": padded["src_lengths"][row : row + 1],
+                "prev_output_tokens": padded["prev_output_tokens"][row : row + 1, : target + 1],
+            }
+        )
+    torch.testing.assert_close(run([padded]), run(alone), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_activation_checkpointing_keeps_the_gradient_of_the_routing_losses(offload):
+    def gradients(**settings):
+        model = build(dropout=0.1, **settings)
+        torch.manual_seed(3)
+        out = model(**batch())[0]
+        packed = take_routing_statistics(model)
+        assert len(packed) == 4
+        statistics = RoutingStatistics.unpack(torch.stack(list(packed.values())))
+        losses = statistics.load_balance_loss.sum() + statistics.z_loss.sum()
+        (out.square().mean() + losses).backward()
+        return out, losses, {n: p.grad for n, p in model.named_parameters()}
+
+    plain = gradients()
+    checkpointed = gradients(checkpoint_activations=True, offload_activations=offload)
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-7)
+    assert plain[2]["encoder.layers.0.moe.router.weight"].abs().sum() > 0
+
+
+def test_incremental_decoding_equals_the_whole_sequence():
+    model = build().eval()
+    net_input = batch(((4, 6),))
+    whole = model(**net_input)[0]
+    encoder_out = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
+    state = {}
+    tokens = net_input["prev_output_tokens"]
+    steps = [
+        model.decoder(tokens[:, : i + 1], encoder_out=encoder_out, incremental_state=state)[0]
+        for i in range(tokens.shape[1])
+    ]
+    torch.testing.assert_close(torch.cat(steps, 1), whole)
+    decoder_layers = [m for m in model.decoder.modules() if isinstance(m, SwitchLayer)]
+    assert all(layer.routing_statistics is None for layer in decoder_layers)
+
+
+def test_model_can_be_copied_after_training_step():
+    """fairseq's EMA copies the model; statistics with a graph cannot be copied."""
+    model = build()
+    model(**batch())
+    assert take_routing_statistics(model)
+    assert not take_routing_statistics(model)
+    clone = copy.deepcopy(model).eval()
+    torch.testing.assert_close(clone(**batch())[0], model.eval()(**batch())[0])
+    assert clone.encoder.layers[0].fc1.__self__ is clone.encoder.layers[0]
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_flags_and_hydra_agree_on_every_architecture(arch):
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    flags = ["data", "--arch", arch, "--num-experts", "3", "--dropout", "0.25"]
+    args = options.parse_args_and_arch(options.get_training_parser(), flags)
+    from_flags = convert_namespace_to_omegaconf(args).model
+    from_hydra = OmegaConf.create({"_name": arch, "num_experts": 3, "dropout": 0.25})
+    with torch.device("meta"):  # sizes only
+        a, b = build_model(from_flags, Task()), build_model(from_hydra, Task())
+    assert vars(a.cfg) == vars(b.cfg)
+    assert a.cfg.dropout == 0.25
+    assert a.cfg.experts.num_experts == 3
+    fairseq_name = arch.replace("switch_transformer", "transformer")
+    if fairseq_name in ARCH_CONFIG_REGISTRY:
+        args = argparse.Namespace(dropout=0.25)
+        ARCH_CONFIG_REGISTRY[fairseq_name](args)
+        dense = TransformerConfig.from_namespace(args)
+        for side in ("encoder", "decoder"):
+            assert getattr(a.cfg, side).embed_dim == getattr(dense, side).embed_dim
+            assert getattr(a.cfg, side).layers == getattr(dense, side).layers
+            assert getattr(a.cfg, side).normalize_before == getattr(dense, side).normalize_before
+
+
+def test_every_flag_of_fairseqs_transformer_is_there():
+    ours, theirs = (argparse.ArgumentParser(argument_default=argparse.SUPPRESS) for _ in range(2))
+    SwitchTransformerModel.add_args(ours)
+    from fairseq.models.transformer import TransformerModel
+
+    TransformerModel.add_args(theirs)
+    flags = [{o for action in p._actions for o in action.option_strings} for p in (ours, theirs)]
+    assert flags[1] <= flags[0]
+    assert {"--router", "--num-experts", "--jitter-eps", "--top-k"} <= flags[0]
+
+
+def test_activation_dropout_of_experts_has_its_own_rate():
+    for settings, expected in (
+        ({"activation_dropout": 0.2}, 0.2),
+        ({"relu_dropout": 0.3}, 0.3),
+        ({"activation_dropout": 0.2, "expert_activation_dropout": 0.0}, 0.0),
+        ({"expert_activation_dropout": 0.4}, 0.4),
+    ):
+        layers = build(**settings).encoder.layers
+        assert layers[0].moe.experts.activation_dropout == expected
+        assert layers[1].activation_dropout_module.p == settings.get(
+            "activation_dropout", settings.get("relu_dropout", 0.0)
+        )
+
+
+def test_router_settings_reach_the_router():
+    model = build(
+        jitter_eps=0.3,
+        no_router_bias=True,
+        router_init_scale=0.0,
+        router_options='{"first_order_on_argmax": false}',
+        moe_backend="loop",
+    )
+    moe = model.decoder.layers[2].moe
+    assert moe.router.jitter_eps == 0.3
+    assert moe.router.bias is None
+    assert moe.router.weight.abs().sum() == 0
+    assert moe.router.first_order_on_argmax is False
+    assert moe.backend == "loop"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"router": "swich"}, "--router swich: .*did you mean 'switch'"),
+        ({"num_experts": 0}, "--num-experts must be at least 1, not 0"),
+        ({"top_k": 5}, r"--top-k must be 1 to --num-experts \(4\), not 5"),
+        ({"top_k": 0}, "--top-k must be at least 1"),
+        ({"top_k": 2}, "--router sparsemixer: .*top_k must be 1"),
+        ({"jitter_eps": -1.0}, "--jitter-eps must be a number of at least 0"),
+        ({"router": "switch", "jitter_eps": 1.5}, "--router switch: jitter_eps must be"),
+        ({"encoder_moe_layers": "7"}, "--encoder-moe-layers: there is no layer 7; .* 0 to 2"),
+        ({"decoder_moe_layers": "0;2"}, "--decoder-moe-layers must be 'none' or"),
+        ({"encoder_layers_to_keep": "0,9"}, "--encoder-layers-to-keep: there is no layer 9"),
+        ({"moe_every": 0}, "--moe-every must be at least 1"),
+        ({"moe_offset": -1}, "--moe-offset must be at least 0"),
+        ({"quant_noise_pq": 0.1}, "--quant-noise-pq must be 0"),
+        ({"scale_fc": True}, "--scale-fc must be off"),
+        ({"encoder_attention_heads": 3}, "must be a multiple of --encoder-attention-heads"),
+        ({"encoder_ffn_embed_dim": 0}, "--encoder-ffn-embed-dim must be at least 1"),
+        ({"share_all_embeddings": True, "decoder_embed_dim": 8}, "--share-all-embeddings"),
+        ({"expert_activation_dropout": 2.0}, "--expert-activation-dropout must be 0 to 1"),
+        ({"router_init_scale": -1.0}, "--router-init-scale must be"),
+        ({"router_options": "{"}, "--router-options is not JSON"),
+        ({"router_options": "[]"}, "--router-options must be a JSON object"),
+        ({"router_options": '{"x": 1}'}, "--router-options for --router sparsemixer: .*'x'"),
+        ({"moe_backend": "fast"}, "--moe-backend: unknown backend 'fast'; choose from auto"),
+        ({"nonsense": 1}, "model settings: .*nonsense"),
+    ],
+)
+def test_bad_settings_give_one_line(settings, message):
+    with pytest.raises(ConfigError, match=message) as info:
+        build("switch_transformer_wmt_en_de", **settings)
+    assert "\n" not in str(info.value)
+
+
+def test_checkpoint_of_another_shape():
+    with pytest.raises(ConfigError, match=r"router.weight is \(8, 16\) there and \(4, 16\) here"):
+        build().load_state_dict(build(num_experts=8).state_dict())
+    with pytest.raises(ConfigError, match=r"it has no encoder.layers.0.moe.router.weight"):
+        build().load_state_dict(build(encoder_moe_layers="1").state_dict())
+
+
+def test_unused_statistics_are_reported_once(caplog):
+    from fairseq_sparsemixer.models import layers
+
+    layers._warn_unused_statistics.cache_clear()
+    model = build()
+    for _ in range(3):
+        model(**batch())
+    messages = [r.message for r in caplog.records if "ignores the routing losses" in r.message]
+    assert len(messages) == 1
+    assert "--criterion label_smoothed_cross_entropy_with_routing" in messages[0]
+
+
+def test_config_defaults_are_those_of_fairseq():
+    ours = SwitchTransformerConfig()
+    assert ours.max_source_positions == TransformerConfig().max_source_positions
+    assert ours.encoder_embed_dim is None, "left to the architecture"
