@@ -32,7 +32,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["mypy", "pytest>=7", "pytest-xdist", "ruff"],
+        "dev": ["mypy", "pytest>=7", "pytest-xdist", "ruff", "tensorboardX"],
         "report": ["matplotlib", "tensorboardX"],
         "wmt": ["sacremoses", "subword-nmt"],
     },

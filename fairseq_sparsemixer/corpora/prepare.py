@@ -36,7 +36,7 @@ from fairseq_sparsemixer.files import (
 )
 
 HELP = "build a corpus: download or take text, split, SentencePiece, fairseq-preprocess"
-DEFAULT_VOCAB_SIZE = 8000
+DEFAULT_VOCAB_SIZE = 4000
 # Written last, so that a folder that has it is complete.
 RECORD = "record.json"
 

@@ -12,9 +12,9 @@ Fill = Callable[[argparse.Namespace], Any]
 
 
 def demo_architecture(args: argparse.Namespace) -> None:
-    """3 + 3 layers of width 256: what two CPU cores train in some minutes."""
-    _default(args, "encoder_embed_dim", 256)
-    _default(args, "encoder_ffn_embed_dim", 1024)
+    """3 + 3 layers of width 192: what two CPU cores train in some minutes."""
+    _default(args, "encoder_embed_dim", 192)
+    _default(args, "encoder_ffn_embed_dim", 768)
     for side in ("encoder", "decoder"):
         _default(args, f"{side}_layers", 3)
         _default(args, f"{side}_attention_heads", 4)

@@ -77,7 +77,7 @@ class RoutingStatistics:
 
     @property
     def load_balance_loss(self) -> Tensor:
-        """(...): N sum_i F_i P_i (arXiv 2101.03961, equation 4); 1 when uniform."""
+        """(...): N sum_i F_i P_i (arXiv 2101.03961); 1 when uniform."""
         return self._balance(self.probs)
 
     @property
@@ -87,7 +87,7 @@ class RoutingStatistics:
 
     @property
     def z_loss(self) -> Tensor:
-        """(...): mean of logsumexp(z)^2 (arXiv 2202.08906, equation 5)."""
+        """(...): mean of logsumexp(z)^2 (ST-MoE, arXiv 2202.08906)."""
         return self.squared_logsumexp / self.tokens.clamp_min(1)
 
     @property
@@ -101,7 +101,7 @@ class RoutingStatistics:
 
 
 def load_balance_loss(routing: Routing) -> Tensor:
-    """(): N sum_i F_i P_i of one layer (arXiv 2101.03961, equation 4); 1 when uniform.
+    """(): N sum_i F_i P_i of one layer (arXiv 2101.03961); 1 when uniform.
 
     F_i is the share of non-padding tokens sent to expert i (no gradient), P_i the mean of p_i.
     """

@@ -40,7 +40,7 @@ class Router(nn.Module):
     """Maps tokens to experts; a subclass supplies the gradient estimator in :meth:`select`.
 
     The arithmetic is float32 whatever the model's dtype, under autocast too: half-precision
-    logits flip choices (arXiv 2101.03961, section 2.4).
+    logits flip choices (selective precision, arXiv 2101.03961).
 
     Args:
         embed_dim: D, the width of a token.

@@ -16,9 +16,9 @@ from fairseq_sparsemixer.moe.routing import Router, Routing, register_router
 def unreachable(logits_TN: Tensor, jitter_eps: float) -> Tensor:
     """(T, N) bool: the experts that jitter could not have made the largest.
 
-    Expert i is masked where (max_j z_j - z_i) / max(|z_i|, max_j z_j) > 2 eps (arXiv 2310.00811,
-    section 3.3). Written without the division, which is 0/0 for logits of zero; the arg-max is
-    never masked.
+    Expert i is masked where (max_j z_j - z_i) / max(|z_i|, max_j z_j) > 2 eps (the
+    mask of arXiv 2310.00811). Written without the division, which is 0/0 for logits of zero; the
+    arg-max is never masked.
     """
     with torch.no_grad():
         max_T1 = logits_TN.amax(dim=-1, keepdim=True)
@@ -78,7 +78,7 @@ class _SparseMixerBase(Router):
 
 @register_router("sparsemixer")
 class SparseMixerRouter(_SparseMixerBase):
-    """SparseMixer, the mid-point method (Liu et al. 2023, arXiv 2310.00811, equation 9).
+    """SparseMixer, the mid-point method (Liu et al. 2023, arXiv 2310.00811).
 
     f(h) - f(0) ~ f'(h/2) h. Sampled: m is 1 or 1/2 with probability 1/2 each, the forward gate is
     m p~_D, and the gradient that reaches p~_D is twice the gradient at the gate. In expectation
@@ -109,7 +109,7 @@ class SparseMixerRouter(_SparseMixerBase):
 
 @register_router("sparsemixer-1st")
 class SparseMixerFirstOrderRouter(_SparseMixerBase):
-    """SparseMixer-1st, the Euler method (arXiv 2310.00811, section 3.1).
+    """SparseMixer-1st, the Euler method (arXiv 2310.00811).
 
     f(h) - f(0) ~ f'(h) h, hence grad_0 ~ grad_1: forward gate p~_D, twice the gradient to p~_D.
     Everything else as in :class:`SparseMixerRouter`, omega included, so that the two differ in

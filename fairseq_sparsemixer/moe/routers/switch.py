@@ -9,7 +9,7 @@ from fairseq_sparsemixer.moe.routing import Router, Routing, register_router
 
 @register_router("switch")
 class SwitchRouter(Router):
-    """Switch Transformer (Fedus et al. 2021, arXiv 2101.03961, section 2.1).
+    """Switch Transformer (Fedus et al. 2021, arXiv 2101.03961).
 
     Training: z <- z * u with u ~ U(1 - eps, 1 + eps) for each logit; D = argmax z; the gate is
     p_D. Evaluation: the same without jitter. The gradient is that of p_D alone: the choice of D

@@ -1,0 +1,311 @@
+"""Train a small Switch Transformer on real English-German text, translate and score it.
+
+Each run lands in its own folder below --runs and is resumed where it stopped: press Ctrl-C at any
+time and start the same command again. With --compare three models are trained on the same data
+for the same number of updates (dense, switch, sparsemixer) and set side by side in one table.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import read_lines, write_json
+
+HELP = "train, translate and score a small model on real text, in minutes on a CPU"
+CHECKOUT = Path(__file__).resolve().parents[1]
+AVERAGE = "checkpoint_average.pt"
+AVERAGED = 5
+"""Checkpoints of the end of training that are averaged, as many as configs/demo.yaml keeps."""
+SAMPLES = 5
+
+
+class Arm(NamedTuple):
+    """One model to train."""
+
+    name: str
+    overrides: List[str]
+    """hydra overrides of configs/demo.yaml."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the sub-command."""
+    parser.add_argument("--router", default="sparsemixer", help="default: %(default)s")
+    parser.add_argument("--num-experts", type=int, default=4, help="default: %(default)s")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train dense, switch and sparsemixer and print one table (three times as long)",
+    )
+    parser.add_argument(
+        "--max-update", type=int, help="updates of each run (default: that of configs/demo.yaml)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data/homeassistant"),
+        help="folder of the corpus, built if need be (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder of the runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="further settings of configs/demo.yaml, such as model.jitter_eps=0.2",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the demo."""
+    from fairseq_sparsemixer.corpora.prepare import prepare_homeassistant
+
+    configs = CHECKOUT / "configs"
+    if not (configs / "demo.yaml").is_file():
+        raise UserError("the demo runs from a checkout of the repository: configs/ is missing")
+    arms = _arms(args)
+    print(f"== Corpus: {args.data}", flush=True)
+    prepare_homeassistant(args.data)
+    results = []
+    for arm in arms:
+        folder = args.runs / arm.name
+        print(f"== Training {arm.name}: {folder}", flush=True)
+        _train(arm, folder, configs, args)
+        print(f"== Scoring {arm.name} on the test set", flush=True)
+        results.append(_result(arm, folder, args.data))
+    _print_samples(args.runs / arms[-1].name, args.data)
+    print("\n== Result")
+    print(_table(results))
+    write_json(args.runs / "results.json", results)
+    for arm in arms:
+        _print_places(args.runs / arm.name)
+    print(f"table      {args.runs / 'results.json'}")
+
+
+def _arms(args: argparse.Namespace) -> List[Arm]:
+    def experts(router: str) -> Arm:
+        name = f"{router}-{args.num_experts}"
+        return Arm(name, [f"model.router={router}", f"model.num_experts={args.num_experts}"])
+
+    if not args.compare:
+        return [experts(args.router)]
+    dense = Arm("dense", ["model.encoder_moe_layers=none", "model.decoder_moe_layers=none"])
+    return [dense, experts("switch"), experts("sparsemixer")]
+
+
+def _train(arm: Arm, folder: Path, configs: Path, args: argparse.Namespace) -> None:
+    """Train in a process of its own, with a line of progress; a finished run is left alone."""
+    overrides = [
+        *arm.overrides,
+        f"task.data={args.data / 'bin'}",
+        f"common.seed={args.seed}",
+        *([] if args.max_update is None else [f"optimization.max_update={args.max_update}"]),
+        *args.overrides,
+    ]
+    settings = {"overrides": overrides, "configs": _read_configs(configs)}
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file = folder / "demo.json"
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    if state and state["settings"] != settings:
+        raise UserError(
+            f"{folder} was trained with other settings: remove it, or name another folder with "
+            "--runs"
+        )
+    if state.get("finished"):
+        print(f"   finished before, {state['minutes']:.1f} minutes of training")
+        return
+    minutes = state.get("minutes", 0.0)
+    write_json(state_file, {"settings": settings, "finished": False, "minutes": minutes})
+    for name in _MODEL_FILES:
+        shutil.copyfile(args.data / "bin" / name, folder / name)
+    command = [
+        *(sys.executable, "-m", "fairseq_cli.hydra_train"),
+        *("--config-dir", str(configs), "--config-name", "demo"),
+        f"hydra.run.dir={folder}",
+        f"common.user_dir={Path(__file__).parent}",
+        *overrides,
+    ]
+    started = time.monotonic()
+    try:
+        _run_with_progress(command, folder / "train.log")
+        finished = True
+    except BaseException:
+        finished = False
+        raise
+    finally:
+        minutes += (time.monotonic() - started) / 60
+        write_json(state_file, {"settings": settings, "finished": finished, "minutes": minutes})
+
+
+_MODEL_FILES = ("dict.en.txt", "dict.de.txt", "sentencepiece.bpe.model")
+"""Copied into the run folder, so that it is all one needs to translate."""
+
+
+def _read_configs(configs: Path) -> Dict[str, str]:
+    """The text of every config: a run resumes only under the settings that it began with."""
+    paths = sorted(configs.rglob("*.yaml"))
+    return {str(path.relative_to(configs)): path.read_text() for path in paths}
+
+
+def _run_with_progress(command: List[str], log_path: Path) -> None:
+    """Run a training command; its output goes to the log, a summary to the terminal."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    width = 0
+    with (
+        log_path.open("a", encoding="utf-8") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        ) as process,
+    ):
+        assert process.stdout is not None
+        last = ""
+        try:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                if line.strip() and not line.startswith(_HYDRA_HINT):
+                    last = line.strip()
+                progress = _progress(line)
+                if progress:
+                    # One line on a terminal, many in a file.
+                    end = "\r" if sys.stdout.isatty() else "\n"
+                    print(f"   {progress}".ljust(width), end=end, flush=True)
+                    width = len(progress) + 3
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+    print(flush=True)
+    if process.returncode:
+        raise UserError(f"training failed: {last} (all its output: {log_path})")
+
+
+_HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR"
+"""Begins the line that hydra prints after the reason of a failure."""
+
+
+def _stats(line: str, kind: str) -> Optional[Dict[str, float]]:
+    """The numbers of one of fairseq's JSON log lines ("train_inner", "valid"), else None."""
+    if f"[{kind}][INFO] - {{" not in line:
+        return None
+    pairs = json.loads(line[line.index("{") :])
+    return {key: float(value) for key, value in pairs.items()}
+
+
+def _progress(line: str) -> str:
+    """What to show for a log line; empty for most."""
+    stats = _stats(line, "train_inner")
+    if stats is not None:
+        text = f"update {stats['num_updates']:.0f}  train loss {stats['loss']:.2f}"
+        if "balance_loss" in stats:
+            text += (
+                f"  balance {stats['balance_loss']:.2f}"
+                f"  smallest share of an expert {100 * stats['min_expert_share']:.0f} %"
+            )
+        return f"{text}  {stats['wps']:.0f} words/s"
+    stats = _stats(line, "valid")
+    if stats is not None:
+        return f"update {stats['valid_num_updates']:.0f}  validation loss {stats['valid_loss']:.2f}"
+    return ""
+
+
+def _validations(log_path: Path) -> Iterator[Dict[str, float]]:
+    with log_path.open(encoding="utf-8") as log:
+        for line in log:
+            stats = _stats(line, "valid")
+            if stats is not None:
+                yield {
+                    key[len("valid_") :]: value for key, value in stats.items() if key != "epoch"
+                }
+
+
+def _result(arm: Arm, folder: Path, data: Path) -> Dict[str, Any]:
+    """Average, translate and score; what the table shows of one run."""
+    from fairseq_sparsemixer.evaluation.average import average_checkpoints, last_checkpoints
+
+    scores_path = folder / "test.json"
+    if not scores_path.is_file():
+        average_checkpoints(last_checkpoints(folder, AVERAGED), folder / AVERAGE)
+        _cli("evaluate", folder, "--checkpoint", AVERAGE, "--data", data, "--output", scores_path)
+    scores = json.loads(scores_path.read_text(encoding="utf-8"))
+    last = list(_validations(folder / "train.log"))[-1]
+    return {
+        "model": arm.name,
+        "updates": int(last["num_updates"]),
+        "minutes": json.loads((folder / "demo.json").read_text())["minutes"],
+        "valid_nll_loss": last["nll_loss"],
+        "bleu": scores["scores"]["bleu"]["score"],
+        "chrf": scores["scores"]["chrf"]["score"],
+        "signature": scores["scores"]["bleu"]["signature"],
+        "copy_bleu": scores["copy"]["scores"]["bleu"]["score"],
+        "smallest_share": {
+            key[len("min_expert_share/") :]: value
+            for key, value in last.items()
+            if key.startswith("min_expert_share/")
+        },
+    }
+
+
+def _cli(*arguments: Any) -> None:
+    command = [sys.executable, "-m", "fairseq_sparsemixer.cli", *map(str, arguments)]
+    if subprocess.run(command).returncode:
+        raise UserError(f"failed: fairseq-sparsemixer {' '.join(command[3:])}")
+
+
+def _table(results: List[Dict[str, Any]]) -> str:
+    """The results as aligned text, the signature and the experts' smallest shares below."""
+    from fairseq_sparsemixer.evaluation.scoring import format_table
+
+    rows = [["model", "BLEU", "chrF2", "valid nll", "updates", "minutes"]]
+    for result in results:
+        rows.append(
+            [
+                result["model"],
+                f"{result['bleu']:.2f}",
+                f"{result['chrf']:.2f}",
+                f"{result['valid_nll_loss']:.3f}",
+                str(result["updates"]),
+                f"{result['minutes']:.1f}",
+            ]
+        )
+    rows.append(["nearest copy", f"{results[0]['copy_bleu']:.2f}", "", "", "", ""])
+    lines = [format_table(rows), f"BLEU: {results[0]['signature']}"]
+    for result in results:
+        if result["smallest_share"]:
+            shares = [f"{name} {100 * s:.1f} %" for name, s in result["smallest_share"].items()]
+            lines.append(f"smallest share of an expert, {result['model']}: {', '.join(shares)}")
+    return "\n".join(lines)
+
+
+def _print_samples(folder: Path, data: Path) -> None:
+    """Five held-out sentences spread over the test set, with translation and reference."""
+    from fairseq_sparsemixer.evaluation.translator import Translator
+
+    sources, references = (read_lines(data / "raw" / f"test.{lang}") for lang in ("en", "de"))
+    step = len(sources) // SAMPLES
+    places = [step // 2 + step * i for i in range(SAMPLES)]
+    print(f"== Translations by {folder.name}")
+    translator = Translator(str(folder), AVERAGE)
+    for place, translation in zip(places, translator.translate([sources[p] for p in places])):
+        print(f"   source       {sources[place]}")
+        print(f"   translation  {translation.text}")
+        print(f"   reference    {references[place]}\n")
+
+
+def _print_places(folder: Path) -> None:
+    print(f"checkpoint {folder / AVERAGE}")
+    print(f"log        {folder / 'train.log'}")
+    print(f"scores     {folder / 'test.json'}")
+    print(f"translate  fairseq-sparsemixer translate {folder} --checkpoint {AVERAGE}")

@@ -1,0 +1,49 @@
+# Sourced by the other scripts: makes .venv in the checkout, once, and puts it on the PATH.
+#
+# PYTHON       the interpreter, 3.11 or 3.12 (default: the first of python3.11, python3.12, python3)
+# PIP_OPTIONS  further options of pip install. Without a GPU, give it PyTorch's index of CPU builds
+#              ("--extra-index-url ..."), which saves gigabytes where your own index has none.
+#
+# A change of setup.py, of the constraints or of the interpreter is installed at the next start,
+# and so is an installation that was interrupted.
+
+CHECKOUT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$CHECKOUT"
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+            2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or 3.12 is needed; name yours with PYTHON=/path/to/python $0"
+}
+
+make_environment() {
+    local python wanted stamp=.venv/fairseq-sparsemixer.stamp
+    python="$(find_python)" || exit 1
+    wanted="$("$python" --version) $(cat setup.py scripts/constraints.txt | cksum) $CHECKOUT"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    echo "== Installing into .venv, a minute or more (once)"
+    rm -f "$stamp"
+    "$python" -m venv .venv ||
+        fail "no virtual environment: on Debian and Ubuntu install the package python3-venv"
+    # shellcheck disable=SC2086  # PIP_OPTIONS is a list of words
+    .venv/bin/python -m pip install ${PIP_OPTIONS:-} --constraint scripts/constraints.txt \
+        --editable '.[dev]' ||
+        fail "pip could not install the requirements (see above): check the network and start again"
+    echo "$wanted" >"$stamp"
+}
+
+make_environment
+export PATH="$CHECKOUT/.venv/bin:$PATH"

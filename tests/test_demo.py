@@ -1,0 +1,108 @@
+"""The demo, on a toy corpus in place of the download."""
+
+import json
+
+import pytest
+from commands import build_corpus
+
+from fairseq_sparsemixer import cli, demo
+from fairseq_sparsemixer.corpora import prepare
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.models import SwitchTransformerModel
+
+TINY = [
+    "+model.encoder_embed_dim=16",
+    "+model.encoder_ffn_embed_dim=16",
+    "+model.encoder_layers=1",
+    "+model.decoder_layers=1",
+    "checkpoint.save_interval_updates=1",
+    "dataset.validate_interval_updates=3",
+    "dataset.max_tokens=200",
+    "common.log_interval=1",
+    # Untrained models do not know when to stop.
+    "optimization.lr=[0.01]",
+]
+
+
+@pytest.fixture
+def corpus(monkeypatch, tmp_path, shared):
+    """A prepared corpus where the demo looks for one."""
+    raw = shared.directory("corpus", build_corpus) / "raw"
+
+    def prepare_toy(output):
+        prepare.prepare_raw_text(output, raw, vocab_size=35)
+
+    monkeypatch.setattr(prepare, "prepare_homeassistant", prepare_toy)
+    return tmp_path / "data"
+
+
+def run_demo(tmp_path, *arguments):
+    command = ["demo", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
+    args = cli.build_parser().parse_args([*command, *arguments, *TINY])
+    demo.run(args)
+    return json.loads((tmp_path / "runs" / "results.json").read_text())
+
+
+def test_demo_goes_on_where_it_stopped_and_does_nothing_twice(corpus, tmp_path, capfd, monkeypatch):
+    """Stopped after some updates, it goes on to the sixth; then there is nothing left to do."""
+    folder = tmp_path / "runs" / "sparsemixer-2"
+
+    def interrupt(line):
+        if "checkpoint_1_3.pt" in line and "Finished saving" in line:
+            raise KeyboardInterrupt
+        return ""
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo, "_progress", interrupt)
+        run_demo(tmp_path, "--max-update", "6", "--num-experts", "2")
+    assert not json.loads((folder / "demo.json").read_text())["finished"]
+    results = run_demo(tmp_path, "--max-update", "6", "--num-experts", "2")
+    assert "Loaded checkpoint" in (folder / "train.log").read_text()
+    assert [result["model"] for result in results] == ["sparsemixer-2"]
+    assert results[0]["updates"] == 6
+    assert set(results[0]["smallest_share"]) == {"encoder.0", "decoder.0"}
+    scores = json.loads((folder / "test.json").read_text())
+    assert results[0]["bleu"] == scores["scores"]["bleu"]["score"]
+    assert scores["checkpoints"][0]["averaged_from"]
+    out = capfd.readouterr().out
+    assert out.count("translation  ") == demo.SAMPLES
+    assert "nearest copy" in out
+    assert "BLEU: nrefs:1|" in out
+    assert str(folder / "train.log") in out
+    hub = SwitchTransformerModel.from_pretrained(str(folder), demo.AVERAGE, bpe="sentencepiece")
+    sentences = (corpus / "raw" / "test.en").read_text().split("\n")[:5]
+    hypotheses = (folder / "test.de").read_text().split("\n")[:5]
+    assert hub.translate(sentences, beam=5) == hypotheses
+    log = (folder / "train.log").read_text()
+    run_demo(tmp_path, "--max-update", "6", "--num-experts", "2")
+    assert "finished before" in capfd.readouterr().out
+    assert (folder / "train.log").read_text() == log
+    with pytest.raises(UserError, match="trained with other settings: remove it"):
+        run_demo(tmp_path, "--max-update", "7", "--num-experts", "2")
+
+
+def test_failed_training_says_why(corpus, tmp_path):
+    with pytest.raises(
+        UserError, match=r"training failed: --router swtch: .*did you mean 'switch'"
+    ):
+        run_demo(tmp_path, "--router", "swtch")
+    state = json.loads((tmp_path / "runs" / "swtch-4" / "demo.json").read_text())
+    assert not state["finished"]
+
+
+def test_compare_trains_three_models():
+    args = cli.build_parser().parse_args(["demo", "--compare", "--num-experts", "8"])
+    arms = demo._arms(args)
+    assert [arm.name for arm in arms] == ["dense", "switch-8", "sparsemixer-8"]
+    assert arms[0].overrides == ["model.encoder_moe_layers=none", "model.decoder_moe_layers=none"]
+
+
+def test_progress_lines():
+    line = (
+        '[2026-01-01 00:00:00,000][train_inner][INFO] - {"epoch": 1, "loss": "7.5", '
+        '"balance_loss": "1.04", "min_expert_share": "0.21", "wps": "900", "num_updates": "25"}'
+    )
+    assert demo._progress(line) == (
+        "update 25  train loss 7.50  balance 1.04  smallest share of an expert 21 %  900 words/s"
+    )
+    assert demo._progress("[x][fairseq_cli.train][INFO] - nothing") == ""
