@@ -201,7 +201,7 @@ def _stats(line: str, kind: str) -> Optional[Dict[str, float]]:
     if f"[{kind}][INFO] - {{" not in line:
         return None
     pairs = json.loads(line[line.index("{") :])
-    return {key: float(value) for key, value in pairs.items()}
+    return {key: float(value) for key, value in pairs.items() if value is not None}
 
 
 def _progress(line: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.criterions import register_criterion
@@ -21,6 +21,8 @@ from fairseq_sparsemixer.models.layers import SwitchLayer
 from fairseq_sparsemixer.moe import RoutingStatistics
 
 RoutingLoss: Any = ChoiceEnum(["corrected", "released"])
+
+Meters = Dict[str, Any]
 
 PREFIX = "routing_statistics/"
 """Logging outputs of this prefix hold the packed sums of one layer."""
@@ -99,62 +101,51 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         """See fairseq; the statistics of each layer are logged beside the losses."""
         loss, sample_size, logging_output = super().forward(model, sample, reduce=reduce)
         packed_by_layer = take_routing_statistics(model)
-        if packed_by_layer and reduce:
-            packed_LX = torch.stack(list(packed_by_layer.values()))
-            if self.routing_loss == "released":
-                loss = loss + self._released_loss(RoutingStatistics.unpack(packed_LX))
-            else:
-                loss = loss + self._corrected_loss(packed_LX, sample_size, model.training)
+        if reduce and any(packed is not None for packed in packed_by_layer.values()):
+            loss = loss + self._routing_loss(packed_by_layer, sample_size, model.training)
             logging_output["loss"] = loss.data
         for name, packed in packed_by_layer.items():
-            logging_output[PREFIX + name] = packed.detach()
+            if packed is not None:
+                logging_output[PREFIX + name] = packed.detach()
         return loss, sample_size, logging_output
 
-    def _released_loss(self, statistics: RoutingStatistics) -> Tensor:
-        return self.balance_weight * statistics.sampling_load_balance_loss.sum()
-
-    def _corrected_loss(self, packed_LX: Tensor, sample_size: int, training: bool) -> Tensor:
+    def _routing_loss(
+        self, packed_by_layer: Dict[str, Optional[Tensor]], sample_size: int, training: bool
+    ) -> Tensor:
+        some = next(packed for packed in packed_by_layer.values() if packed is not None)
+        # A layer that LayerDrop left out counts as one without tokens: all its losses are 0.
+        packed_LX = torch.stack(
+            [torch.zeros_like(some) if p is None else p for p in packed_by_layer.values()]
+        )
         statistics = RoutingStatistics.unpack(packed_LX)
-        total_size = packed_LX.new_tensor(float(sample_size))
+        if self.routing_loss == "released":
+            return self.balance_weight * statistics.sampling_load_balance_loss.sum()
+        total_size = some.new_tensor(float(sample_size))
         if training:
             # This worker's part of the loss of the whole batch: its own p and z, everybody's
             # shares and numbers. The sum over workers, which DDP forms, is the whole.
             total_size = _all_reduce_shares(statistics, total_size)
-        balance = statistics.load_balance_loss.mean()
-        z_loss = statistics.z_loss.mean()
+        layers = statistics.tokens.gt(0).sum().clamp_min(1)
+        balance = statistics.load_balance_loss.sum() / layers
+        z_loss = statistics.z_loss.sum() / layers
         return total_size * (self.balance_weight * balance + self.z_loss_weight * z_loss)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
-        """Log the losses, and the routing by layer and overall.
+        """Log the losses, and the routing by layer (``balance_loss/encoder.0``) and overall.
 
-        ``balance_loss``, ``z_loss``, ``router_entropy`` (nats) are means over batches;
-        ``max_expert_share`` and ``min_expert_share`` are the shares of all tokens since the last
-        log line (or in the whole validation set). Per layer under ``balance_loss/encoder.0`` etc.
+        ``balance_loss``, ``z_loss`` and ``router_entropy`` (nats), overall the mean over layers;
+        ``max_expert_share`` and ``min_expert_share``, overall the extremes over layers. All are
+        those of all tokens since the last log line, or of the whole validation set, whatever the
+        batches and workers they came in.
         """
         super().reduce_metrics(logging_outputs)
-        packed_by_layer: Dict[str, Tensor] = {}
         for output in logging_outputs:
             for key, packed in output.items():
                 if key.startswith(PREFIX):
-                    name = key[len(PREFIX) :]
-                    before = packed_by_layer.get(name)
-                    packed_by_layer[name] = packed if before is None else before + packed
-        if not packed_by_layer:
-            return
-        names = list(packed_by_layer)
-        packed_LX = torch.stack([packed_by_layer[name].double().cpu() for name in names])
-        statistics = RoutingStatistics.unpack(packed_LX)
-        for key, values_L in (
-            ("balance_loss", statistics.load_balance_loss),
-            ("z_loss", statistics.z_loss),
-            ("router_entropy", statistics.mean_entropy),
-        ):
-            weight = statistics.tokens.mean().item()
-            metrics.log_scalar(key, values_L.mean().item(), weight, round=4)
-            for name, value, tokens in zip(names, values_L.tolist(), statistics.tokens.tolist()):
-                metrics.log_scalar(f"{key}/{name}", value, tokens, round=4)
-        _log_shares(names, statistics.expert_tokens.tolist())
+                    # Only the sum of this meter is read; fairseq does not print "_..." keys.
+                    metrics.log_scalar(f"_{key}", packed.double().cpu())
+                    _log_derived(key[len(PREFIX) :])
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
@@ -162,14 +153,13 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         return True
 
 
-def take_routing_statistics(model: nn.Module) -> Dict[str, Tensor]:
-    """The packed statistics (3 + 3N,) that the layers of the last forward left, by layer.
+def take_routing_statistics(model: nn.Module) -> Dict[str, Optional[Tensor]]:
+    """The packed statistics (3 + 3N,) that each layer's last forward left, by name of the layer.
 
-    Each is handed out once. Layers that did not run (LayerDrop) are missing.
+    Each is handed out once; None for a layer that did not run (LayerDrop).
     """
     layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
-    taken = {layer.layer_name: layer.take_routing_statistics() for layer in layers}
-    return {name: packed for name, packed in taken.items() if packed is not None}
+    return {layer.layer_name: layer.take_routing_statistics() for layer in layers}
 
 
 def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor) -> Tensor:
@@ -177,7 +167,6 @@ def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor) -> Te
     if distributed_utils.get_data_parallel_world_size() == 1:
         return sample_size
     counts_LX = torch.cat([statistics.tokens.unsqueeze(-1), statistics.expert_tokens], dim=-1)
-    # Under LayerDrop the workers agree on the layers: fairseq seeds them alike at each update.
     buffer = torch.cat([counts_LX.detach().flatten(), sample_size.reshape(1)]).double()
     distributed_utils.all_reduce(buffer, group=distributed_utils.get_data_parallel_group())
     counts_LX = buffer[:-1].view_as(counts_LX).to(statistics.tokens.dtype)
@@ -185,35 +174,41 @@ def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor) -> Te
     return buffer[-1].to(sample_size.dtype)
 
 
-def _log_shares(names: List[str], expert_tokens_LN: List[List[float]]) -> None:
-    """Log the largest and smallest share of tokens of an expert.
-
-    Shares of an interval are not means of the shares of its batches, so hidden meters (fairseq
-    does not print keys that begin with "_") add up the tokens of each expert.
-    """
-    for name, tokens_N in zip(names, expert_tokens_LN):
-        for expert, tokens in enumerate(tokens_N):
-            metrics.log_scalar(_token_meter(name, expert), tokens)
-    num_experts = len(expert_tokens_LN[0])
-    for label, extreme in (("max_expert_share", max), ("min_expert_share", min)):
-        for name in names:
-            metrics.log_derived(
-                f"{label}/{name}",
-                lambda meters, e=extreme, n=name: round(e(_shares(meters, n, num_experts)), 4),
-            )
-        metrics.log_derived(
-            label,
-            lambda meters, e=extreme: round(
-                e(share for name in names for share in _shares(meters, name, num_experts)), 4
-            ),
-        )
+def _mean(values: List[float]) -> float:
+    return sum(values) / len(values)
 
 
-def _token_meter(name: str, expert: int) -> str:
-    return f"_expert_tokens/{name}/{expert}"
+METRICS: Dict[str, Tuple[Callable[[RoutingStatistics], Tensor], Callable[[List[float]], float]]] = {
+    "balance_loss": (lambda statistics: statistics.load_balance_loss, _mean),
+    "z_loss": (lambda statistics: statistics.z_loss, _mean),
+    "router_entropy": (lambda statistics: statistics.mean_entropy, _mean),
+    "max_expert_share": (lambda statistics: statistics.expert_share.max(), max),
+    "min_expert_share": (lambda statistics: statistics.expert_share.min(), min),
+}
+"""What is logged: a function of one layer's statistics, and how layers are summed up."""
 
 
-def _shares(meters: Dict[str, Any], name: str, num_experts: int) -> List[float]:
-    tokens = [meters[_token_meter(name, expert)].sum for expert in range(num_experts)]
-    total = max(sum(tokens), 1.0)
-    return [count / total for count in tokens]
+def _log_derived(layer_name: str) -> None:
+    """Have fairseq compute the metrics of one layer, and those of all, when it writes a line."""
+    for metric, (of_layer, over_layers) in METRICS.items():
+
+        def one(meters: Meters, of_layer: Any = of_layer) -> Optional[float]:
+            return _evaluate(meters[f"_{PREFIX}{layer_name}"], of_layer)
+
+        def overall(
+            meters: Meters, of_layer: Any = of_layer, over_layers: Any = over_layers
+        ) -> Optional[float]:
+            keys = [key for key in meters if key.startswith(f"_{PREFIX}")]
+            values = [_evaluate(meters[key], of_layer) for key in keys]
+            ran = [value for value in values if value is not None]
+            return round(over_layers(ran), 4) if ran else None
+
+        metrics.log_derived(metric, overall)
+        metrics.log_derived(f"{metric}/{layer_name}", one)
+
+
+def _evaluate(meter: Any, of_layer: Callable[[RoutingStatistics], Tensor]) -> Optional[float]:
+    """One metric of one layer, None where it has not run since the last line."""
+    if not meter.count:
+        return None
+    return round(of_layer(RoutingStatistics.unpack(meter.sum)).item(), 4)
