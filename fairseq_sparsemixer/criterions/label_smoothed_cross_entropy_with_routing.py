@@ -101,26 +101,19 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         """See fairseq; the statistics of each layer are logged beside the losses."""
         loss, sample_size, logging_output = super().forward(model, sample, reduce=reduce)
         packed_by_layer = take_routing_statistics(model)
-        if reduce and any(packed is not None for packed in packed_by_layer.values()):
-            loss = loss + self._routing_loss(packed_by_layer, sample_size, model.training)
+        if packed_by_layer and reduce:
+            packed_LX = torch.stack(list(packed_by_layer.values()))
+            loss = loss + self._routing_loss(packed_LX, sample_size, model.training)
             logging_output["loss"] = loss.data
         for name, packed in packed_by_layer.items():
-            if packed is not None:
-                logging_output[PREFIX + name] = packed.detach()
+            logging_output[PREFIX + name] = packed.detach()
         return loss, sample_size, logging_output
 
-    def _routing_loss(
-        self, packed_by_layer: Dict[str, Optional[Tensor]], sample_size: int, training: bool
-    ) -> Tensor:
-        some = next(packed for packed in packed_by_layer.values() if packed is not None)
-        # A layer that LayerDrop left out counts as one without tokens: all its losses are 0.
-        packed_LX = torch.stack(
-            [torch.zeros_like(some) if p is None else p for p in packed_by_layer.values()]
-        )
+    def _routing_loss(self, packed_LX: Tensor, sample_size: int, training: bool) -> Tensor:
         statistics = RoutingStatistics.unpack(packed_LX)
         if self.routing_loss == "released":
             return self.balance_weight * statistics.sampling_load_balance_loss.sum()
-        total_size = some.new_tensor(float(sample_size))
+        total_size = packed_LX.new_tensor(float(sample_size))
         if training:
             # This worker's part of the loss of the whole batch: its own p and z, everybody's
             # shares and numbers. The sum over workers, which DDP forms, is the whole.
@@ -153,10 +146,11 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         return True
 
 
-def take_routing_statistics(model: nn.Module) -> Dict[str, Optional[Tensor]]:
+def take_routing_statistics(model: nn.Module) -> Dict[str, Tensor]:
     """The packed statistics (3 + 3N,) that each layer's last forward left, by name of the layer.
 
-    Each is handed out once; None for a layer that did not run (LayerDrop).
+    Each is handed out once. A layer that LayerDrop left out has zeros, as one without tokens:
+    on the CPU workers leave out different layers, and what they add up must have one form.
     """
     layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
     return {layer.layer_name: layer.take_routing_statistics() for layer in layers}
@@ -211,4 +205,5 @@ def _evaluate(meter: Any, of_layer: Callable[[RoutingStatistics], Tensor]) -> Op
     """One metric of one layer, None where it has not run since the last line."""
     if not meter.count:
         return None
-    return round(of_layer(RoutingStatistics.unpack(meter.sum)).item(), 4)
+    statistics = RoutingStatistics.unpack(meter.sum)
+    return round(of_layer(statistics).item(), 4) if statistics.tokens else None

@@ -8,6 +8,7 @@ import functools
 import logging
 from typing import Any, Callable, Dict, Optional, Tuple
 
+import torch
 from fairseq import utils
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import (
@@ -99,9 +100,12 @@ class SwitchLayer(nn.Module):
         *outputs, self.routing_statistics = super().__call__(*args, **kwargs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def take_routing_statistics(self) -> Optional[Tensor]:
-        """(3 + 3N,) float32 of the last forward, or None; clears it."""
+    def take_routing_statistics(self) -> Tensor:
+        """(3 + 3N,) float32 of the last forward, zeros if there was none; clears it."""
         sums, self.routing_statistics = self.routing_statistics, None
+        if sums is None:
+            weight = self.moe.router.weight
+            sums = weight.new_zeros(3 + 3 * len(weight), dtype=torch.float32)
         return sums
 
 
