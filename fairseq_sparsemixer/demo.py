@@ -291,8 +291,10 @@ def _table(results: List[Dict[str, Any]]) -> str:
 
 def _print_samples(folder: Path, data: Path) -> None:
     """Five held-out sentences spread over the test set, with translation and reference."""
+    from fairseq_sparsemixer.evaluation.options import quiet_libraries
     from fairseq_sparsemixer.evaluation.translator import Translator
 
+    quiet_libraries()
     sources, references = (read_lines(data / "raw" / f"test.{lang}") for lang in ("en", "de"))
     step = len(sources) // SAMPLES
     places = [step // 2 + step * i for i in range(SAMPLES)]
