@@ -44,7 +44,7 @@ def run_demo(tmp_path, *arguments):
 
 
 def test_demo_goes_on_where_it_stopped_and_does_nothing_twice(corpus, tmp_path, capfd, monkeypatch):
-    """Stopped after some updates, it goes on to the sixth; then there is nothing left to do."""
+    """Stopped after some updates, it goes on to the thirtieth; then there is nothing left to do."""
     folder = tmp_path / "runs" / "sparsemixer-2"
 
     def interrupt(line):
@@ -54,12 +54,12 @@ def test_demo_goes_on_where_it_stopped_and_does_nothing_twice(corpus, tmp_path, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(demo, "_progress", interrupt)
-        run_demo(tmp_path, "--max-update", "6", "--num-experts", "2")
+        run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
     assert not json.loads((folder / "demo.json").read_text())["finished"]
-    results = run_demo(tmp_path, "--max-update", "6", "--num-experts", "2")
+    results = run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
     assert "Loaded checkpoint" in (folder / "train.log").read_text()
     assert [result["model"] for result in results] == ["sparsemixer-2"]
-    assert results[0]["updates"] == 6
+    assert results[0]["updates"] == 30
     assert set(results[0]["smallest_share"]) == {"encoder.0", "decoder.0"}
     scores = json.loads((folder / "test.json").read_text())
     assert results[0]["bleu"] == scores["scores"]["bleu"]["score"]
@@ -74,11 +74,11 @@ def test_demo_goes_on_where_it_stopped_and_does_nothing_twice(corpus, tmp_path, 
     hypotheses = (folder / "test.de").read_text().split("\n")[:5]
     assert hub.translate(sentences, beam=5) == hypotheses
     log = (folder / "train.log").read_text()
-    run_demo(tmp_path, "--max-update", "6", "--num-experts", "2")
+    run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
     assert "finished before" in capfd.readouterr().out
     assert (folder / "train.log").read_text() == log
     with pytest.raises(UserError, match="trained with other settings: remove it"):
-        run_demo(tmp_path, "--max-update", "7", "--num-experts", "2")
+        run_demo(tmp_path, "--max-update", "31", "--num-experts", "2")
 
 
 def test_failed_training_says_why(corpus, tmp_path):
