@@ -44,7 +44,7 @@ def _check_environment() -> None:
             "fairseq cannot be started by torchrun on a machine without a GPU: start each process "
             "yourself with --distributed-world-size, --distributed-rank, "
             "--distributed-init-method tcp://HOST:PORT, --distributed-no-spawn, "
-            "--distributed-backend gloo and --cpu"
+            "--distributed-backend gloo, --ddp-backend legacy_ddp and --cpu"
         )
 
 
