@@ -29,6 +29,8 @@ def apply() -> None:
     _check_environment()
     _allow_checkpoint_classes()
     _warn_of_dropped_sentences()
+    _mark_dummy_batches()
+    _report_unknown_keys()
     _print_user_errors_alone()
 
 
@@ -82,6 +84,53 @@ def _warn_of_dropped_sentences() -> None:
         return batches
 
     data_utils.batch_by_size = batch_by_size
+
+
+def _mark_dummy_batches() -> None:
+    """Tell the criterion which batches do not count.
+
+    At the end of an epoch fairseq gives a worker without a batch an old one, whose gradient and
+    sample size it sets to 0 only after the criterion has run.
+    """
+    from fairseq.tasks import FairseqTask
+
+    original = FairseqTask.train_step
+
+    @functools.wraps(original)
+    def train_step(
+        self: Any, sample: Any, *args: Any, ignore_grad: bool = False, **kwargs: Any
+    ) -> Any:
+        if ignore_grad:
+            sample = {**sample, "is_dummy": True}
+        return original(self, sample, *args, ignore_grad=ignore_grad, **kwargs)
+
+    FairseqTask.train_step = train_step
+
+
+def _report_unknown_keys() -> None:
+    """Name an unknown key of a hydra configuration in one line.
+
+    fairseq merges the settings with our dataclasses before the model sees them.
+    """
+    from fairseq.dataclass import utils
+    from omegaconf.errors import ConfigKeyError
+
+    original = utils.merge_with_parent
+
+    @functools.wraps(original)
+    def merge_with_parent(dc: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(dc, cfg, *args, **kwargs)
+        except ConfigKeyError as error:
+            module = (dc if isinstance(dc, type) else type(dc)).__module__
+            if not module.startswith("fairseq_sparsemixer."):
+                raise
+            part = module.split(".")[1].rstrip("s")  # model, criterion
+            from fairseq_sparsemixer.models.config import ConfigError
+
+            raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
+
+    utils.merge_with_parent = merge_with_parent
 
 
 def _print_user_errors_alone() -> None:

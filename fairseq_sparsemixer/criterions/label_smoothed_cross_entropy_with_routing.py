@@ -103,13 +103,16 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         packed_by_layer = take_routing_statistics(model)
         if packed_by_layer and reduce:
             packed_LX = torch.stack(list(packed_by_layer.values()))
-            loss = loss + self._routing_loss(packed_LX, sample_size, model.training)
+            counted = not sample.get("is_dummy", False)  # see compat.py
+            loss = loss + self._routing_loss(packed_LX, sample_size, model.training, counted)
             logging_output["loss"] = loss.data
         for name, packed in packed_by_layer.items():
             logging_output[PREFIX + name] = packed.detach()
         return loss, sample_size, logging_output
 
-    def _routing_loss(self, packed_LX: Tensor, sample_size: int, training: bool) -> Tensor:
+    def _routing_loss(
+        self, packed_LX: Tensor, sample_size: int, training: bool, counted: bool
+    ) -> Tensor:
         statistics = RoutingStatistics.unpack(packed_LX)
         if self.routing_loss == "released":
             return self.balance_weight * statistics.sampling_load_balance_loss.sum()
@@ -117,7 +120,7 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         if training:
             # This worker's part of the loss of the whole batch: its own p and z, everybody's
             # shares and numbers. The sum over workers, which DDP forms, is the whole.
-            total_size = _all_reduce_shares(statistics, total_size)
+            total_size = _all_reduce_shares(statistics, total_size, counted)
         layers = statistics.tokens.gt(0).sum().clamp_min(1)
         balance = statistics.load_balance_loss.sum() / layers
         z_loss = statistics.z_loss.sum() / layers
@@ -156,12 +159,15 @@ def take_routing_statistics(model: nn.Module) -> Dict[str, Tensor]:
     return {layer.layer_name: layer.take_routing_statistics() for layer in layers}
 
 
-def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor) -> Tensor:
-    """Sum token and expert counts over the workers, in place; returns the summed sample_size."""
+def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor, counted: bool) -> Tensor:
+    """Sum token and expert counts over the workers, in place; returns the summed sample_size.
+
+    A worker whose batch is not ``counted`` takes part with zeros.
+    """
     if distributed_utils.get_data_parallel_world_size() == 1:
         return sample_size
     counts_LX = torch.cat([statistics.tokens.unsqueeze(-1), statistics.expert_tokens], dim=-1)
-    buffer = torch.cat([counts_LX.detach().flatten(), sample_size.reshape(1)]).double()
+    buffer = torch.cat([counts_LX.detach().flatten(), sample_size.reshape(1)]).double() * counted
     distributed_utils.all_reduce(buffer, group=distributed_utils.get_data_parallel_group())
     counts_LX = buffer[:-1].view_as(counts_LX).to(statistics.tokens.dtype)
     statistics.tokens, statistics.expert_tokens = counts_LX[:, 0], counts_LX[:, 1:]

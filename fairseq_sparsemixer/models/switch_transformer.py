@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, Callable, Dict, Optional, Union
 
+from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import gen_parser_from_dataclass, merge_with_parent
 from fairseq.distributed import fsdp_wrap
@@ -139,14 +140,24 @@ class SwitchTransformerModel(TransformerModelBase):
             cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention
         )
 
-    def load_state_dict(self, state_dict: Dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Load parameters.
+    def load_state_dict(
+        self,
+        state_dict: Dict[str, Tensor],
+        strict: bool = True,
+        model_cfg: Optional[Settings] = None,
+        args: Optional[argparse.Namespace] = None,
+    ) -> Any:
+        """Load parameters, of the layers to keep.
 
         Raises:
             ConfigError: for a checkpoint of another shape, naming the first parameter that differs.
         """
+        if model_cfg is not None:
+            _keep_the_other_side(model_cfg, state_dict)
+            # Here rather than in fairseq, so that a difference is looked for in what is loaded.
+            state_dict = prune_state_dict(state_dict, model_cfg)
         try:
-            return super().load_state_dict(state_dict, *args, **kwargs)
+            return super().load_state_dict(state_dict, strict, model_cfg, args)
         except RuntimeError as error:
             difference = _first_difference(self.state_dict(), state_dict)
             if difference is None:
@@ -155,6 +166,22 @@ class SwitchTransformerModel(TransformerModelBase):
                 f"the checkpoint does not fit the model: {difference}; give the --arch, --router, "
                 "--num-experts and layer flags that it was trained with, or another --save-dir"
             ) from error
+
+
+def _keep_the_other_side(settings: Settings, state_dict: Dict[str, Tensor]) -> None:
+    """Keep all layers of the encoder where only the decoder is pruned, and the other way round.
+
+    fairseq drops every layer of a side without ``layers_to_keep`` where the other has one.
+    """
+    sides = ("encoder", "decoder")
+    kept = [getattr(settings, f"{side}_layers_to_keep", None) for side in sides]
+    if not any(kept):
+        return
+    for side, layers in zip(sides, kept):
+        if not layers:
+            prefix = f"{side}.layers."
+            numbers = {n[len(prefix) :].split(".")[0] for n in state_dict if n.startswith(prefix)}
+            setattr(settings, f"{side}_layers_to_keep", ",".join(sorted(numbers, key=int)))
 
 
 def _first_difference(here: Dict[str, Tensor], there: Dict[str, Tensor]) -> Optional[str]:
