@@ -32,7 +32,16 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["mypy", "pytest>=7", "pytest-xdist", "ruff", "tensorboardX"],
+        "dev": [
+            "hypothesis",
+            "matplotlib",
+            "mypy",
+            "pytest>=7",
+            "pytest-xdist",
+            "ruff",
+            "tensorboardX",
+            "transformers>=4.46",  # an independent SparseMixer-v2 to test against
+        ],
         "report": ["matplotlib", "tensorboardX"],
         "wmt": ["sacremoses", "subword-nmt"],
     },

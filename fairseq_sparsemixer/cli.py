@@ -17,6 +17,7 @@ COMMANDS = {
     "average": "fairseq_sparsemixer.evaluation.average",
     "evaluate": "fairseq_sparsemixer.evaluation.evaluate",
     "translate": "fairseq_sparsemixer.evaluation.translate",
+    "gradients": "fairseq_sparsemixer.laboratory.gradients",
     "demo": "fairseq_sparsemixer.demo",
 }
 

@@ -2,7 +2,8 @@
 
 Each run lands in its own folder below --runs and is resumed where it stopped: press Ctrl-C at any
 time and start the same command again. With --compare three models are trained on the same data
-for the same number of updates (dense, switch, sparsemixer) and set side by side in one table.
+for the same number of updates (dense, switch, sparsemixer) and set side by side in one table;
+--router takes several names, or "all", and does the same for them.
 """
 
 import argparse
@@ -37,7 +38,13 @@ class Arm(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the sub-command."""
-    parser.add_argument("--router", default="sparsemixer", help="default: %(default)s")
+    parser.add_argument(
+        "--router",
+        default="sparsemixer",
+        metavar="NAME[,NAME...]",
+        help="one or more routers, or all; dense is the model without experts "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--num-experts", type=int, default=4, help="default: %(default)s")
     parser.add_argument(
         "--compare",
@@ -95,14 +102,28 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _arms(args: argparse.Namespace) -> List[Arm]:
-    def experts(router: str) -> Arm:
-        name = f"{router}-{args.num_experts}"
-        return Arm(name, [f"model.router={router}", f"model.num_experts={args.num_experts}"])
+    from fairseq_sparsemixer.moe import ROUTERS
 
-    if not args.compare:
-        return [experts(args.router)]
+    def experts(router: str) -> Arm:
+        overrides = [f"model.router={router}", f"model.num_experts={args.num_experts}"]
+        # What some routers cannot do without.
+        kind = ROUTERS.get(router)
+        if kind is not None and kind.min_top_k > 1:
+            overrides.append(f"model.top_k={kind.min_top_k}")
+        if kind is not None and not kind.causal:
+            overrides.append("model.decoder_moe_layers=none")
+        return Arm(f"{router}-{args.num_experts}", overrides)
+
     dense = Arm("dense", ["model.encoder_moe_layers=none", "model.decoder_moe_layers=none"])
-    return [dense, experts("switch"), experts("sparsemixer")]
+    names = ["dense", "switch", "sparsemixer"] if args.compare else _routers(args.router)
+    return [dense if name == "dense" else experts(name) for name in names]
+
+
+def _routers(names: str) -> List[str]:
+    """The routers that --router names; their order is that of the table."""
+    from fairseq_sparsemixer.moe import ROUTERS
+
+    return list(ROUTERS) if names == "all" else list(dict.fromkeys(names.split(",")))
 
 
 def _train(arm: Arm, folder: Path, configs: Path, args: argparse.Namespace) -> None:
@@ -250,12 +271,16 @@ def _result(arm: Arm, folder: Path, data: Path) -> Dict[str, Any]:
         "chrf": scores["scores"]["chrf"]["score"],
         "signature": scores["scores"]["bleu"]["signature"],
         "copy_bleu": scores["copy"]["scores"]["bleu"]["score"],
-        "smallest_share": {
-            key[len("min_expert_share/") :]: value
-            for key, value in last.items()
-            if key.startswith("min_expert_share/")
-        },
+        "entropy": last.get("router_entropy"),
+        "smallest_share": _by_layer(last, "min_expert_share"),
+        "largest_share": _by_layer(last, "max_expert_share"),
     }
+
+
+def _by_layer(stats: Dict[str, float], metric: str) -> Dict[str, float]:
+    """One metric of the routing by layer."""
+    prefix = f"{metric}/"
+    return {k[len(prefix) :]: value for k, value in stats.items() if k.startswith(prefix)}
 
 
 def _cli(*arguments: Any) -> None:
@@ -268,24 +293,35 @@ def _table(results: List[Dict[str, Any]]) -> str:
     """The results as aligned text, the signature and the experts' smallest shares below."""
     from fairseq_sparsemixer.evaluation.scoring import format_table
 
-    rows = [["model", "BLEU", "chrF2", "valid nll", "updates", "minutes"]]
+    rows = [["model", "BLEU", "chrF2", "valid nll", "entropy", "shares", "updates", "minutes"]]
     for result in results:
+        smallest, largest = result["smallest_share"], result["largest_share"]
+        shares = ""
+        if smallest:
+            shares = f"{100 * min(smallest.values()):.0f}-{100 * max(largest.values()):.0f} %"
         rows.append(
             [
                 result["model"],
                 f"{result['bleu']:.2f}",
                 f"{result['chrf']:.2f}",
                 f"{result['valid_nll_loss']:.3f}",
+                "" if result["entropy"] is None else f"{result['entropy']:.2f}",
+                shares,
                 str(result["updates"]),
                 f"{result['minutes']:.1f}",
             ]
         )
-    rows.append(["nearest copy", f"{results[0]['copy_bleu']:.2f}", "", "", "", ""])
-    lines = [format_table(rows), f"BLEU: {results[0]['signature']}"]
+    rows.append(["nearest copy", f"{results[0]['copy_bleu']:.2f}"] + 6 * [""])
+    lines = [
+        format_table(rows),
+        f"BLEU: {results[0]['signature']}",
+        "entropy: of a token's softmax over experts, nats, mean over layers; shares: smallest and "
+        "largest share of the tokens that an expert got, over layers; both on the validation set",
+    ]
     for result in results:
         if result["smallest_share"]:
-            shares = [f"{name} {100 * s:.1f} %" for name, s in result["smallest_share"].items()]
-            lines.append(f"smallest share of an expert, {result['model']}: {', '.join(shares)}")
+            by_layer = [f"{name} {100 * s:.1f} %" for name, s in result["smallest_share"].items()]
+            lines.append(f"smallest share of an expert, {result['model']}: {', '.join(by_layer)}")
     return "\n".join(lines)
 
 

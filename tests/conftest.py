@@ -1,7 +1,10 @@
 """Fixtures of more than one test file."""
 
+import shutil
+
 import commands
 import pytest
+import small_run
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,17 @@ def shared(tmp_path_factory, request):
 def toy_corpus(shared):
     """A folder with ``raw``, ``joined`` and ``separate``."""
     return shared.directory("corpus", commands.build_corpus)
+
+
+@pytest.fixture(scope="session")
+def corpus(shared):
+    """A prepared corpus: raw/, bin/, copy/ and record.json, as ``prepare`` leaves it."""
+    return shared.directory("small_corpus", small_run.build_corpus)
+
+
+@pytest.fixture(scope="session")
+def run_dir(shared, corpus, tmp_path_factory):
+    """150 updates of a Switch Transformer: checkpoints by update, by epoch and by loss."""
+    built = shared.directory("small_run", lambda folder: small_run.train(corpus, folder))
+    # Some tests write into it.
+    return shutil.copytree(built, tmp_path_factory.mktemp("runs") / "run")

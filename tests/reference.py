@@ -59,3 +59,13 @@ def sparsemixer_layer(layer, x_TD, choice_T, half_T, *, order=2, override=True):
         gate = (m - 2.0) * p[d].detach() + 2.0 * p[d]
         rows.append(gate * expert_output(layer.experts, d, x) * layer.router.output_scale)
     return torch.stack(rows)
+
+
+def assert_same_gradients(module, loss, reference_loss, inputs, *, allow_unused=False):
+    """Of both losses to the parameters and the inputs; what the reference does not use has 0."""
+    leaves = [*module.parameters(), *inputs]
+    actual = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=allow_unused)
+    expected = torch.autograd.grad(reference_loss, leaves, materialize_grads=True)
+    for value, wanted in zip(actual, expected):
+        value = torch.zeros_like(wanted) if value is None else value
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)

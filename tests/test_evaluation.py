@@ -4,28 +4,19 @@ import argparse
 import json
 import os
 import pty
-import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from small_run import MAX_POSITIONS, USER_DIR, python, sentences
 
-import fairseq_sparsemixer
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import average, evaluate, scoring, translate
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
 
-LEXICON = {
-    "the": "das", "a": "ein", "red": "rote", "blue": "blaue", "old": "alte", "new": "neue",
-    "house": "Haus", "car": "Auto", "book": "Buch", "lamp": "Licht", "is": "ist", "was": "war",
-    "here": "hier", "there": "dort", "not": "nicht", "and": "und",
-}  # fmt: skip
-MAX_POSITIONS = 30
-USER_DIR = ["--user-dir", Path(fairseq_sparsemixer.__file__).parent]
 TOO_LONG = " ".join(["red house and blue car"] * 12)
 # Blank lines first, in the middle and last; U+2028 is no line break; Ω is in no dictionary.
 LINES = [
@@ -45,29 +36,6 @@ LINES = [
 ]
 
 
-def sentences(count, seed):
-    """Word-for-word pairs of a toy language: even a model of a few updates tells them apart."""
-    rng = random.Random(seed)
-    sources = [rng.choices(list(LEXICON), k=rng.randint(2, 9)) for _ in range(count)]
-    return (
-        [" ".join(words) for words in sources],
-        [" ".join(LEXICON[word] for word in words) for words in sources],
-    )
-
-
-def python(*arguments, **options):
-    """Run a module; its stdout. The error output is shown where it fails."""
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
-    assert result.returncode == 0, result.stderr.decode()[-4000:]
-    return result.stdout.decode()
-
-
 def command(module, *flags):
     """Run one sub-command in this process."""
     parser = argparse.ArgumentParser()
@@ -82,59 +50,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A prepared corpus: raw/, bin/, copy/ and record.json, as ``prepare`` leaves it."""
-    root = tmp_path_factory.mktemp("corpus")
-    for folder in ("raw", "bin", "copy", "pieces"):
-        (root / folder).mkdir()
-    for seed, (split, count) in enumerate([("train", 300), ("valid", 20), ("test", 21)]):
-        for language, lines in zip(("en", "de"), sentences(count, seed)):
-            write_lines(root / "raw" / f"{split}.{language}", lines)
-    model = root / "bin" / "sentencepiece.bpe.model"
-    sentencepiece.SentencePieceTrainer.train(
-        input=[str(root / "raw" / f"train.{language}") for language in ("en", "de")],
-        model_prefix=str(model)[: -len(".model")],
-        vocab_size=60,
-        model_type="bpe",
-        minloglevel=2,
-    )
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    for split in ("train", "valid", "test"):
-        for language in ("en", "de"):
-            lines = read_lines(root / "raw" / f"{split}.{language}")
-            encoded = [" ".join(pieces.encode(line, out_type=str)) for line in lines]
-            write_lines(root / "pieces" / f"{split}.{language}", encoded)
-    prefixes = [f"--{split}pref={root / 'pieces' / split}" for split in ("train", "valid", "test")]
-    python(
-        "-m", "fairseq_cli.preprocess", "-s", "en", "-t", "de", "--joined-dictionary",
-        *prefixes, "--destdir", root / "bin",
-    )  # fmt: skip
-    copied = read_lines(root / "raw" / "train.de")[:21]
-    write_lines(root / "copy" / "test.de", copied)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run_dir(corpus, tmp_path_factory):
-    """150 updates of a Switch Transformer: checkpoints by update, by epoch and by loss."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    python(
-        "-m", "fairseq_cli.train", corpus / "bin", "--cpu", *USER_DIR,
-        "--arch", "switch_transformer_demo", "--num-experts", 4, "--router", "sparsemixer",
-        "--task", "translation", "--share-all-embeddings", "--encoder-layers", 1,
-        "--decoder-layers", 1, "--encoder-embed-dim", 32, "--decoder-embed-dim", 32,
-        "--encoder-ffn-embed-dim", 64, "--decoder-ffn-embed-dim", 64,
-        "--encoder-attention-heads", 2, "--decoder-attention-heads", 2, "--dropout", 0,
-        "--optimizer", "adam", "--lr", 0.01, "--max-tokens", 1000, "--max-update", 150,
-        "--required-batch-size-multiple", 1, "--max-source-positions", MAX_POSITIONS,
-        "--max-target-positions", 40, "--save-interval", 9, "--validate-interval", 9,
-        "--save-interval-updates", 50, "--keep-best-checkpoints", 2, "--save-dir", folder,
-        "--no-progress-bar", "--num-workers", 0,
-    )  # fmt: skip
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from reference import expert_output
+from reference_routers import ids
 
 from fairseq_sparsemixer.moe import (
     ROUTERS,
@@ -31,9 +32,14 @@ class FixedRouter(Router):
         super().__init__(top_k=index_TK.shape[1], **options)
         self.index_TK, self.gate_TK = index_TK, gate_TK
 
-    def select(self, logits_TN):
+    def select(self, logits_TN, context):
         probs = logits_TN.softmax(-1)
         return Routing(self.index_TK, self.gate_TK, logits_TN, probs, probs)
+
+
+def smallest_layer(router, num_experts=4, **options):
+    top_k = ROUTERS[router].min_top_k
+    return MoEFeedForward(6, 10, max(num_experts, top_k), router=router, top_k=top_k, **options)
 
 
 def naive_mixture(layer, x_TD, routing):
@@ -108,10 +114,11 @@ def test_autocast_equals_float32_within_bfloat16():
 @pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_non_contiguous_input(router):
     torch.manual_seed(0)
-    layer = MoEFeedForward(6, 10, 4, router=router).eval()
+    layer = smallest_layer(router).eval()
     x = torch.randn(6, 5, 3).permute(2, 1, 0)
     assert not x.is_contiguous()
-    torch.testing.assert_close(layer(x)[0], layer(x.contiguous())[0])
+    more = ids(router, torch.randint(99, (5, 3)).t())
+    torch.testing.assert_close(layer(x, **more)[0], layer(x.contiguous(), **more)[0])
 
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))
@@ -122,10 +129,10 @@ def test_non_contiguous_input(router):
 def test_every_parameter_gets_a_gradient(router, num_experts, tokens, padded, backend):
     """Zero where an expert got no token: data-parallel training waits for all gradients."""
     torch.manual_seed(0)
-    layer = MoEFeedForward(6, 10, num_experts, router=router, backend=backend)
+    layer = smallest_layer(router, num_experts, backend=backend)
     x = torch.randn(tokens, 6, requires_grad=True)
     mask = torch.ones(tokens, dtype=torch.bool) if padded else None
-    y, routing = layer(x, mask)
+    y, routing = layer(x, mask, **ids(router, torch.arange(tokens)))
     (y.sum() + load_balance_loss(routing) + z_loss(routing)).backward()
     for parameter in [*layer.parameters(), x]:
         assert parameter.grad is not None
@@ -141,7 +148,7 @@ def test_padding_changes_nothing(router, training, monkeypatch):
     """A padded batch: outputs, losses and gradients of its sentences without padding."""
     torch.manual_seed(0)
     lengths = [4, 1, 6]
-    layer = MoEFeedForward(6, 10, 4, router=router).train(training)
+    layer = smallest_layer(router).train(training)
     sentences = [torch.randn(n, 6) for n in lengths]
     padded = torch.full((3, 6, 6), 1e4)
     mask = torch.ones(3, 6, dtype=torch.bool)
@@ -160,20 +167,24 @@ def test_padding_changes_nothing(router, training, monkeypatch):
         torch.Tensor, "uniform_", lambda self, a, b: self.copy_(a + (b - a) * rows(self))
     )
     monkeypatch.setattr(torch, "rand_like", lambda x: rows(x)[:, :1])
+    monkeypatch.setattr(torch, "randn_like", rows)
+    monkeypatch.setattr(torch, "randint_like", lambda x, high: (rows(x)[:, :1] * high).floor())
+    numbers = torch.arange(18).view(3, 6)
 
     def run(x, padding_mask):
         layer.zero_grad()
-        y, routing = layer(x, padding_mask)
+        token_ids = numbers if padding_mask is not None else numbers[~mask]
+        y, routing = layer(x, padding_mask, **ids(router, token_ids))
         kept = y[~padding_mask] if padding_mask is not None else y
         weight = torch.arange(kept.numel()).view_as(kept) / kept.numel()
         losses = load_balance_loss(routing), z_loss(routing)
         ((kept * weight).sum() + sum(losses)).backward()
-        return kept, losses, [p.grad.clone() for p in layer.parameters()]
+        return kept, losses, [p.grad.clone() for p in layer.parameters() if p.grad is not None]
 
     with_padding = run(padded, mask)
     without = run(torch.cat(sentences), None)
     torch.testing.assert_close(with_padding, without)
-    assert (layer(padded, mask)[0][mask] == 0).all()
+    assert (layer(padded, mask, **ids(router, numbers))[0][mask] == 0).all()
 
 
 def test_evaluation_does_not_depend_on_the_batch():

@@ -4,22 +4,14 @@ import math
 
 import pytest
 import torch
-from reference import kept_experts, sparsemixer_layer, switch_layer
+from reference import assert_same_gradients, kept_experts, sparsemixer_layer, switch_layer
+from reference_routers import SPARSEMIXERS, ids, smallest
 
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, build_router
 from fairseq_sparsemixer.moe.routers import sparsemixer
 from fairseq_sparsemixer.moe.routers.sparsemixer import sample, unreachable
 
 SIZES = [(1, 1), (1, 4), (2, 1), (7, 3), (13, 5)]  # tokens, experts
-
-
-def assert_same_gradients(module, loss, reference_loss, inputs):
-    leaves = [*module.parameters(), *inputs]
-    actual = torch.autograd.grad(loss, leaves, retain_graph=True)
-    expected = torch.autograd.grad(reference_loss, leaves, allow_unused=True)
-    for value, wanted in zip(actual, expected):
-        wanted = torch.zeros_like(value) if wanted is None else wanted
-        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
 
 
 def random_layer(num_experts, router, **options):
@@ -195,12 +187,13 @@ def test_mask_follows_the_ratio_rule(logits, eps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_masked_expert_is_never_drawn(name, dtype):
     torch.manual_seed(0)
-    router = build_router(name, embed_dim=4, num_experts=16, jitter_eps=0.1)
+    router = smallest(name, embed_dim=4, num_experts=16, jitter_eps=0.1)
     logits = (torch.randn(20_000, 16) * 3).to(dtype)
-    routing = router.route(logits)
-    drawn = routing.sampling_probs.gather(1, routing.expert_index)
-    assert (drawn > 0).all()
-    if name != "switch":
+    routing = router.route(logits, **ids(name, torch.arange(20_000)))
+    used = routing.chosen >= 0
+    drawn = routing.sampling_probs.gather(1, routing.chosen.clamp_min(0))
+    assert (drawn > 0)[used].all()
+    if name in SPARSEMIXERS:
         masked = unreachable(logits.float(), 0.1)
         assert masked.any()
         assert not masked.gather(1, routing.expert_index).any()
@@ -229,53 +222,63 @@ def test_sampling_frequencies_follow_the_masked_softmax():
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_evaluation_is_deterministic_and_by_token(name):
     torch.manual_seed(0)
-    router = build_router(name, embed_dim=8, num_experts=4).eval()
-    x = torch.randn(50, 8)
-    first, second = router(x), router(x)
+    router = smallest(name).eval()
+    x, tokens = torch.randn(50, 8), torch.randint(1000, (50,))
+    first, second = router(x, **ids(name, tokens)), router(x, **ids(name, tokens))
     assert torch.equal(first.expert_index, second.expert_index)
     assert torch.equal(first.gate, second.gate)
     order = torch.randperm(50)
-    assert torch.equal(router(x[order]).expert_index, first.expert_index[order])
-    alone = torch.cat([router(row.unsqueeze(0)).gate for row in x])
-    torch.testing.assert_close(alone, first.gate)
+    permuted = router(x[order], **ids(name, tokens[order]))
+    assert torch.equal(permuted.expert_index, first.expert_index[order])
+    alone = torch.cat(
+        [router(x[t : t + 1], **ids(name, tokens[t : t + 1])).gate for t in range(50)]
+    )
+    if router.causal:
+        torch.testing.assert_close(alone, first.gate)
+    else:  # the choice of a token alone is another one
+        assert not torch.allclose(alone, first.gate)
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_nothing_of_the_caller_is_edited(name):
     torch.manual_seed(0)
-    router = build_router(name, embed_dim=8, num_experts=4)
+    router = smallest(name)
     logits, x = torch.randn(9, 4), torch.randn(9, 8)
-    mask = torch.arange(9) > 5
-    before = logits.clone(), x.clone(), mask.clone()
-    routing = router.route(logits, mask)
-    router(x, mask)
-    assert torch.equal(logits, before[0])
-    assert torch.equal(x, before[1])
-    assert torch.equal(mask, before[2])
+    mask, tokens = torch.arange(9) > 5, torch.arange(9)
+    before = [value.clone() for value in (logits, x, mask, tokens)]
+    routing = router.route(logits, mask, **ids(name, tokens))
+    router(x, mask, **ids(name, tokens))
+    for value, copy in zip((logits, x, mask, tokens), before):
+        assert torch.equal(value, copy)
     assert (routing.expert_index[6:] == -1).all()
     assert (routing.gate[6:] == 0).all()
-    assert (routing.expert_index[:6] >= 0).all()
+    used = routing.expert_index[:6] >= 0
+    if router.causal:
+        assert used[:, 0].all()
+    else:
+        assert used.sum(0).tolist() == [2] * 4  # ceil(6 / 4) for each expert
+    assert used.all() or name in ("gshard", "expert-choice")
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 @pytest.mark.parametrize("mode", ["half", "bfloat16", "autocast"])
 def test_router_arithmetic_is_float32(name, mode):
     torch.manual_seed(0)
-    router = build_router(name, embed_dim=64, num_experts=8).eval()
-    x = torch.randn(30, 64)
+    router = smallest(name, embed_dim=64, num_experts=8).eval()
+    x, tokens = torch.randn(30, 64), torch.arange(30)
     if mode == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            routing = router(x)
-        expected = x @ router.weight.t() + router.bias
+            routing = router(x, **ids(name, tokens))
     else:
         dtype = getattr(torch, mode)
         router, x = router.to(dtype), x.to(dtype)
-        routing = router(x)
-        expected = x.float() @ router.weight.float().t() + router.bias.float()
+        routing = router(x, **ids(name, tokens))
     for value in (routing.logits, routing.probs, routing.gate):
         assert value.dtype == torch.float32
     assert routing.expert_index.dtype == torch.int64
-    torch.testing.assert_close(routing.logits, expected, rtol=1e-6, atol=1e-6)
+    if router.weight is not None:
+        expected = x.float() @ router.weight.float().t() + router.bias.float()
+        torch.testing.assert_close(routing.logits, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,7 @@ def test_router_arithmetic_is_float32(name, mode):
         ({"embed_dim": 0}, "embed_dim must be at least 1, not 0"),
         ({"top_k": 0}, "top_k must be 1 to num_experts"),
         ({"top_k": 5}, r"top_k must be 1 to num_experts \(4\), not 5"),
-        ({"top_k": 2}, "gives each token 1 expert"),
+        ({"top_k": 2}, "top_k must be 1 for router 'sparsemixer', not 2"),
         ({"jitter_eps": -0.1}, "jitter_eps must be"),
         ({"jitter_eps": math.nan}, "jitter_eps must be"),
         ({"name": "switch", "jitter_eps": 1.0}, "below 1 for router 'switch'"),

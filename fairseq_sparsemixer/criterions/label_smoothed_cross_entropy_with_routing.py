@@ -21,6 +21,8 @@ from fairseq_sparsemixer.models.layers import SwitchLayer
 from fairseq_sparsemixer.moe import RoutingStatistics
 
 RoutingLoss: Any = ChoiceEnum(["corrected", "released"])
+BalanceLoss: Any = ChoiceEnum(["switch", "importance"])
+BalanceScope: Any = ChoiceEnum(["all-workers", "worker"])
 
 Meters = Dict[str, Any]
 
@@ -39,7 +41,20 @@ class LabelSmoothedCrossEntropyWithRoutingConfig(LabelSmoothedCrossEntropyCriter
             "released: the weighting of the example released with the paper"
         },
     )
-    balance_weight: float = field(default=0.01, metadata={"help": "weight of the balance loss"})
+    balance_weight: float = field(
+        default=0.01, metadata={"help": "weight of the balance loss, 0 for none"}
+    )
+    balance_loss: BalanceLoss = field(
+        default="switch",
+        metadata={
+            "help": "switch: N sum F_i P_i; importance: the importance and load losses of noisy "
+            "top-k (Shazeer et al. 2017)"
+        },
+    )
+    balance_scope: BalanceScope = field(
+        default="all-workers",
+        metadata={"help": "whose tokens are to be balanced: all workers' together, or each's own"},
+    )
     z_loss_weight: float = field(
         default=0.0, metadata={"help": "weight of the router's z-loss (ST-MoE uses 0.001)"}
     )
@@ -65,10 +80,14 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
     2310.00811). Its z-loss weight must be 0. That example also routes padding, which is not
     reproduced.
 
+    The balance loss is ``switch``, N sum F_i P_i, or ``importance``, the squared coefficients of
+    variation of the summed gates and of the smooth load (arXiv 1701.06538). ``balance_scope``
+    ``worker`` takes each worker's own sums.
+
     A model without experts gets the plain cross-entropy.
 
     Raises:
-        ConfigError: for a negative weight, or a z-loss under ``released``.
+        ConfigError: for a negative weight, or a z-loss or another balance loss under ``released``.
     """
 
     def __init__(
@@ -80,6 +99,8 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         report_accuracy: bool = False,
         routing_loss: str = "corrected",
         balance_weight: float = 0.01,
+        balance_loss: str = "switch",
+        balance_scope: str = "all-workers",
         z_loss_weight: float = 0.0,
     ) -> None:
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
@@ -91,7 +112,11 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
                 raise ConfigError(f"{flag} must be a number of at least 0, not {weight}")
         if routing_loss == "released" and z_loss_weight > 0:
             raise ConfigError("--z-loss-weight must be 0 with --routing-loss released")
+        if routing_loss == "released" and balance_loss != "switch":
+            raise ConfigError("--balance-loss must be switch with --routing-loss released")
         self.routing_loss = routing_loss
+        self.balance_loss = balance_loss
+        self.balance_scope = balance_scope
         self.balance_weight = balance_weight
         self.z_loss_weight = z_loss_weight
 
@@ -117,12 +142,15 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         if self.routing_loss == "released":
             return self.balance_weight * statistics.sampling_load_balance_loss.sum()
         total_size = packed_LX.new_tensor(float(sample_size))
-        if training:
+        if training and self.balance_scope == "all-workers":
             # This worker's part of the loss of the whole batch: its own p and z, everybody's
             # shares and numbers. The sum over workers, which DDP forms, is the whole.
             total_size = _all_reduce_shares(statistics, total_size, counted)
         layers = statistics.tokens.gt(0).sum().clamp_min(1)
-        balance = statistics.load_balance_loss.sum() / layers
+        if self.balance_loss == "importance":
+            balance = statistics.importance_loss.sum() / layers
+        else:
+            balance = statistics.load_balance_loss.sum() / layers
         z_loss = statistics.z_loss.sum() / layers
         return total_size * (self.balance_weight * balance + self.z_loss_weight * z_loss)
 
@@ -150,7 +178,7 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
 
 
 def take_routing_statistics(model: nn.Module) -> Dict[str, Tensor]:
-    """The packed statistics (3 + 3N,) that each layer's last forward left, by name of the layer.
+    """The packed statistics (3 + 4N,) that each layer's last forward left, by name of the layer.
 
     Each is handed out once. A layer that LayerDrop left out has zeros, as one without tokens:
     on the CPU workers leave out different layers, and what they add up must have one form.
@@ -160,17 +188,23 @@ def take_routing_statistics(model: nn.Module) -> Dict[str, Tensor]:
 
 
 def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor, counted: bool) -> Tensor:
-    """Sum token and expert counts over the workers, in place; returns the summed sample_size.
+    """Sum token counts, gates and loads over the workers, in place; returns the summed size.
 
     A worker whose batch is not ``counted`` takes part with zeros.
     """
     if distributed_utils.get_data_parallel_world_size() == 1:
         return sample_size
     counts_LX = torch.cat([statistics.tokens.unsqueeze(-1), statistics.expert_tokens], dim=-1)
-    buffer = torch.cat([counts_LX.detach().flatten(), sample_size.reshape(1)]).double() * counted
+    smooth_LX = torch.cat([statistics.sampling_probs, statistics.load], dim=-1)
+    own_LX = torch.cat([counts_LX, smooth_LX], dim=-1).detach()
+    buffer = torch.cat([own_LX.flatten(), sample_size.reshape(1)]).double() * counted
     distributed_utils.all_reduce(buffer, group=distributed_utils.get_data_parallel_group())
-    counts_LX = buffer[:-1].view_as(counts_LX).to(statistics.tokens.dtype)
+    total_LX = buffer[:-1].view_as(own_LX).to(own_LX.dtype)
+    counts_LX, smooth_total_LX = total_LX.split([counts_LX.shape[-1], smooth_LX.shape[-1]], dim=-1)
     statistics.tokens, statistics.expert_tokens = counts_LX[:, 0], counts_LX[:, 1:]
+    # Of all workers in value, of this one in gradient.
+    smooth_LX = smooth_total_LX + smooth_LX - smooth_LX.detach()
+    statistics.sampling_probs, statistics.load = smooth_LX.chunk(2, dim=-1)
     return buffer[-1].to(sample_size.dtype)
 
 

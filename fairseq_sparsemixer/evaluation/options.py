@@ -74,7 +74,7 @@ def quiet_libraries() -> None:
     import logging
     import warnings
 
-    for name in ("fairseq", "sacrebleu"):
+    for name in ("fairseq", "matplotlib", "sacrebleu"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # fairseq's data loader asks for pinned memory with or without a GPU.
     warnings.filterwarnings("ignore", message="'pin_memory' argument")

@@ -137,6 +137,22 @@ class Translator:
         """The longest source that the model can read, in tokens, end of sentence included."""
         return self._hub.max_positions[0]
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model, the first of an ensemble."""
+        return next(iter(self._hub.models))
+
+    @property
+    def target_dictionary(self) -> Any:
+        """fairseq's dictionary of the output."""
+        return self._hub.task.target_dictionary
+
+    def encode_pair(self, source: str, target: str) -> Tuple[torch.Tensor, torch.Tensor]:
+        """A sentence and its translation as int64 tokens, each with its end-of-sentence."""
+        pieces = self._hub.apply_bpe(self._hub.tokenize(target))
+        encoded = self.target_dictionary.encode_line(pieces, add_if_not_exist=False)
+        return self._hub.encode(source), encoded.long()
+
     def translate(
         self,
         lines: Iterable[str],

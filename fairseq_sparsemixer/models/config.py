@@ -115,6 +115,19 @@ class SwitchTransformerConfig(_FlatTransformerConfig):
         default=None,
         metadata={"help": "activation dropout inside experts (default: --activation-dropout)"},
     )
+    expert_output_masking: float = dataclasses.field(
+        default=0.0,
+        metadata={
+            "help": "probability of leaving out an expert's whole output for a token in training"
+        },
+    )
+    balance_bias_rate: float = dataclasses.field(
+        default=0.0,
+        metadata={
+            "help": "step of the auxiliary-loss-free balance bias after each update, such as "
+            "0.001 (default: none)"
+        },
+    )
     moe_backend: str = dataclasses.field(
         default="auto", metadata={"help": "how tokens reach their experts: auto, sorted or loop"}
     )
@@ -134,6 +147,7 @@ class ExpertSettings:
     jitter_eps: float
     router_options: Dict[str, Any]
     activation_dropout: Optional[float]
+    output_masking: float
     backend: str
     encoder_layers: FrozenSet[int]
     decoder_layers: FrozenSet[int]
@@ -179,6 +193,14 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
                 f"--{side}-embed-dim ({width}) must be a multiple of "
                 f"--{side}-attention-heads ({heads})"
             )
+    if not 0 <= args.expert_output_masking < 1:
+        raise ConfigError(
+            "--expert-output-masking must be at least 0 and below 1, "
+            f"not {args.expert_output_masking}"
+        )
+    rate = args.balance_bias_rate
+    if not (rate >= 0 and math.isfinite(rate)):
+        raise ConfigError(f"--balance-bias-rate must be a number of at least 0, not {rate}")
     if args.quant_noise_pq > 0:
         raise ConfigError("--quant-noise-pq must be 0: experts do not support quantization noise")
     try:
@@ -192,6 +214,7 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
         jitter_eps=args.jitter_eps,
         router_options=_router_options(args),
         activation_dropout=args.expert_activation_dropout,
+        output_masking=args.expert_output_masking,
         backend=args.moe_backend,
         encoder_layers=_moe_layers(args, "encoder"),
         decoder_layers=_moe_layers(args, "decoder"),
@@ -199,6 +222,11 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
         decoder_kept=_kept_layers(args, "decoder"),
     )
     _try_router(settings)
+    if settings.decoder_layers and not ROUTERS[settings.router].causal:
+        raise ConfigError(
+            f"--router {settings.router} looks at all words of a sentence, also those that a "
+            "decoder has yet to write: pass --decoder-moe-layers none"
+        )
     return settings
 
 
@@ -213,7 +241,12 @@ def _router_options(args: argparse.Namespace) -> Dict[str, Any]:
         raise ConfigError(f"--router-options is not JSON: {error}") from None
     if not isinstance(options, dict):
         raise ConfigError(f"--router-options must be a JSON object, not {args.router_options}")
-    return {**options, "bias": not args.no_router_bias, "init_scale": args.router_init_scale}
+    return {
+        **options,
+        "bias": not args.no_router_bias,
+        "init_scale": args.router_init_scale,
+        "balance_bias_rate": args.balance_bias_rate,
+    }
 
 
 def _try_router(settings: ExpertSettings) -> None:

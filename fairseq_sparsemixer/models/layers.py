@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
@@ -36,7 +37,9 @@ class SwitchLayer(nn.Module):
     """
 
     routing_statistics: Optional[Tensor]
-    """(3 + 3N,) of the last forward, until the criterion takes it."""
+    """(3 + 4N,) of the last forward, until the criterion takes it."""
+    token_ids: Optional[Tensor]
+    """(length, batch) int64 of the batch at hand, set by the model where the router needs it."""
 
     def __init__(self, cfg: TransformerConfig, *args: Any, layer_name: str, **kwargs: Any) -> None:
         self.cfg = cfg  # build_fc1, which fairseq's constructor calls, is not given it
@@ -45,9 +48,11 @@ class SwitchLayer(nn.Module):
         self.activation_fn = _identity
         self.activation_dropout_module = nn.Identity()
         self.routing_statistics = None
+        self.token_ids: Optional[Tensor] = None
         self._padding_mask: Optional[Tensor] = None
         self._routing_sums: Optional[Tensor] = None
         self._with_statistics = True
+        self._num_updates: Optional[int] = None
 
     def build_fc1(self, input_dim: int, output_dim: int, *_: Any) -> Callable[[Tensor], Tensor]:
         """The mixture, kept as ``moe``; what fairseq calls as ``fc1`` is a method."""
@@ -64,6 +69,7 @@ class SwitchLayer(nn.Module):
             jitter_eps=experts.jitter_eps,
             activation_fn=utils.get_activation_fn(cfg.activation_fn),
             activation_dropout=float(dropout),
+            output_masking=experts.output_masking,
             backend=experts.backend,
             **experts.router_options,
         )
@@ -76,7 +82,7 @@ class SwitchLayer(nn.Module):
     def _feed_forward(self, x: Tensor) -> Tensor:
         # fairseq's layers are (length, batch, width), their masks (batch, length).
         mask = None if self._padding_mask is None else self._padding_mask.t()
-        y, routing = self.moe(x, mask)
+        y, routing = self.moe(x, mask, self.token_ids)
         if self._with_statistics:
             self._routing_sums = RoutingStatistics.from_routing(routing).pack()
         return y
@@ -100,12 +106,19 @@ class SwitchLayer(nn.Module):
         *outputs, self.routing_statistics = super().__call__(*args, **kwargs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called by fairseq before each batch, on all workers alike, with the update's number."""
+        if num_updates != self._num_updates:
+            world_size = distributed_utils.get_data_parallel_world_size()
+            self.moe.end_update(_all_reduce if world_size > 1 else None)
+        self._num_updates = num_updates
+
     def take_routing_statistics(self) -> Tensor:
-        """(3 + 3N,) float32 of the last forward, zeros if there was none; clears it."""
+        """(3 + 4N,) float32 of the last forward, zeros if there was none; clears it."""
         sums, self.routing_statistics = self.routing_statistics, None
         if sums is None:
-            weight = self.moe.router.weight
-            sums = weight.new_zeros(3 + 3 * len(weight), dtype=torch.float32)
+            device = self.moe.experts.w1.device
+            sums = torch.zeros(3 + 4 * self.moe.router.num_experts, device=device)
         return sums
 
 
@@ -116,6 +129,10 @@ def _warn_unused_statistics() -> None:
         "the criterion ignores the routing losses, so nothing balances the experts; "
         "use --criterion label_smoothed_cross_entropy_with_routing"
     )
+
+
+def _all_reduce(value: Tensor) -> None:
+    distributed_utils.all_reduce(value, group=distributed_utils.get_data_parallel_group())
 
 
 def _identity(x: Tensor) -> Tensor:

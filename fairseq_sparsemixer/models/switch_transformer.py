@@ -31,6 +31,7 @@ from fairseq_sparsemixer.models.config import (
     expert_settings,
 )
 from fairseq_sparsemixer.models.layers import (
+    SwitchLayer,
     SwitchTransformerDecoderLayer,
     SwitchTransformerEncoderLayer,
 )
@@ -203,6 +204,13 @@ def _wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
     return fsdp_wrap(layer, min_num_params=min_params)
 
 
+def _show_token_ids(model: nn.Module, tokens: Tensor) -> None:
+    """Give the layers whose router reads them the ids (batch, length) of what they will see."""
+    for layer in model.modules():
+        if isinstance(layer, SwitchLayer) and layer.moe.router.needs_token_ids:
+            layer.token_ids = tokens.t()
+
+
 class SwitchTransformerEncoder(TransformerEncoderBase):
     """fairseq's encoder; the layers in ``cfg.experts.encoder_layers`` hold experts."""
 
@@ -210,6 +218,11 @@ class SwitchTransformerEncoder(TransformerEncoderBase):
         # fairseq builds its layers in order, without telling which one it wants.
         self._to_build = list(cfg.experts.encoder_kept)
         super().__init__(cfg, *args, **kwargs)
+
+    def forward(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See fairseq."""
+        _show_token_ids(self, src_tokens)
+        return super().forward(src_tokens, *args, **kwargs)
 
     def build_encoder_layer(self, cfg: TransformerConfig) -> nn.Module:
         """The next layer, with experts or dense."""
@@ -228,6 +241,19 @@ class SwitchTransformerDecoder(TransformerDecoderBase):
     def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         self._to_build = list(cfg.experts.decoder_kept)
         super().__init__(cfg, *args, **kwargs)
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any = None,
+        incremental_state: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """See fairseq."""
+        new_tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
+        _show_token_ids(self, new_tokens)
+        return super().forward(prev_output_tokens, encoder_out, incremental_state, *args, **kwargs)
 
     def build_decoder_layer(
         self, cfg: TransformerConfig, no_encoder_attn: bool = False

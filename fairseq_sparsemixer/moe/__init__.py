@@ -19,7 +19,14 @@ S   slots: the (token, expert) pairs that are computed
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.feed_forward import MoEFeedForward
 from fairseq_sparsemixer.moe.losses import RoutingStatistics, load_balance_loss, z_loss
-from fairseq_sparsemixer.moe.routers import sparsemixer, switch  # noqa: F401  (registration)
+from fairseq_sparsemixer.moe.routers import (  # noqa: F401  (registration)
+    dense,
+    expert_choice,
+    fixed,
+    sparsemixer,
+    switch,
+    topk,
+)
 from fairseq_sparsemixer.moe.routing import ROUTERS, Router, Routing, build_router, register_router
 
 __all__ = [

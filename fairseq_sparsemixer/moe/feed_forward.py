@@ -1,18 +1,25 @@
 """The layer that takes the place of a transformer's feed-forward network."""
 
+import dataclasses
 from typing import Any, Optional, Tuple, Union
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from fairseq_sparsemixer.moe.adaptation import AllReduce
 from fairseq_sparsemixer.moe.dispatch import check_backend, dispatch
 from fairseq_sparsemixer.moe.experts import Activation, Experts
 from fairseq_sparsemixer.moe.routing import Routing, build_router
 
 
 class MoEFeedForward(nn.Module):
-    """A mixture of experts: y = omega * sum_k gate_k E_{D_k}(x).
+    """A mixture of experts: y = omega * (sum_k gate_k E_{D_k}(x) + sum_i mean_gate_i m_i).
 
-    omega is 1 for routers without an ``output_scale``.
+    omega is 1 for routers without an ``output_scale``; the second sum, over the experts' running
+    mean outputs m_i, is there for routers that use them (``default-moe``, ``sparsemixer-cv``).
+    Call :meth:`end_update` after each update of the parameters: those means and a balance bias
+    change then.
 
     Args:
         embed_dim: width of the model.
@@ -22,7 +29,11 @@ class MoEFeedForward(nn.Module):
         top_k: experts of each token.
         jitter_eps: see the router's docstring.
         activation_fn: a name ("relu", "gelu", ...) or a function from Tensor to Tensor.
-        activation_dropout: probability of dropping an inner unit.
+        activation_dropout: probability of dropping an inner unit ("expert dropout" in arXiv
+            2101.03961).
+        output_masking: probability of leaving out an expert's whole output for a token in
+            training; what is kept is scaled by 1 / (1 - probability) (expert output masking of
+            NLLB, arXiv 2207.04672).
         backend: "auto" or a name in :data:`fairseq_sparsemixer.moe.dispatch.BACKENDS`.
         options: further arguments of the router (``bias``, ``init_scale``, ...).
 
@@ -41,13 +52,17 @@ class MoEFeedForward(nn.Module):
         jitter_eps: float = 0.1,
         activation_fn: Union[str, Activation] = "relu",
         activation_dropout: float = 0.0,
+        output_masking: float = 0.0,
         backend: str = "auto",
         **options: Any,
     ) -> None:
         super().__init__()
         check_backend(backend)
+        if not 0 <= output_masking < 1:
+            raise ValueError(f"output_masking must be at least 0 and below 1, not {output_masking}")
         self.embed_dim = embed_dim
         self.backend = backend
+        self.output_masking = output_masking
         self.router = build_router(
             router,
             embed_dim=embed_dim,
@@ -58,24 +73,46 @@ class MoEFeedForward(nn.Module):
         )
         self.experts = Experts(embed_dim, ffn_dim, num_experts, activation_fn, activation_dropout)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tuple[Tensor, Routing]:
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        token_ids: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, Routing]:
         """Route each token and combine its experts' outputs.
 
         Args:
             x: (..., embed_dim).
             padding_mask: (...) bool, True at padding, which is neither routed nor counted.
+            token_ids: (...) int64, entries of the vocabulary, for the ``hash`` router.
 
         Returns:
             y, of the shape and dtype of x with rows of padding 0, and the :class:`Routing`.
         """
         if x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must be (..., {self.embed_dim}), not {tuple(x.shape)}")
-        if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
-            raise ValueError(
-                f"padding_mask must be {tuple(x.shape[:-1])}, not {tuple(padding_mask.shape)}"
-            )
-        routing = self.router(x, padding_mask)
-        y_TD = dispatch(x.reshape(-1, self.embed_dim), routing, self.experts, self.backend)
-        if self.router.output_scale is not None:
-            y_TD = y_TD * self.router.output_scale.to(y_TD.dtype)
+        for name, value in (("padding_mask", padding_mask), ("token_ids", token_ids)):
+            if value is not None and value.shape != x.shape[:-1]:
+                raise ValueError(f"{name} must be {tuple(x.shape[:-1])}, not {tuple(value.shape)}")
+        router = self.router
+        routing = router(x, padding_mask, token_ids)
+        if self.output_masking > 0:
+            gate = F.dropout(routing.gate, self.output_masking, self.training)
+            routing = dataclasses.replace(routing, gate=gate)
+        # Under activation checkpointing the forward runs twice, once without gradient.
+        learning = self.training and torch.is_grad_enabled()
+        means, bias = router.expert_means, router.balance_bias
+        observe = means.observe if learning and means is not None else None
+        x_TD = x.reshape(-1, self.embed_dim)
+        y_TD = dispatch(x_TD, routing, self.experts, self.backend, observe)
+        if means is not None and routing.mean_gate is not None:
+            y_TD = means.add(y_TD, routing.mean_gate, x_TD)
+        if router.output_scale is not None:
+            y_TD = y_TD * router.output_scale.to(y_TD.dtype)
+        if learning and bias is not None:
+            bias.observe(routing.chosen)
         return y_TD.view(x.shape), routing
+
+    def end_update(self, all_reduce: Optional[AllReduce] = None) -> None:
+        """Adapt the balance bias and the running means; see :meth:`Router.end_update`."""
+        self.router.end_update(all_reduce)

@@ -8,6 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.adaptation import count_tokens
 from fairseq_sparsemixer.moe.routing import Routing
 
 
@@ -30,6 +31,8 @@ class RoutingStatistics:
     """(..., N): sum of p, with gradient."""
     sampling_probs: Tensor
     """(..., N): sum of the distribution that the gate is read from, with gradient."""
+    load: Tensor
+    """(..., N): smooth number of tokens of each expert, with gradient."""
 
     @classmethod
     def from_routing(cls, routing: Routing) -> "RoutingStatistics":
@@ -42,32 +45,28 @@ class RoutingStatistics:
         with torch.no_grad():
             # H(p) = logsumexp(z) - sum_i p_i z_i
             entropy_T1 = logsumexp_T1 - (routing.probs * routing.logits).sum(-1, keepdim=True)
-            num_experts = routing.logits.shape[-1]
-            # Scattered rather than counted by bincount, which has no deterministic CUDA form and
-            # waits for the device; padding (-1) lands in the extra first cell.
-            slots = routing.expert_index.reshape(-1) + 1
-            counts = keep_T1.new_zeros(num_experts + 1)
-            counts = counts.scatter_add(0, slots, keep_T1.new_ones(slots.shape))
+        load_TN = routing.sampling_probs if routing.load is None else routing.load
         return cls(
             tokens=keep_T1.detach().sum(),
             squared_logsumexp=(logsumexp_T1.square() * keep_T1).sum(),
             entropy=(entropy_T1 * keep_T1).sum(),
-            expert_tokens=counts[1:],
+            expert_tokens=count_tokens(routing.chosen, routing.logits.shape[-1]),
             probs=(routing.probs * keep_T1).sum(0),
             sampling_probs=(routing.sampling_probs * keep_T1).sum(0),
+            load=(load_TN * keep_T1).sum(0),
         )
 
     def pack(self) -> Tensor:
-        """(..., 3 + 3N) float32: all of it as one tensor, undone by :meth:`unpack`."""
+        """(..., 3 + 4N) float32: all of it as one tensor, undone by :meth:`unpack`."""
         scalars = torch.stack([self.tokens, self.squared_logsumexp, self.entropy], dim=-1)
-        vectors = [self.expert_tokens, self.probs, self.sampling_probs]
+        vectors = [self.expert_tokens, self.probs, self.sampling_probs, self.load]
         return torch.cat([scalars, *vectors], dim=-1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "RoutingStatistics":
-        """The statistics that :meth:`pack` made ``packed`` (..., 3 + 3N) from."""
-        num_experts = (packed.shape[-1] - 3) // 3
-        scalars, *vectors = packed.split([3] + 3 * [num_experts], dim=-1)
+        """The statistics that :meth:`pack` made ``packed`` (..., 3 + 4N) from."""
+        num_experts = (packed.shape[-1] - 3) // 4
+        scalars, *vectors = packed.split([3] + 4 * [num_experts], dim=-1)
         return cls(*scalars.unbind(-1), *vectors)
 
     @property
@@ -86,6 +85,14 @@ class RoutingStatistics:
         return self._balance(self.sampling_probs)
 
     @property
+    def importance_loss(self) -> Tensor:
+        """(...): CV^2 of the summed gates plus CV^2 of the load (arXiv 1701.06538); 0 when even.
+
+        CV is the coefficient of variation over experts, standard deviation over mean.
+        """
+        return _squared_variation(self.sampling_probs) + _squared_variation(self.load)
+
+    @property
     def z_loss(self) -> Tensor:
         """(...): mean of logsumexp(z)^2 (ST-MoE, arXiv 2202.08906)."""
         return self.squared_logsumexp / self.tokens.clamp_min(1)
@@ -98,6 +105,13 @@ class RoutingStatistics:
     def _balance(self, probs: Tensor) -> Tensor:
         mean_probs = probs / self.tokens.clamp_min(1).unsqueeze(-1)
         return probs.shape[-1] * (self.expert_share * mean_probs).sum(-1)
+
+
+def _squared_variation(values: Tensor) -> Tensor:
+    """(...): variance over squared mean of the last dimension, 0 where all are 0."""
+    mean = values.mean(-1)
+    variance = (values - mean.unsqueeze(-1)).square().mean(-1)
+    return variance / mean.square().clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def load_balance_loss(routing: Routing) -> Tensor:

@@ -6,11 +6,18 @@ Shape suffixes: see :mod:`fairseq_sparsemixer.moe`.
 import dataclasses
 import difflib
 import math
-from typing import Any, Callable, Dict, Optional, Type
+from typing import Any, Callable, Dict, NamedTuple, Optional, Type, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fairseq_sparsemixer.moe.adaptation import (
+    AllReduce,
+    BalanceBias,
+    ExpertLines,
+    ExpertMeans,
+)
 
 
 @dataclasses.dataclass
@@ -22,9 +29,9 @@ class Routing:
     """
 
     expert_index: Tensor
-    """(T, K) int64: the chosen experts, -1 at padding."""
+    """(T, K) int64: the chosen experts, -1 at padding and in slots that a token leaves empty."""
     gate: Tensor
-    """(T, K) float32: differentiable multiplier of the expert's output, 0 at padding."""
+    """(T, K) float32: differentiable multiplier of the expert's output, 0 where there is none."""
     logits: Tensor
     """(T, N) float32: router logits z, jitter included."""
     probs: Tensor
@@ -34,6 +41,31 @@ class Routing:
     SparseMixer, ``probs`` for routers that mask nothing."""
     padding_mask: Optional[Tensor] = None
     """(T,) bool, True at padding; None where there is none."""
+    num_chosen: Optional[int] = None
+    """How many of the K slots, from the first, are choices; the others are computed for their
+    gradient alone and do not count as load. None: all."""
+    mean_gate: Optional[Tensor] = None
+    """(T, N) float32: differentiable multiplier of each expert's running mean output
+    (:attr:`Router.expert_means`), 0 at padding; None where the router uses no means."""
+    load: Optional[Tensor] = None
+    """(T, N) float32: smooth chance of being chosen, with gradient (arXiv 1701.06538, eq. 9);
+    None where ``sampling_probs`` is that already."""
+
+    @property
+    def chosen(self) -> Tensor:
+        """(T, num_chosen) int64: the part of ``expert_index`` that counts as load."""
+        return self.expert_index[:, : self.num_chosen]
+
+
+class Context(NamedTuple):
+    """What a router may look at besides the logits; None where the caller did not give it."""
+
+    x: Optional[Tensor] = None
+    """(T, D) float32: the tokens."""
+    padding_mask: Optional[Tensor] = None
+    """(T,) bool, True at padding."""
+    token_ids: Optional[Tensor] = None
+    """(T,) int64: entries of the vocabulary."""
 
 
 class Router(nn.Module):
@@ -42,6 +74,11 @@ class Router(nn.Module):
     The arithmetic is float32 whatever the model's dtype, under autocast too: half-precision
     logits flip choices (selective precision, arXiv 2101.03961).
 
+    What is learnt without a gradient (:mod:`fairseq_sparsemixer.moe.adaptation`) changes in
+    :meth:`end_update`, which a training loop calls after each update. With a balance bias b,
+    routers that choose the largest logits choose by z + b and read the gate from z; those that
+    sample also read it from the distribution that they sample from, which contains b.
+
     Args:
         embed_dim: D, the width of a token.
         num_experts: N, at least 1.
@@ -49,16 +86,34 @@ class Router(nn.Module):
         jitter_eps: strength of the jitter; a router says in its own docstring what it does.
         bias: whether the logits have a bias b.
         init_scale: factor on the initial weights, which are those of :class:`torch.nn.Linear`.
+        balance_bias_rate: step of the balance bias after an update, 0 for none (the source uses
+            0.001).
 
     Raises:
         ValueError: for a value out of range; the message names it and what is allowed.
     """
 
+    min_top_k = 1
+    """The smallest top_k that the estimator is defined for."""
     max_top_k: Optional[int] = 1
     """The largest top_k that the estimator is defined for; None where there is no limit."""
+    causal = True
+    """Whether a token's experts depend on that token alone; a decoder needs that."""
+    needs_token_ids = False
+    """Whether :meth:`forward` must be given ``token_ids``."""
+    takes_balance_bias = True
+    """Whether the choice is by logits that a bias can shift."""
+    computes_all_experts = False
+    """Whether training computes every expert for every token: a yardstick, not a sparse layer."""
 
+    weight: Optional[nn.Parameter]
+    """(N, D), None for routers that learn no logits."""
     output_scale: Optional[nn.Parameter]
     """(D,) the learned factor omega of the experts' output; None for routers without one."""
+    expert_means: Optional[Union[ExpertMeans, ExpertLines]]
+    """Predicts outputs of experts that are not computed; None for routers that need none."""
+    balance_bias: Optional[BalanceBias]
+    """None without a ``balance_bias_rate``."""
 
     name = ""
     """The name in :data:`ROUTERS`, set by :func:`register_router`."""
@@ -72,6 +127,7 @@ class Router(nn.Module):
         jitter_eps: float = 0.1,
         bias: bool = True,
         init_scale: float = 1.0,
+        balance_bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
         if embed_dim < 1:
@@ -80,15 +136,21 @@ class Router(nn.Module):
             raise ValueError(f"num_experts must be at least 1, not {num_experts}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be 1 to num_experts ({num_experts}), not {top_k}")
-        if self.max_top_k is not None and top_k > self.max_top_k:
-            raise ValueError(
-                f"router {self.name!r} gives each token {self.max_top_k} expert: "
-                f"top_k must be {self.max_top_k}, not {top_k}"
+        if top_k < self.min_top_k or (self.max_top_k is not None and top_k > self.max_top_k):
+            allowed = (
+                f"at least {self.min_top_k}" if self.max_top_k is None else str(self.max_top_k)
             )
+            raise ValueError(f"top_k must be {allowed} for router {self.name!r}, not {top_k}")
         if not (jitter_eps >= 0 and math.isfinite(jitter_eps)):
             raise ValueError(f"jitter_eps must be a number of at least 0, not {jitter_eps}")
         if not (init_scale >= 0 and math.isfinite(init_scale)):
             raise ValueError(f"init_scale must be a number of at least 0, not {init_scale}")
+        if not (balance_bias_rate >= 0 and math.isfinite(balance_bias_rate)):
+            raise ValueError(
+                f"balance_bias_rate must be a number of at least 0, not {balance_bias_rate}"
+            )
+        if balance_bias_rate > 0 and not self.takes_balance_bias:
+            raise ValueError(f"router {self.name!r} has no use for a balance_bias_rate: leave it 0")
         self.embed_dim = embed_dim
         self.num_experts = num_experts
         self.top_k = top_k
@@ -97,49 +159,96 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, embed_dim))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.register_parameter("output_scale", None)
+        self.balance_bias = (
+            BalanceBias(num_experts, balance_bias_rate) if balance_bias_rate > 0 else None
+        )
+        self.expert_means = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise as :class:`torch.nn.Linear` does, times ``init_scale``."""
         bound = self.init_scale / math.sqrt(self.embed_dim)
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        token_ids: Optional[Tensor] = None,
+    ) -> Routing:
         """Route tokens.
 
         Args:
             x: (..., D), any floating dtype.
             padding_mask: (...) bool, True at padding, which goes to no expert.
+            token_ids: (...) int64, entries of the vocabulary; read by the hash router alone.
+
+        Raises:
+            ValueError: the router needs token_ids and there are none.
         """
         with torch.autocast(device_type=x.device.type, enabled=False):
             x_TD = x.reshape(-1, self.embed_dim).float()
-            bias_N = None if self.bias is None else self.bias.float()
-            logits_TN = F.linear(x_TD, self.weight.float(), bias_N)
-            return self.route(logits_TN, None if padding_mask is None else padding_mask.reshape(-1))
+            return self.route(
+                self.logits(x_TD),
+                None if padding_mask is None else padding_mask.reshape(-1),
+                x=x_TD,
+                token_ids=None if token_ids is None else token_ids.reshape(-1),
+            )
 
-    def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, N) float32: z = x W^T + b of float32 tokens."""
+        assert self.weight is not None
+        bias_N = None if self.bias is None else self.bias.float()
+        return F.linear(x_TD, self.weight.float(), bias_N)
+
+    def route(
+        self,
+        logits: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        *,
+        x: Optional[Tensor] = None,
+        token_ids: Optional[Tensor] = None,
+    ) -> Routing:
         """The estimator alone.
 
         Args:
             logits: (T, N), never changed in place.
             padding_mask: (T,) bool, True at padding.
+            x: (T, D) float32, for routers that read more than the logits (``noisy-topk``).
+            token_ids: (T,) int64, for routers that read them (``hash``).
         """
-        routing = self.select(logits.float())
+        routing = self.select(logits.float(), Context(x, padding_mask, token_ids))
         if padding_mask is None:
             return routing
         mask_T1 = padding_mask.unsqueeze(-1)
+        means = routing.mean_gate
         return dataclasses.replace(
             routing,
             expert_index=routing.expert_index.masked_fill(mask_T1, -1),
             gate=routing.gate.masked_fill(mask_T1, 0.0),
+            mean_gate=None if means is None else means.masked_fill(mask_T1, 0.0),
             padding_mask=padding_mask,
         )
 
-    def select(self, logits_TN: Tensor) -> Routing:
-        """Choose experts for every row of float32 logits, as if there were no padding."""
+    def select(self, logits_TN: Tensor, context: Context) -> Routing:
+        """Choose experts for every row of float32 logits; :meth:`route` takes padding out."""
         raise NotImplementedError
+
+    def biased(self, logits_TN: Tensor) -> Tensor:
+        """(T, N): the logits that experts are chosen by, z + b."""
+        return logits_TN if self.balance_bias is None else logits_TN + self.balance_bias.bias
+
+    def end_update(self, all_reduce: Optional[AllReduce] = None) -> None:
+        """Adapt balance bias and mean outputs to the batches since the last call.
+
+        Args:
+            all_reduce: sums a tensor over the workers, in place, so that all of them agree.
+        """
+        for part in (self.balance_bias, self.expert_means):
+            if part is not None:
+                part.end_update(all_reduce)
 
     def extra_repr(self) -> str:
         """The settings shown by ``print(model)``."""
@@ -147,6 +256,11 @@ class Router(nn.Module):
             f"{self.embed_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"jitter_eps={self.jitter_eps}, bias={self.bias is not None}"
         )
+
+
+def one_hot(index_TK: Tensor, like_TN: Tensor) -> Tensor:
+    """(T, N) in the dtype of ``like_TN``: 1 at the K indices of each row, else 0."""
+    return torch.zeros_like(like_TN).scatter(-1, index_TK, 1.0)
 
 
 ROUTERS: Dict[str, Type[Router]] = {}

@@ -1,16 +1,19 @@
-"""SparseMixer: a sparse estimate of the whole router gradient (arXiv 2310.00811).
+"""SparseMixer: a sparse estimate of the whole router gradient (arXiv 2310.00811, 2409.12136).
 
 For D ~ p~ and h = p~_D E_D(x), the router's gradient of E[f(h)] is grad_0 + grad_1: grad_1 is what
 backpropagation gives, grad_0 = sum_i [f(p~_i E_i) - f(0)] dp~_i comes from the discrete choice.
-Both routers here estimate f(h) - f(0) from the one expert that was computed.
+All routers here estimate f(h) - f(0) from the one expert that was computed: they take f' at m h,
+for a random evaluation point m, by scaling the gate in the forward pass and not in the backward
+pass.
 """
 
-from typing import Any
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.moe.routing import Router, Routing, register_router
+from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
+from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
 
 
 def unreachable(logits_TN: Tensor, jitter_eps: float) -> Tensor:
@@ -44,31 +47,43 @@ def scale_gradient(value: Tensor, forward: Any, backward: float) -> Tensor:
 
 
 class _SparseMixerBase(Router):
-    """What the two orders share: mask, sampling, the factor 2, and omega.
+    """What all share: the mask, sampling without replacement, and the gate.
 
-    Evaluation: D = argmax, gate p~_D (the mask stays).
+    Evaluation: the largest logits, gates p~ (the mask stays).
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.output_scale = nn.Parameter(torch.ones(self.embed_dim))
+    temperature = 1.0
+    """The distribution is softmax(z / temperature) over the experts that are not masked."""
+    gradient_scale = 2.0
+    """Times the gradient at the gate, the gradient that reaches p~_D."""
 
-    def select(self, logits_TN: Tensor) -> Routing:
+    def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
-        masked_TN = logits_TN.masked_fill(unreachable(logits_TN, self.jitter_eps), float("-inf"))
-        sampling_probs_TN = masked_TN.softmax(dim=-1)
-        best_T1 = logits_TN.argmax(dim=-1, keepdim=True)
-        index_T1 = sample(masked_TN) if self.training else best_T1
-        gate_T1 = sampling_probs_TN.gather(-1, index_T1)
-        if self.training:
-            point_T1 = self.evaluation_point(gate_T1, is_best=index_T1 == best_T1)
-            gate_T1 = scale_gradient(gate_T1, forward=point_T1, backward=2.0)
+        logits_TN = self.biased(logits_TN)
+        left_TN = logits_TN
+        indices: List[Tensor] = []
+        gates: List[Tensor] = []
+        distributions: List[Tensor] = []
+        for _ in range(self.top_k):
+            masked_TN = left_TN.masked_fill(unreachable(left_TN, self.jitter_eps), float("-inf"))
+            masked_TN = masked_TN / self.temperature
+            probs_TN = masked_TN.softmax(dim=-1)
+            best_T1 = left_TN.argmax(dim=-1, keepdim=True)
+            index_T1 = sample(masked_TN) if self.training else best_T1
+            gate_T1 = probs_TN.gather(-1, index_T1)
+            if self.training:
+                point_T1 = self.evaluation_point(gate_T1, is_best=index_T1 == best_T1)
+                gate_T1 = scale_gradient(gate_T1, forward=point_T1, backward=self.gradient_scale)
+            indices.append(index_T1)
+            gates.append(gate_T1)
+            distributions.append(probs_TN)
+            left_TN = left_TN.scatter(-1, index_T1, float("-inf"))
         return Routing(
-            expert_index=index_T1,
-            gate=gate_T1,
+            expert_index=torch.cat(indices, dim=-1),
+            gate=torch.cat(gates, dim=-1),
             logits=logits_TN,
             probs=logits_TN.softmax(dim=-1),
-            sampling_probs=sampling_probs_TN,
+            sampling_probs=distributions[0],
         )
 
     def evaluation_point(self, gate_T1: Tensor, is_best: Tensor) -> Tensor:
@@ -76,8 +91,56 @@ class _SparseMixerBase(Router):
         raise NotImplementedError
 
 
+class _TwoPoints(_SparseMixerBase):
+    """m is 1 with some probability and else another point."""
+
+    chance_of_full = 0.5
+    """Probability of m = 1."""
+    point = 0.5
+    """The other m."""
+
+    def __init__(self, *, first_order_on_argmax: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.first_order_on_argmax = first_order_on_argmax
+
+    def evaluation_point(self, gate_T1: Tensor, is_best: Tensor) -> Tensor:
+        """m: 1 or the other point; 1 at the arg-max under the override."""
+        full_T1 = torch.rand_like(gate_T1) < self.chance_of_full
+        if self.first_order_on_argmax:
+            full_T1 = full_T1 | is_best
+        return torch.where(full_T1, 1.0, self.other_point(gate_T1))
+
+    def other_point(self, gate_T1: Tensor) -> Tensor:
+        """(T, 1) or (): m where it is not 1."""
+        return gate_T1.new_tensor(self.point)
+
+
+@register_router("sparsemixer-1st")
+class SparseMixerFirstOrderRouter(_SparseMixerBase):
+    """SparseMixer-1st, the Euler method (arXiv 2310.00811).
+
+    f(h) - f(0) ~ f'(h) h, hence grad_0 ~ grad_1: forward gate p~_D, twice the gradient to p~_D.
+    Everything else as in :class:`SparseMixerRouter`, omega included, so that the two differ in
+    the order of the estimate only.
+
+    Args:
+        jitter_eps: eps of the mask, at least 0; a very large value masks nothing.
+        omega: whether the output is multiplied by a learned omega.
+        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+    """
+
+    def __init__(self, *, omega: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        if omega:
+            self.output_scale = nn.Parameter(torch.ones(self.embed_dim))
+
+    def evaluation_point(self, gate_T1: Tensor, is_best: Tensor) -> Tensor:
+        """m: always 1."""
+        return torch.ones_like(gate_T1)
+
+
 @register_router("sparsemixer")
-class SparseMixerRouter(_SparseMixerBase):
+class SparseMixerRouter(_TwoPoints):
     """SparseMixer, the mid-point method (Liu et al. 2023, arXiv 2310.00811).
 
     f(h) - f(0) ~ f'(h/2) h. Sampled: m is 1 or 1/2 with probability 1/2 each, the forward gate is
@@ -92,34 +155,107 @@ class SparseMixerRouter(_SparseMixerBase):
         jitter_eps: eps of the mask, at least 0; a very large value masks nothing.
         first_order_on_argmax: m = 1 wherever D is the arg-max, so that experts are trained on
             full outputs (the paper's choice; off for ablation).
+        omega: whether the output is multiplied by a learned omega.
+        quadrature: ``"midpoint"``, or ``"uniform"`` to draw the second point from U(0, 1) in place
+            of 1/2: f(h) - f(0) is the integral of f'(m h) h over m, so this is exact for every
+            differentiable f, with more variance (of this project, not of the paper).
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
     """
 
-    def __init__(self, *, first_order_on_argmax: bool = True, **options: Any) -> None:
+    def __init__(self, *, omega: bool = True, quadrature: str = "midpoint", **options: Any) -> None:
         super().__init__(**options)
-        self.first_order_on_argmax = first_order_on_argmax
+        if quadrature not in ("midpoint", "uniform"):
+            raise ValueError(f"quadrature must be midpoint or uniform, not {quadrature!r}")
+        self.quadrature = quadrature
+        if omega:
+            self.output_scale = nn.Parameter(torch.ones(self.embed_dim))
 
-    def evaluation_point(self, gate_T1: Tensor, is_best: Tensor) -> Tensor:
-        """m: 1 or 1/2 with equal probability; 1 at the arg-max under the override."""
-        full_T1 = torch.rand_like(gate_T1) < 0.5
-        if self.first_order_on_argmax:
-            full_T1 = full_T1 | is_best
-        return torch.where(full_T1, 1.0, 0.5)
+    def other_point(self, gate_T1: Tensor) -> Tensor:
+        """1/2, or a draw from U(0, 1)."""
+        if self.quadrature == "midpoint":
+            return super().other_point(gate_T1)
+        return torch.rand_like(gate_T1)
 
 
-@register_router("sparsemixer-1st")
-class SparseMixerFirstOrderRouter(_SparseMixerBase):
-    """SparseMixer-1st, the Euler method (arXiv 2310.00811).
+PREDICTIONS: Dict[str, Callable[..., Union[ExpertMeans, ExpertLines]]] = {
+    "mean": ExpertMeans,
+    "linear": ExpertLines,
+}
+"""What a control variate may know of the experts that were not computed."""
 
-    f(h) - f(0) ~ f'(h) h, hence grad_0 ~ grad_1: forward gate p~_D, twice the gradient to p~_D.
-    Everything else as in :class:`SparseMixerRouter`, omega included, so that the two differ in
-    the order of the estimate only.
+
+@register_router("sparsemixer-cv")
+class SparseMixerControlVariateRouter(SparseMixerRouter):
+    """SparseMixer with a control variate: of this project, see docs/routers.md.
+
+    SparseMixer's gradient for a token is one sample c_D dp~_D of sum_i p~_i c_i dp~_i, with
+    c_i = 2 u E_i and u the gradient at the layer's output. With m_i the running mean of expert i's
+    output, c^_i = 2 u m_i predicts c_i for the experts that were not computed, and
+    c_D dp~_D + sum_i p~_i c^_i dp~_i - c^_D dp~_D has the same mean wherever u does not depend on
+    D, and less variance wherever m_i tells something about E_i. The forward pass is untouched.
+
+    Args:
+        mean_decay: weight of the old mean in each update.
+        **options: see :class:`SparseMixerRouter`.
+    """
+
+    def __init__(
+        self, *, prediction: str = "mean", mean_decay: float = 0.99, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be {' or '.join(PREDICTIONS)}, not {prediction!r}")
+        self.expert_means = PREDICTIONS[prediction](self.num_experts, self.embed_dim, mean_decay)
+
+    def select(self, logits_TN: Tensor, context: Context) -> Routing:
+        """See :meth:`Router.select`."""
+        routing = super().select(logits_TN, context)
+        if self.training:
+            probs_TN = routing.sampling_probs
+            expected_TN = probs_TN.detach() - one_hot(routing.expert_index, probs_TN)
+            # 0 in the forward pass, exactly.
+            routing.mean_gate = self.gradient_scale * expected_TN * (probs_TN - probs_TN.detach())
+        return routing
+
+
+@register_router("sparsemixer-v2")
+class SparseMixerV2Router(_TwoPoints):
+    """SparseMixer-v2, Heun's third-order method (GRIN, arXiv 2409.12136, algorithm 1).
+
+    f(h) - f(0) ~ (1/4 f'(h) + 3/4 f'(h/3)) h: m is 1 with probability 1/4 and else 1/3, without
+    the factor 2: grad_1 is left out. No omega. K experts are drawn without replacement: z_D is set
+    to -inf after each draw, and mask, distribution and arg-max are those of what is left.
+
+    As in the code released for Phi-3.5-MoE, m scales the gate, and so the gradient of the expert
+    too; algorithm 1 as printed scales the output only.
 
     Args:
         jitter_eps: eps of the mask, at least 0; a very large value masks nothing.
+        first_order_on_argmax: m = 1 wherever D is the arg-max of what is left.
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
     """
 
-    def evaluation_point(self, gate_T1: Tensor, is_best: Tensor) -> Tensor:
-        """m: always 1."""
-        return torch.ones_like(gate_T1)
+    max_top_k: Optional[int] = None
+    gradient_scale = 1.0
+    chance_of_full = 0.25
+    point = 1 / 3
+
+
+@register_router("sparsemixer-v2-star")
+class SparseMixerV2StarRouter(SparseMixerV2Router):
+    """SparseMixer-v2*, with grad_1 and half the logits (GRIN, arXiv 2409.12136, algorithm 2).
+
+    p~ = softmax(z / 2) over the experts that are not masked; m is 1 with probability 5/8 and else
+    1/3; the gradient that reaches p~_D is twice the gradient at the gate. In expectation this is
+    the exact gradient for every cubic f where K = 1, no expert is masked and
+    ``first_order_on_argmax`` is off. Else as :class:`SparseMixerV2Router`.
+
+    Args:
+        jitter_eps: eps of the mask, at least 0; a very large value masks nothing.
+        first_order_on_argmax: m = 1 wherever D is the arg-max of what is left.
+        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+    """
+
+    temperature = 2.0
+    gradient_scale = 2.0
+    chance_of_full = 0.625

@@ -1,14 +1,16 @@
 """The Switch router: arg-max routing that keeps one of the two terms of the router's gradient."""
 
-from typing import Any
+from typing import Any, Optional
 
-from torch import Tensor
+import torch
+from torch import nn
 
-from fairseq_sparsemixer.moe.routing import Router, Routing, register_router
+from fairseq_sparsemixer.moe.routers.topk import TopKRouter
+from fairseq_sparsemixer.moe.routing import register_router
 
 
 @register_router("switch")
-class SwitchRouter(Router):
+class SwitchRouter(TopKRouter):
     """Switch Transformer (Fedus et al. 2021, arXiv 2101.03961).
 
     Training: z <- z * u with u ~ U(1 - eps, 1 + eps) for each logit; D = argmax z; the gate is
@@ -20,25 +22,23 @@ class SwitchRouter(Router):
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
     """
 
-    def __init__(self, *, jitter_eps: float = 0.1, **options: Any) -> None:
-        super().__init__(jitter_eps=jitter_eps, **options)
-        if jitter_eps >= 1:
-            raise ValueError(
-                f"jitter_eps must be at least 0 and below 1 for router {self.name!r}, "
-                f"not {jitter_eps}"
-            )
+    max_top_k: Optional[int] = 1
 
-    def select(self, logits_TN: Tensor) -> Routing:
-        """See :meth:`Router.select`."""
-        if self.training and self.jitter_eps > 0:
-            eps = self.jitter_eps
-            logits_TN = logits_TN * logits_TN.new_empty(logits_TN.shape).uniform_(1 - eps, 1 + eps)
-        probs_TN = logits_TN.softmax(dim=-1)
-        index_T1 = probs_TN.argmax(dim=-1, keepdim=True)
-        return Routing(
-            expert_index=index_T1,
-            gate=probs_TN.gather(-1, index_T1),
-            logits=logits_TN,
-            probs=probs_TN,
-            sampling_probs=probs_TN,
-        )
+    def __init__(self, **options: Any) -> None:
+        super().__init__(renormalise=False, **options)
+
+
+@register_router("switch-omega")
+class SwitchOmegaRouter(SwitchRouter):
+    """Switch with SparseMixer's learned output scale: the control for omega.
+
+    As :class:`SwitchRouter`, and the expert output is multiplied by omega in R^D, initially 1.
+
+    Args:
+        jitter_eps: eps, 0 up to but not including 1.
+        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.output_scale = nn.Parameter(torch.ones(self.embed_dim))

@@ -1,0 +1,257 @@
+"""Problems made of a trained model: one token's routing in one layer, on real sentences.
+
+f(h) is the label-smoothed loss of the token's sentence, in nats, as a function of what the layer
+puts out at that token; all other tokens and layers keep their evaluation-mode routing and dropout
+is off.
+"""
+
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import torch
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+from fairseq.data import data_utils
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.laboratory.problems import Loss, Problem
+from fairseq_sparsemixer.models.layers import SwitchLayer
+from fairseq_sparsemixer.moe import MoEFeedForward
+
+TOKENS_AT_ONCE = 4000
+"""Of source and target together, in one forward pass."""
+RIDGE = 0.1
+"""Strength of the linear prediction's ridge, relative to the mean square of the inputs."""
+SMOOTHING = 0.1
+
+
+class Pair(NamedTuple):
+    """A sentence and its translation, (length,) int64 each, with the end-of-sentence symbol."""
+
+    source: Tensor
+    target: Tensor
+
+
+class Place(NamedTuple):
+    """A token: which sentence, and its position on the layer's side."""
+
+    sentence: int
+    position: int
+
+
+def switch_layers(model: nn.Module) -> Dict[str, SwitchLayer]:
+    """The layers with experts by name ("encoder.0", ...)."""
+    return {m.layer_name: m for m in model.modules() if isinstance(m, SwitchLayer)}
+
+
+def draw_places(
+    pairs: List[Pair], side: str, count: int, generator: torch.Generator
+) -> List[Place]:
+    """``count`` tokens of one side ("encoder", "decoder"), drawn without replacement."""
+    places = [
+        Place(i, position)
+        for i, pair in enumerate(pairs)
+        for position in range(len(pair.source if side == "encoder" else pair.target))
+    ]
+    order = torch.randperm(len(places), generator=generator)[:count]
+    return [places[i] for i in sorted(order.tolist())]
+
+
+class Sentences:
+    """Forward passes of one model over pairs of sentences.
+
+    Args:
+        model: a Switch Transformer in evaluation mode; its parameters lose their gradient.
+        pairs: the sentences.
+        pad, eos: symbols of the target dictionary.
+    """
+
+    def __init__(self, model: Any, pairs: List[Pair], pad: int, eos: int) -> None:
+        self.model = model
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.pairs = pairs
+        self.pad, self.eos = pad, eos
+
+    def read_by(self, side: str, number: int) -> Tensor:
+        """(length,) what the encoder, or the decoder under teacher forcing, reads."""
+        pair = self.pairs[number]
+        if side == "encoder":
+            return pair.source
+        return torch.cat([pair.target.new_tensor([self.eos]), pair.target[:-1]])
+
+    def losses(self, numbers: List[int]) -> Tensor:
+        """(len(numbers),) the label-smoothed loss of each sentence, summed over its target."""
+        pairs = [self.pairs[i] for i in numbers]
+        source = self._collate([pair.source for pair in pairs])
+        target = self._collate([pair.target for pair in pairs])
+        previous = self._collate([self.read_by("decoder", i) for i in numbers])
+        lengths = torch.tensor([len(pair.source) for pair in pairs])
+        log_probs = self.model.get_normalized_probs(
+            self.model(source, lengths, previous), log_probs=True
+        )
+        loss, _ = label_smoothed_nll_loss(
+            log_probs.flatten(0, 1), target.flatten(), SMOOTHING, self.pad, reduce=False
+        )
+        return loss.view(target.shape).sum(-1)
+
+    def batches(self, numbers: List[int]) -> List[List[int]]:
+        """``numbers`` cut into runs of at most :data:`TOKENS_AT_ONCE` tokens."""
+        runs: List[List[int]] = [[]]
+        longest = 0
+        for number in numbers:
+            pair = self.pairs[number]
+            longest = max(longest, len(pair.source) + len(pair.target))
+            if runs[-1] and longest * (len(runs[-1]) + 1) > TOKENS_AT_ONCE:
+                runs.append([])
+                longest = len(pair.source) + len(pair.target)
+            runs[-1].append(number)
+        return runs
+
+    def _collate(self, tokens: List[Tensor]) -> Tensor:
+        return data_utils.collate_tokens(tokens, self.pad, left_pad=False)
+
+
+class _Seen(NamedTuple):
+    """What passed through a layer: inputs (T, D), chosen experts (T,) and vocabulary ids (T,)."""
+
+    inputs: Tensor
+    expert: Tensor
+    token_ids: Tensor
+
+
+def _watch(sentences: Sentences, layer: SwitchLayer) -> List[_Seen]:
+    """For each sentence what the layer saw of it."""
+    captured: List[Tuple[Tensor, Tensor]] = []
+
+    def hook(_: nn.Module, args: Tuple, output: Tuple) -> None:
+        captured.append((args[0].detach(), output[1].expert_index[:, 0]))
+
+    side = layer.layer_name.split(".")[0]
+    handle = layer.moe.register_forward_hook(hook)
+    seen: List[_Seen] = []
+    try:
+        with torch.no_grad():
+            for run in sentences.batches(list(range(len(sentences.pairs)))):
+                sentences.losses(run)
+                inputs, expert = captured.pop()
+                expert = expert.view(inputs.shape[:2])
+                for column, number in enumerate(run):
+                    ids = sentences.read_by(side, number)
+                    rows = slice(len(ids))
+                    seen.append(_Seen(inputs[rows, column], expert[rows, column], ids))
+    finally:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def _all_outputs(moe: MoEFeedForward, x_RD: Tensor) -> Tensor:
+    """(R, N, D): omega E_i(x) of every expert for every token."""
+    rows, experts = len(x_RD), moe.router.num_experts
+    outputs = moe.experts(x_RD.repeat(experts, 1), [rows] * experts)
+    outputs = outputs.view(experts, rows, -1).transpose(0, 1)
+    return outputs if moe.router.output_scale is None else outputs * moe.router.output_scale
+
+
+@torch.no_grad()
+def fit_predictions(
+    moe: MoEFeedForward, fit: List[_Seen], inputs_RD: Tensor, token_ids_R: Tensor
+) -> Dict[str, Tensor]:
+    """What training could know of E_i(x) where E_i was not computed, by name: (R, N, D).
+
+    Each is fitted on the tokens that expert i got: "mean" their mean output; "token mean" that of
+    the same vocabulary entry, if it occurred; "linear" a ridge regression on x.
+    """
+    x = torch.cat([seen.inputs for seen in fit])
+    expert = torch.cat([seen.expert for seen in fit])
+    ids = torch.cat([seen.token_ids for seen in fit])
+    outputs = _all_outputs(moe, x)
+    mean, by_token, linear = [], [], []
+    for i in range(moe.router.num_experts):
+        own = expert == i
+        x_i, y_i, ids_i = x[own], outputs[own, i], ids[own]
+        y_mean = y_i.mean(0) if len(y_i) else x.new_zeros(x.shape[1])
+        mean.append(y_mean.expand_as(inputs_RD))
+        rows = mean[-1].clone()
+        for row, token in enumerate(token_ids_R.tolist()):
+            same = ids_i == token
+            if same.any():
+                rows[row] = y_i[same].mean(0)
+        by_token.append(rows)
+        linear.append(_ridge(x_i, y_i - y_mean, inputs_RD) + y_mean)
+    named = {"mean": mean, "token mean": by_token, "linear": linear}
+    return {name: torch.stack(values, dim=1) for name, values in named.items()}
+
+
+def _ridge(x: Tensor, y: Tensor, new_x: Tensor) -> Tensor:
+    """Ridge regression of y on x (centred), at ``new_x``."""
+    if not len(x):
+        return new_x.new_zeros(len(new_x), y.shape[1])
+    centre = x.mean(0)
+    x = x - centre
+    gram = x.t() @ x
+    gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    return (new_x - centre) @ torch.linalg.solve(gram, x.t() @ y)
+
+
+def build_problem(
+    sentences: Sentences, fit: Sentences, layer: SwitchLayer, places: List[Place]
+) -> Problem:
+    """The routing of some tokens in one layer, whose gates multiply one expert's output each.
+
+    Args:
+        sentences: those that the tokens are in.
+        fit: other sentences, for the predictions.
+        layer: of ``sentences.model``.
+        places: the tokens.
+    """
+    moe = layer.moe
+    seen = _watch(sentences, layer)
+    inputs_RD = torch.stack([seen[p.sentence].inputs[p.position] for p in places])
+    ids_R = torch.stack([seen[p.sentence].token_ids[p.position] for p in places])
+    return Problem(
+        logits=moe.router.logits(inputs_RD.float()),
+        outputs=_all_outputs(moe, inputs_RD),
+        loss=_sentence_loss(sentences, layer, places),
+        predictions=fit_predictions(moe, _watch(fit, layer), inputs_RD, ids_R),
+        inputs=inputs_RD,
+    )
+
+
+def _sentence_loss(sentences: Sentences, layer: SwitchLayer, places: List[Place]) -> Loss:
+    """f: the loss of each token's sentence with h in place of the layer's output at the token."""
+
+    def loss(h_MD: Tensor, row_M: Tensor) -> Tuple[Tensor, Tensor]:
+        losses_M, slope_MD = torch.empty(len(h_MD)), torch.empty_like(h_MD)
+        of_sentence: List[int] = [places[row].sentence for row in row_M.tolist()]
+        # Sentences of like length together: less padding.
+        lengths = [sum(map(len, sentences.pairs[i])) for i in of_sentence]
+        order = sorted(range(len(h_MD)), key=lengths.__getitem__)
+        start = 0
+        for run in sentences.batches([of_sentence[m] for m in order]):
+            chunk = torch.tensor(order[start : start + len(run)])
+            start += len(run)
+            h = h_MD[chunk].detach().requires_grad_()
+            position = torch.tensor([places[row].position for row in row_M[chunk].tolist()])
+            handle = layer.moe.register_forward_hook(_replace_output(position, h))
+            try:
+                with torch.enable_grad():
+                    values = sentences.losses(run)
+                    (slope_MD[chunk],) = torch.autograd.grad(values.sum(), h)
+            finally:
+                handle.remove()
+            losses_M[chunk] = values.detach()
+        return losses_M, slope_MD
+
+    return loss
+
+
+def _replace_output(position: Tensor, h: Tensor) -> Any:
+    """A hook that puts h (batch, D) into the output (length, batch, D), at a position of each."""
+
+    def hook(_: nn.Module, __: Tuple, output: Tuple) -> Tuple:
+        y, routing = output
+        column = torch.arange(len(position))
+        return y.index_put((position, column), h.to(y.dtype)), routing
+
+    return hook

@@ -1,0 +1,167 @@
+"""The routers as estimators of the router's gradient, and a few that are not routers."""
+
+import dataclasses
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.laboratory.problems import Evaluation, Problem
+from fairseq_sparsemixer.moe import Router, Routing, build_router
+from fairseq_sparsemixer.moe.routers.sparsemixer import SparseMixerFirstOrderRouter
+
+NO_MASK = 1e9
+"""A jitter_eps that masks no expert."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """One way to estimate the gradient to the logits.
+
+    Attributes:
+        router: registered name, or "sampled" or "reinforce" (see :func:`draw_gradients`).
+        options: of the router.
+        prediction: which of the problem's predictions its ``mean_gate`` multiplies.
+        draws: how many draws of each token are taken; fewer for estimators whose evaluation
+            points are continuous, since f is evaluated once for each distinct one.
+        uses_mask: whether jitter_eps decides which experts it draws from.
+    """
+
+    router: str
+    options: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    prediction: str = "mean"
+    draws: int = 1000
+    uses_mask: bool = False
+
+
+def _sparsemixer(router: str, **options: Any) -> Estimator:
+    return Estimator(router, options, uses_mask=True)
+
+
+ESTIMATORS: Dict[str, Estimator] = {
+    # What ordinary training has: grad_1 at the arg-max, and the same under sampling.
+    "switch (arg-max)": Estimator("switch", draws=1),
+    "backprop, sampled": Estimator("sampled", uses_mask=True),
+    "sparsemixer-1st": _sparsemixer("sparsemixer-1st"),
+    "sparsemixer, no override": _sparsemixer("sparsemixer", first_order_on_argmax=False),
+    "sparsemixer": _sparsemixer("sparsemixer"),
+    "sparsemixer, uniform": dataclasses.replace(
+        _sparsemixer("sparsemixer", first_order_on_argmax=False, quadrature="uniform"), draws=8
+    ),
+    "sparsemixer-v2": _sparsemixer("sparsemixer-v2"),
+    "sparsemixer-v2-star, no override": _sparsemixer(
+        "sparsemixer-v2-star", first_order_on_argmax=False
+    ),
+    "sparsemixer-v2-star": _sparsemixer("sparsemixer-v2-star"),
+    "sparsemixer-cv": _sparsemixer("sparsemixer-cv"),
+    "sparsemixer-cv, no override": _sparsemixer("sparsemixer-cv", first_order_on_argmax=False),
+    "default-moe": Estimator("default-moe", draws=1),
+    "straight-through (dense)": Estimator("straight-through"),
+    "reinmax (dense)": Estimator("reinmax"),
+    "reinforce": Estimator("reinforce", uses_mask=True),
+}
+"""By the name in tables and figures."""
+
+
+def with_other_predictions(problem: Problem) -> Dict[str, Estimator]:
+    """:data:`ESTIMATORS`, and ``sparsemixer-cv`` with each further prediction of the problem."""
+    estimators = dict(ESTIMATORS)
+    for prediction in problem.predictions:
+        if prediction != "mean":
+            estimators[f"sparsemixer-cv, {prediction}"] = dataclasses.replace(
+                ESTIMATORS["sparsemixer-cv"], prediction=prediction
+            )
+    return estimators
+
+
+class _SampledRouter(SparseMixerFirstOrderRouter):
+    """D ~ p~, gate p~_D, plain backpropagation: grad_1 of the sampled objective."""
+
+    gradient_scale = 1.0
+
+
+_SAMPLED = Estimator("sampled", uses_mask=True)
+
+
+def _build(estimator: Estimator, num_experts: int, jitter_eps: float) -> Router:
+    if not estimator.uses_mask:
+        jitter_eps = 0.0
+    if estimator.router in ("sampled", "reinforce"):
+        return _SampledRouter(embed_dim=1, num_experts=num_experts, jitter_eps=jitter_eps)
+    return build_router(
+        estimator.router,
+        embed_dim=1,
+        num_experts=num_experts,
+        jitter_eps=jitter_eps,
+        **estimator.options,
+    )
+
+
+def target_probs(problem: Problem, estimator: Estimator, jitter_eps: float) -> Tensor:
+    """(R, N): the distribution whose exact gradient the estimator is measured against.
+
+    The masked softmax for estimators that have the mask, else softmax(z).
+    """
+    eps = jitter_eps if estimator.uses_mask else NO_MASK
+    return _build(_SAMPLED, problem.num_experts, eps).route(problem.logits).sampling_probs
+
+
+def draw_gradients(
+    problem: Problem,
+    estimator: Estimator,
+    jitter_eps: float,
+    draws: Optional[int] = None,
+) -> Tensor:
+    """(R, S, N): S independent draws of the estimated gradient to the logits of each token.
+
+    The router itself is run in training mode; only f is evaluated by the problem, once for each
+    distinct h. ``reinforce`` is (f(h) - f(0)) dlog p_D + grad_1: no bias, at the price of noise.
+
+    Args:
+        problem: the tokens.
+        estimator: what to draw from.
+        jitter_eps: of the mask, where the estimator has one.
+        draws: S, if not the estimator's own.
+    """
+    router = _build(estimator, problem.num_experts, jitter_eps)
+    # v2* samples from softmax(z / 2): given 2 z it has the distribution of the others.
+    scale = getattr(router, "temperature", 1.0)
+    rows, num_experts = problem.logits.shape
+    draws = estimator.draws if draws is None else draws
+    row_M = torch.arange(rows).repeat_interleave(draws)
+    z_MN = (scale * problem.logits)[row_M].requires_grad_()
+    routing = router.route(z_MN)
+    weight_MN = torch.zeros(len(row_M), num_experts)
+    weight_MN = weight_MN.scatter_add(-1, routing.expert_index, routing.gate)
+    mean_weight_MN = torch.zeros_like(weight_MN) if routing.mean_gate is None else routing.mean_gate
+    at_h = _evaluate_distinct(problem, row_M, weight_MN, mean_weight_MN, estimator.prediction)
+    # The chain rule: f'(h) . dh, with the slopes held fixed.
+    surrogate = (weight_MN * at_h.expert_slope + mean_weight_MN * at_h.mean_slope).sum()
+    if estimator.router == "reinforce":
+        surrogate = surrogate + _score_term(problem, row_M, routing, at_h.loss)
+    (gradient_MN,) = torch.autograd.grad(surrogate, z_MN)
+    return scale * gradient_MN.reshape(rows, draws, num_experts)
+
+
+def _evaluate_distinct(
+    problem: Problem, row_M: Tensor, weight_MN: Tensor, mean_weight_MN: Tensor, prediction: str
+) -> Evaluation:
+    """:meth:`Problem.evaluate` without gradient, once for each h that occurs."""
+    key = torch.cat([weight_MN, mean_weight_MN], dim=-1).detach()
+    key = torch.cat([row_M.unsqueeze(-1).double(), (key.double() * 1e6).round()], dim=-1)
+    distinct, place_M = key.unique(dim=0, return_inverse=True)
+    # Any of the equal rows stands for them.
+    first = torch.zeros(len(distinct), dtype=torch.long)
+    first.scatter_(0, place_M, torch.arange(len(row_M)))
+    at_h = problem.evaluate(
+        row_M[first], weight_MN.detach()[first], mean_weight_MN.detach()[first], prediction
+    )
+    return Evaluation(*(value[place_M] for value in at_h))
+
+
+def _score_term(problem: Problem, row_M: Tensor, routing: Routing, loss_M: Tensor) -> Tensor:
+    """sum of (f(h) - f(0)) log p_D."""
+    nothing_RN = torch.zeros_like(problem.logits)
+    at_zero = problem.evaluate(torch.arange(len(nothing_RN)), nothing_RN, nothing_RN)
+    log_prob_M = routing.sampling_probs.gather(-1, routing.expert_index).squeeze(-1).log()
+    return ((loss_M - at_zero.loss[row_M]) * log_prob_M).sum()

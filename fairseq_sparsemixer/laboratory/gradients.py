@@ -1,0 +1,290 @@
+"""How good are the routers' gradients? Estimators against the exact one, every expert computed.
+
+  fairseq-sparsemixer gradients                     exact cases with a formula, about a minute
+  fairseq-sparsemixer gradients RUN_DIR             your model, on sentences of its corpus
+  fairseq-sparsemixer gradients RUN_DIR --checkpoint checkpoint_1_60.pt,checkpoint_best.pt
+
+With a model: in each layer some tokens are drawn, each of them is sent to every expert while all
+else is held fixed, and the loss of its sentence gives the exact gradient of that token's routing.
+All estimators are measured against it. Writes gradients.json, tables and figures; stopped, the same
+command goes on where it was.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import torch
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import read_lines, write_json
+
+HELP = "measure the routers' gradients against the exact ones"
+Record = Dict[str, Any]
+
+TOY_EXPERTS = (2, 4, 8)
+TOY_TEMPERATURES = (0.5, 1.0, 2.0)
+SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the sub-command."""
+    parser.add_argument(
+        "run_dir", nargs="?", metavar="RUN_DIR", help="run folder of a model (default: exact cases)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="checkpoint_best.pt",
+        metavar="NAME[,NAME...]",
+        help="checkpoints in RUN_DIR, one after another (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="prepared corpus (default: the one that the model was trained on)",
+    )
+    parser.add_argument(
+        "--subset", default="valid", help="raw/SUBSET.* of the corpus (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layers", metavar="NAME[,NAME...]", help="such as encoder.0,decoder.2 (default: all)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=100, help="tokens in each layer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fit-sentences",
+        type=int,
+        default=400,
+        metavar="N",
+        help="training sentences that sparsemixer-cv's predictions are fitted on "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=40,
+        help="longest sentence, in pieces (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where results go (default: RUN_DIR/gradients, or gradients)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, write, print."""
+    from fairseq_sparsemixer.evaluation.options import quiet_libraries
+    from fairseq_sparsemixer.laboratory import plots, tables
+
+    quiet_libraries()
+    for flag in ("tokens", "fit_sentences", "max_length"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
+    with_model = args.run_dir is not None
+    if with_model:
+        output = args.output or Path(args.run_dir) / "gradients"
+        names = ("checkpoint", "subset", "tokens", "fit_sentences", "max_length", "seed")
+        settings = {name: getattr(args, name) for name in names}
+        cases = _checkpoint_cases(args)
+    else:
+        output = args.output or Path("gradients")
+        settings = {"seed": args.seed}
+        cases = _toy_cases(args.seed)
+    path = output / "gradients.json"
+    results = _read_results(path, settings)
+    for name, measure_case in cases:
+        if name in results["cases"]:
+            continue
+        started = time.monotonic()
+        results["cases"][name] = measure_case()
+        write_json(path, results)
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    records = [record for case in results["cases"].values() for record in case]
+    text = tables.model_tables(records) if with_model else tables.toy_tables(records)
+    print(f"\n{text}")
+    (output / "gradients.md").write_text(text + "\n", encoding="utf-8")
+    written = [path, output / "gradients.md"]
+    draw = plots.model_figures if with_model else plots.toy_figures
+    try:
+        written += draw(records, output)
+    except ImportError:
+        print("no figures: install matplotlib (pip install 'fairseq-sparsemixer[report]')")
+    print("written: " + ", ".join(str(name) for name in written))
+
+
+def _read_results(path: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
+    """What an earlier run with the same settings has measured."""
+    if not path.is_file():
+        return {"settings": settings, "cases": {}}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["settings"] != settings:
+        raise UserError(
+            f"{path} was measured with other settings: remove it, or name another folder with "
+            "--output"
+        )
+    return results
+
+
+def measure_all(problem: Any, jitter_eps: float, seed: int, only_masked: bool) -> List[Record]:
+    """One record for each estimator.
+
+    Args:
+        problem: a :class:`~fairseq_sparsemixer.laboratory.problems.Problem`.
+        jitter_eps: of the mask.
+        seed: of the draws, the same for each estimator.
+        only_masked: leave out estimators that have no mask.
+    """
+    from fairseq_sparsemixer.laboratory import estimators as lab
+    from fairseq_sparsemixer.laboratory.measures import as_dict, measure
+
+    records = []
+    for name, estimator in lab.with_other_predictions(problem).items():
+        if only_masked and not estimator.uses_mask:
+            continue
+        torch.manual_seed(seed)
+        exact = problem.exact_gradient(lab.target_probs(problem, estimator, jitter_eps))
+        draws = lab.draw_gradients(problem, estimator, jitter_eps)
+        records.append({"estimator": name, **as_dict(measure(draws, exact, problem.inputs))})
+    return records
+
+
+Case = Tuple[str, Callable[[], List[Record]]]
+
+
+def _toy_cases(seed: int) -> Iterator[Case]:
+    from fairseq_sparsemixer.laboratory import toys
+    from fairseq_sparsemixer.laboratory.estimators import NO_MASK
+
+    def order() -> List[Record]:
+        bias = toys.order_of_accuracy(list(SCALES), seed=seed)
+        slopes = toys.slopes(list(SCALES), bias)
+        return [
+            {"kind": "order", "estimator": name, "scales": SCALES, "bias": bias[name], "slope": s}
+            for name, s in slopes.items()
+        ]
+
+    yield "order of accuracy", order
+    shapes = [(n, t, 1.5) for n in TOY_EXPERTS for t in TOY_TEMPERATURES] + [(4, 1.0, 0.0)]
+    for kind in toys.LOSSES:
+        for num_experts, temperature, mean_to_spread in shapes:
+            about = {
+                "kind": kind,
+                "num_experts": num_experts,
+                "temperature": temperature,
+                "mean_to_spread": mean_to_spread,
+            }
+
+            def case(about: Dict[str, Any] = about) -> List[Record]:
+                problem = toys.toy_problem(seed=seed, **about)
+                return [{**about, **r} for r in measure_all(problem, NO_MASK, seed, False)]
+
+            means = "" if mean_to_spread else ", experts with the same mean"
+            yield f"{kind}, {num_experts} experts, temperature {temperature:g}{means}", case
+
+
+def _checkpoint_cases(args: argparse.Namespace) -> Iterator[Case]:
+    from fairseq_sparsemixer.evaluation.translator import Translator
+    from fairseq_sparsemixer.laboratory import checkpoint as lab
+
+    for name in args.checkpoint.split(","):
+        translator = Translator(args.run_dir, name, data=args.data)
+        layers = lab.switch_layers(translator.model)
+        wanted = args.layers.split(",") if args.layers else list(layers)
+        for layer_name in wanted:
+            if layer_name not in layers:
+                raise UserError(
+                    f"--layers {layer_name}: the layers with experts are {', '.join(layers)}"
+                )
+        router = next(iter(layers.values())).moe.router if layers else None
+        if router is None or router.top_k > 1 or not router.causal or router.weight is None:
+            raise UserError(
+                f"{args.run_dir}: gradients are measured for models whose router learns to send "
+                "each token to one expert (--top-k 1)"
+            )
+        updates = translator.checkpoints[0].updates
+        for layer_name in wanted:
+
+            def case(
+                translator: Translator = translator,
+                layer_name: str = layer_name,
+                updates: int = updates,
+                name: str = name,
+            ) -> List[Record]:
+                about = {"checkpoint": name, "updates": updates, "layer": layer_name}
+                return _measure_layer(translator, layer_name, about, args)
+
+            yield f"{name}, {layer_name}", case
+
+
+def _measure_layer(
+    translator: Any, layer_name: str, about: Dict[str, Any], args: argparse.Namespace
+) -> List[Record]:
+    """Without the mask, and with the one that the model was trained with."""
+    from fairseq_sparsemixer.laboratory import checkpoint as lab
+    from fairseq_sparsemixer.laboratory.estimators import ESTIMATORS, NO_MASK, target_probs
+
+    sentences, fit = (
+        lab.Sentences(
+            translator.model,
+            _read_pairs(translator, subset, count, args),
+            translator.target_dictionary.pad(),
+            translator.target_dictionary.eos(),
+        )
+        # As many sentences as tokens: about one token of each is drawn.
+        for subset, count in ((args.subset, args.tokens), ("train", args.fit_sentences))
+    )
+    layer = lab.switch_layers(translator.model)[layer_name]
+    generator = torch.Generator().manual_seed(args.seed)
+    places = lab.draw_places(sentences.pairs, layer_name.split(".")[0], args.tokens, generator)
+    problem = lab.build_problem(sentences, fit, layer, places)
+    spread = problem.outputs.square().sum()
+    about = {
+        **about,
+        "tokens": len(places),
+        "explained": {
+            name: round(1 - ((problem.outputs - value).square().sum() / spread).item(), 4)
+            for name, value in problem.predictions.items()
+        },
+    }
+    records = []
+    for jitter_eps in (NO_MASK, layer.moe.router.jitter_eps):
+        masked = jitter_eps != NO_MASK
+        probs = target_probs(problem, ESTIMATORS["sparsemixer"], jitter_eps)
+        choice = round((probs > 0).sum(-1).gt(1).float().mean().item(), 4)
+        for record in measure_all(problem, jitter_eps, args.seed, only_masked=masked):
+            mask = {"mask": jitter_eps if masked else None, "tokens_with_choice": choice}
+            records.append({**about, **mask, **record})
+    return records
+
+
+def _read_pairs(translator: Any, subset: str, count: int, args: argparse.Namespace) -> List[Any]:
+    """``count`` sentence pairs, not longer than --max-length, drawn by the seed."""
+    from fairseq_sparsemixer.laboratory.checkpoint import Pair
+
+    corpus = args.data or translator.trained_on.parent
+    paths = [
+        corpus / "raw" / f"{subset}.{language}"
+        for language in (translator.source_lang, translator.target_lang)
+    ]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"there is no {path}; name a prepared corpus with --data")
+    lines = list(zip(*map(read_lines, paths)))
+    generator = torch.Generator().manual_seed(args.seed)
+    pairs = []
+    for place in torch.randperm(len(lines), generator=generator).tolist():
+        pair = Pair(*translator.encode_pair(*lines[place]))
+        if max(map(len, pair)) <= args.max_length:
+            pairs.append(pair)
+        if len(pairs) == count:
+            break
+    if not pairs:
+        raise UserError(f"no sentence of {paths[0]} fits --max-length {args.max_length}")
+    return pairs

@@ -1,0 +1,247 @@
+"""What a router learns without a gradient: balance bias and the experts' mean outputs.
+
+Both collect sums while batches are routed and change only between updates, when
+:meth:`Router.end_update` is called, so that all batches and workers of one update see the same.
+"""
+
+import math
+from typing import Any, Callable, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+
+def count_tokens(expert_index: Tensor, num_experts: int) -> Tensor:
+    """(N,) float32: how often each expert occurs in ``expert_index``, -1 not counted."""
+    # Scattered rather than counted by bincount, which has no deterministic CUDA form and waits
+    # for the device; -1 lands in the extra first cell.
+    slots = expert_index.reshape(-1) + 1
+    counts = torch.zeros(num_experts + 1, device=slots.device)
+    return counts.scatter_add(0, slots, torch.ones(slots.shape, device=slots.device))[1:]
+
+
+AllReduce = Callable[[Tensor], Any]
+"""Sums a tensor over the workers, in place."""
+
+
+class _Adaptation(nn.Module):
+    """Sums that are kept until the end of an update. They are buffers, so that a checkpoint that
+    is written between a batch and the end of its update loses nothing."""
+
+    token_count: Tensor
+    """(N,) tokens sent to each expert since the last :meth:`end_update`."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.register_buffer("token_count", torch.zeros(num_experts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        """Move to another device, but stay float32: half precision cannot count to 3,000."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, *args, **kwargs)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            # A meta tensor has no values to keep.
+            setattr(self, name, moved.float() if value.is_meta else value.to(moved.device))
+        return self
+
+    def sums(self) -> List[Tensor]:
+        """What is collected."""
+        return [self.token_count]
+
+    @torch.no_grad()
+    def end_update(self, all_reduce: Optional[AllReduce] = None) -> None:
+        """Adapt to what was collected over all workers, and start again from zero."""
+        if all_reduce is not None:
+            for value in self.sums():
+                all_reduce(value)
+        self.adapt()
+        for value in self.sums():
+            value.zero_()
+
+    def adapt(self) -> None:
+        """Use the sums."""
+        raise NotImplementedError
+
+
+class BalanceBias(_Adaptation):
+    """Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664).
+
+    Experts are chosen by z + b. After an update b_i grows by ``rate`` where expert i got less than
+    the mean load and shrinks by it where it got more.
+
+    Args:
+        num_experts: N.
+        rate: step of b (the source uses 0.001).
+    """
+
+    bias: Tensor
+    """(N,) b."""
+
+    def __init__(self, num_experts: int, rate: float) -> None:
+        super().__init__(num_experts)
+        self.rate = rate
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    @torch.no_grad()
+    def observe(self, chosen: Tensor) -> None:
+        """Count the experts in ``chosen``, any shape, int64; -1 is none."""
+        self.token_count += count_tokens(chosen, len(self.bias))
+
+    def adapt(self) -> None:
+        """Move b by one step."""
+        self.bias += self.rate * (self.token_count.mean() - self.token_count).sign()
+
+
+class ExpertMeans(_Adaptation):
+    """Predicts an expert's output by its running mean over the tokens that it got.
+
+    A plain mean over updates at first, an exponential one as soon as that forgets less.
+
+    Args:
+        num_experts: N.
+        embed_dim: D.
+        decay: weight of the old mean in each update, 0 to below 1.
+
+    Raises:
+        ValueError: for a decay out of range.
+    """
+
+    mean: Tensor
+    """(N, D); 0 for an expert that has had no token."""
+    output_sum: Tensor
+    """(N, D) sum of the outputs of each expert since the last :meth:`end_update`."""
+    updates: Tensor
+    """(N,) in how many updates each expert had tokens."""
+
+    def __init__(self, num_experts: int, embed_dim: int, decay: float) -> None:
+        super().__init__(num_experts)
+        self.decay = _checked(decay)
+        self.register_buffer("mean", torch.zeros(num_experts, embed_dim))
+        self.register_buffer("output_sum", torch.zeros(num_experts, embed_dim))
+        self.register_buffer("updates", torch.zeros(num_experts))
+
+    @torch.no_grad()
+    def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
+        """Add rows to the sums: inputs, their experts, and these experts' outputs."""
+        self.token_count.index_add_(0, expert_S, torch.ones_like(expert_S, dtype=torch.float32))
+        self.output_sum.index_add_(0, expert_S, out_SD.float())
+
+    def sums(self) -> List[Tensor]:
+        """Token counts and output sums."""
+        return [self.token_count, self.output_sum]
+
+    def adapt(self) -> None:
+        """Move the means of the experts that had tokens."""
+        used_N = self.token_count > 0
+        self.updates += used_N
+        step_N = (1 / self.updates.clamp_min(1)).clamp_min(1 - self.decay) * used_N
+        batch_mean_ND = self.output_sum / self.token_count.clamp_min(1).unsqueeze(-1)
+        self.mean += step_N.unsqueeze(-1) * (batch_mean_ND - self.mean)
+
+    def add(self, y_TD: Tensor, gate_TN: Tensor, x_TD: Tensor) -> Tensor:
+        """(T, D): y + sum_i gate_i m_i."""
+        return y_TD + (gate_TN @ self.mean).to(y_TD.dtype)
+
+
+class ExpertLines(_Adaptation):
+    """Predicts an expert's output by a ridge regression on its input, m_i(x) = A_i [x, 1].
+
+    Fitted to the tokens that the expert got, older ones counting less, and solved anew every
+    ``SOLVE_EVERY`` updates.
+
+    Args:
+        num_experts: N.
+        embed_dim: D.
+        decay: factor on older tokens at each update, 0 to below 1.
+
+    Raises:
+        ValueError: for a decay out of range.
+    """
+
+    SOLVE_EVERY = 10
+    RIDGE = 0.01
+    """Relative to the mean of the diagonal of X'X."""
+
+    weight: Tensor
+    """(N, D + 1, D) A_i transposed; 0 before the first solution."""
+    gram: Tensor
+    """(N, D + 1, D + 1) X'X of each expert's inputs with a 1 appended, decayed."""
+    cross: Tensor
+    """(N, D + 1, D) X'Y with the outputs, decayed."""
+    gram_sum: Tensor
+    """X'X since the last :meth:`end_update`."""
+    cross_sum: Tensor
+    """X'Y since the last :meth:`end_update`."""
+    updates: Tensor
+    """() number of updates."""
+
+    def __init__(self, num_experts: int, embed_dim: int, decay: float) -> None:
+        super().__init__(num_experts)
+        self.decay = _checked(decay)
+        columns = embed_dim + 1
+        for name in ("weight", "cross", "cross_sum"):
+            self.register_buffer(name, torch.zeros(num_experts, columns, embed_dim))
+        for name in ("gram", "gram_sum"):
+            self.register_buffer(name, torch.zeros(num_experts, columns, columns))
+        self.register_buffer("updates", torch.zeros(()))
+
+    @torch.no_grad()
+    def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
+        """Add rows to the sums: inputs, their experts, and these experts' outputs."""
+        self.token_count.index_add_(0, expert_S, torch.ones_like(expert_S, dtype=torch.float32))
+        x_SD, out_SD = _with_one(x_SD.float()), out_SD.float()
+        for i in range(len(self.gram)):
+            own = expert_S == i
+            x_i = x_SD[own]
+            self.gram_sum[i].addmm_(x_i.t(), x_i)
+            self.cross_sum[i].addmm_(x_i.t(), out_SD[own])
+
+    def sums(self) -> List[Tensor]:
+        """Token counts, X'X and X'Y."""
+        return [self.token_count, self.gram_sum, self.cross_sum]
+
+    def adapt(self) -> None:
+        """Take the sums in, and solve if it is time."""
+        self.gram.mul_(self.decay).add_(self.gram_sum)
+        self.cross.mul_(self.decay).add_(self.cross_sum)
+        self.updates += 1
+        if self.updates % self.SOLVE_EVERY == 0:
+            diagonal_N = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+            # An expert without a token so far keeps 0: cross is 0 and the matrix the identity.
+            ridge_N = torch.where(diagonal_N > 0, self.RIDGE * diagonal_N, torch.ones(()))
+            identity = torch.eye(self.gram.shape[-1], device=self.gram.device)
+            self.weight.copy_(
+                torch.linalg.solve(self.gram + ridge_N[:, None, None] * identity, self.cross)
+            )
+
+    def add(self, y_TD: Tensor, gate_TN: Tensor, x_TD: Tensor) -> Tensor:
+        """(T, D): y with the gradient of y + sum_i gate_i m_i(x) to the gate, which is 0."""
+        return _AddLines.apply(y_TD, gate_TN, x_TD, self.weight)
+
+
+class _AddLines(torch.autograd.Function):
+    """The identity on y; the gradient u . m_i(x) for gate i, one expert's prediction at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, y_TD: Tensor, gate_TN: Tensor, x_TD: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight)
+        return y_TD.view_as(y_TD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> Any:  # type: ignore[override]
+        x_TD, weight = ctx.saved_tensors
+        x_TD, grad = _with_one(x_TD.float()), grad_TD.float()
+        slopes = [((x_TD @ a) * grad).sum(-1) for a in weight.unbind()]
+        return grad_TD, torch.stack(slopes, dim=-1), None, None
+
+
+def _with_one(x_SD: Tensor) -> Tensor:
+    """(S, D + 1): a column of ones appended."""
+    return torch.cat([x_SD, x_SD.new_ones(len(x_SD), 1)], dim=-1)
+
+
+def _checked(decay: float) -> float:
+    if not (0 <= decay < 1 and math.isfinite(decay)):
+        raise ValueError(f"mean_decay must be at least 0 and below 1, not {decay}")
+    return decay

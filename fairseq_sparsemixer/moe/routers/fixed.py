@@ -1,0 +1,112 @@
+"""Routers that learn nothing: controls for those that do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_sparsemixer.moe.routing import Context, Router, Routing, register_router
+
+UNREACHABLE = -1e4
+"""Logit of an expert with probability 0; finite, so that 0 times it is 0."""
+
+
+class _FixedRouter(Router):
+    """Gate 1 and no parameters."""
+
+    takes_balance_bias = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.weight = self.bias = None
+
+
+@register_router("hash")
+class HashRouter(_FixedRouter):
+    """Hash layers (Roller et al. 2021, arXiv 2106.04426): the expert is a hash of the token's id.
+
+    y = E_hash(id)(x), gate 1. The hash is a fixed multiplicative one, so it needs no table and no
+    vocabulary size; experts get an equal share of the ids, not of the tokens (the source's random
+    hash, not its balanced one).
+
+    Args:
+        jitter_eps: not used.
+        seed: another seed is another hash.
+        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+
+    Raises:
+        ValueError: in ``forward`` and ``route`` without ``token_ids``.
+    """
+
+    needs_token_ids = True
+
+    def __init__(self, *, seed: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.seed = seed
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, N): zeros, there is nothing to learn."""
+        return x_TD.new_zeros(len(x_TD), self.num_experts)
+
+    def select(self, logits_TN: Tensor, context: Context) -> Routing:
+        """See :meth:`Router.select`."""
+        if context.token_ids is None:
+            raise ValueError("router 'hash' needs token_ids")
+        index_T1 = (self.hash(context.token_ids) % self.num_experts).unsqueeze(-1)
+        logits_TN = torch.full_like(logits_TN, UNREACHABLE).scatter(-1, index_T1, 0.0)
+        probs_TN = logits_TN.softmax(dim=-1)
+        return Routing(
+            expert_index=index_T1,
+            gate=torch.ones_like(logits_TN[:, :1]),
+            logits=logits_TN,
+            probs=probs_TN,
+            sampling_probs=probs_TN,
+        )
+
+    def hash(self, token_ids: Tensor) -> Tensor:
+        """A number of 31 bits for each id, the same on every machine."""
+        value = (token_ids + 1 + self.seed * 0x9E3779B1) & 0xFFFFFFFF
+        for _ in range(2):
+            value = ((value ^ (value >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        return (value ^ (value >> 16)) & 0x7FFFFFFF
+
+
+@register_router("random")
+class RandomRouter(_FixedRouter):
+    """Random experts: what experts are worth without any routing.
+
+    Training: each token goes to an expert drawn uniformly. Evaluation: to the arg-max of a fixed
+    random projection of x, so that the same token always gets the same expert. Gate 1.
+
+    Args:
+        jitter_eps: not used.
+        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+    """
+
+    projection: Tensor
+    """(N, D), drawn once and never trained."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register_buffer("projection", torch.randn(self.num_experts, self.embed_dim))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, N): the fixed projection."""
+        return F.linear(x_TD, self.projection.float())
+
+    def select(self, logits_TN: Tensor, context: Context) -> Routing:
+        """See :meth:`Router.select`."""
+        if self.training:
+            index_T1 = torch.randint_like(logits_TN[:, :1], self.num_experts).long()
+        else:
+            index_T1 = logits_TN.argmax(dim=-1, keepdim=True)
+        logits_TN = torch.zeros_like(logits_TN)
+        probs_TN = logits_TN.softmax(dim=-1)
+        return Routing(
+            expert_index=index_T1,
+            gate=torch.ones_like(logits_TN[:, :1]),
+            logits=logits_TN,
+            probs=probs_TN,
+            sampling_probs=probs_TN,
+        )
