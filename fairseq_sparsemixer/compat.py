@@ -87,22 +87,27 @@ def _warn_of_dropped_sentences() -> None:
 
 
 def _mark_dummy_batches() -> None:
-    """Tell the criterion which batches do not count.
+    """Tell criterion and experts which batches do not count.
 
     At the end of an epoch fairseq gives a worker without a batch an old one, whose gradient and
     sample size it sets to 0 only after the criterion has run.
     """
     from fairseq.tasks import FairseqTask
 
+    from fairseq_sparsemixer.moe import MoEFeedForward
+
     original = FairseqTask.train_step
 
     @functools.wraps(original)
     def train_step(
-        self: Any, sample: Any, *args: Any, ignore_grad: bool = False, **kwargs: Any
+        self: Any, sample: Any, model: Any, *args: Any, ignore_grad: bool = False, **kwargs: Any
     ) -> Any:
         if ignore_grad:
             sample = {**sample, "is_dummy": True}
-        return original(self, sample, *args, ignore_grad=ignore_grad, **kwargs)
+        for module in model.modules():
+            if isinstance(module, MoEFeedForward):
+                module.observing = not ignore_grad
+        return original(self, sample, model, *args, ignore_grad=ignore_grad, **kwargs)
 
     FairseqTask.train_step = train_step
 

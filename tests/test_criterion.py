@@ -124,6 +124,69 @@ def test_accumulated_balance_loss_is_the_sum_over_micro_batches():
     torch.testing.assert_close(separate, summed, rtol=1e-5, atol=1e-5)
 
 
+def test_importance_loss_is_that_of_noisy_topk():
+    model = build(router="noisy-topk", top_k=2, dropout=0.0)
+    data = sample()
+    torch.manual_seed(5)
+    loss = criterion(balance_weight=0.3, balance_loss="importance")(model, data)[0]
+    torch.manual_seed(5)
+    plain = plain_loss(model, data)
+    torch.manual_seed(5)
+    statistics = statistics_of(model, data)
+    words = sum(target + 1 for _, target in LENGTHS)
+    squared = [
+        (sums.std(-1, unbiased=False) / sums.mean(-1)) ** 2
+        for sums in (statistics.sampling_probs, statistics.load)
+    ]
+    expected = plain + 0.3 * words * (squared[0] + squared[1]).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("balance_loss", ["switch", "importance"])
+@pytest.mark.parametrize("scope", ["all-workers", "worker"])
+def test_scope_of_the_balance_loss(balance_loss, scope, monkeypatch):
+    """Two workers, played one after the other: all-workers is the gradient of the whole batch."""
+    model = deterministic_model()
+    whole, halves = sample(), [sample(LENGTHS[:2]), sample(LENGTHS[2:])]
+    # Of one random stream, so that the halves together are the whole.
+    for key in ("src_tokens", "prev_output_tokens"):
+        for half, rows in zip(halves, (slice(0, 2), slice(2, 4))):
+            half["net_input"][key] = whole["net_input"][key][rows]
+    for half, rows in zip(halves, (slice(0, 2), slice(2, 4))):
+        half["net_input"]["src_lengths"] = whole["net_input"]["src_lengths"][rows]
+        half["target"] = whole["target"][rows]
+        half["ntokens"] = int(half["target"].ne(1).sum())
+    settings = {"balance_weight": 2.0, "balance_loss": balance_loss, "balance_scope": scope}
+
+    def balance_gradient(data):
+        with_loss = criterion(**settings)(model, data)[0] - plain_loss(model, data)
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(with_loss, model.parameters(), allow_unused=True)
+                if g is not None
+            ]
+        )
+
+    expected = balance_gradient(whole)
+    module = "fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing"
+    utils = f"{module}.distributed_utils"
+    sums = []
+    monkeypatch.setattr(f"{utils}.get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(f"{utils}.get_data_parallel_group", lambda: None)
+    monkeypatch.setattr(f"{utils}.all_reduce", lambda buffer, group: sums.append(buffer.clone()))
+    for half in halves:
+        balance_gradient(half)
+    if scope == "worker":
+        assert not sums
+        return
+    total = sums[0] + sums[1]
+    monkeypatch.setattr(f"{utils}.all_reduce", lambda buffer, group: buffer.copy_(total))
+    torch.testing.assert_close(
+        sum(balance_gradient(half) for half in halves), expected, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_a_dense_model_gets_the_plain_loss():
     model, data = build(encoder_moe_layers="none", decoder_moe_layers="none").eval(), sample()
     loss, _, logs = criterion(balance_weight=5.0)(model, data)
@@ -197,6 +260,7 @@ def test_logging_outputs_are_sums():
         ({"balance_weight": -1.0}, "--balance-weight must be"),
         ({"z_loss_weight": math.nan}, "--z-loss-weight must be"),
         ({"routing_loss": "released", "z_loss_weight": 0.1}, "--z-loss-weight must be 0 with"),
+        ({"routing_loss": "released", "balance_loss": "importance"}, "--balance-loss must be"),
     ],
 )
 def test_bad_settings(settings, message):

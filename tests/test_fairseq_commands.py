@@ -686,6 +686,27 @@ def test_a_worker_without_a_batch_changes_nothing(one_process, two_workers):
     assert_same_step(two, one, before)
 
 
+def test_two_workers_agree_on_what_is_learnt_without_gradient(toy_corpus, tmp_path):
+    """Balance bias and running means: those of one process, after four updates in two epochs."""
+    arch = {**GRADIENT["arch"], "router": "default-moe", "balance-bias-rate": 0.01}
+    settings = {**GRADIENT, "arch": arch, "balance_weight": 0.0, "lr": 0.1, "max_update": 4}
+    one, two = tmp_path / "one", tmp_path / "two"
+    commands.train(toy_corpus / "joined", one, **{**settings, "batch_size": 2 * SMALL_BATCH})
+    train_on_two_workers(
+        toy_corpus / "joined", two, "legacy_ddp", **{**settings, "batch_size": SMALL_BATCH}
+    )
+    expected, actual = (parameters(path / "checkpoint_last.pt") for path in (one, two))
+    assert actual.keys() == expected.keys()
+    for layer in ("encoder.layers.0", "decoder.layers.0"):
+        router = f"{layer}.moe.router"
+        assert expected[f"{router}.balance_bias.bias"].abs().max() > 0
+        assert expected[f"{router}.expert_means.updates"].max() == 3  # the fourth is pending
+    for name, value in expected.items():
+        # What the fourth update left pending is this worker's own part of it.
+        if not name.endswith(("token_count", "output_sum")):
+            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_two_workers_may_leave_out_different_layers(toy_corpus, tmp_path):
     """Under LayerDrop on the CPU, where dropout uses up random numbers of the same generator."""
     first, _ = train_on_two_workers(

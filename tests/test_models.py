@@ -17,7 +17,7 @@ from fairseq_sparsemixer.models import SwitchTransformerConfig, SwitchTransforme
 from fairseq_sparsemixer.models.architectures import ARCHITECTURES
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.layers import SwitchLayer
-from fairseq_sparsemixer.moe import RoutingStatistics
+from fairseq_sparsemixer.moe import ROUTERS, RoutingStatistics
 
 SMALL = {
     "encoder_embed_dim": 16,
@@ -202,8 +202,9 @@ def test_activation_checkpointing_keeps_the_gradient_of_the_routing_losses(offlo
     assert plain[2]["encoder.layers.0.moe.router.weight"].abs().sum() > 0
 
 
-def test_incremental_decoding_equals_the_whole_sequence():
-    model = build().eval()
+@pytest.mark.parametrize("router", ["sparsemixer", "hash", "default-moe", "sparsemixer-v2"])
+def test_incremental_decoding_equals_the_whole_sequence(router):
+    model = build(router=router, top_k=2 if router == "sparsemixer-v2" else 1).eval()
     net_input = batch(((4, 6),))
     whole = model(**net_input)[0]
     encoder_out = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
@@ -216,6 +217,82 @@ def test_incremental_decoding_equals_the_whole_sequence():
     torch.testing.assert_close(torch.cat(steps, 1), whole)
     decoder_layers = [m for m in model.decoder.modules() if isinstance(m, SwitchLayer)]
     assert all(layer.routing_statistics is None for layer in decoder_layers)
+
+
+def smallest(router, **settings):
+    """The model with that router; the settings that it cannot do without are filled in."""
+    kind = ROUTERS[router]
+    if not kind.causal:
+        settings["decoder_moe_layers"] = "none"
+    return build(router=router, top_k=kind.min_top_k, **settings)
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+def test_every_router_trains_in_the_model(router):
+    model = smallest(router, balance_bias_rate=0.001 if ROUTERS[router].takes_balance_bias else 0.0)
+    packed = []
+    for update in range(3):
+        model.set_num_updates(update)
+        out = model(**batch())[0]
+        packed = list(take_routing_statistics(model).values())
+        statistics = RoutingStatistics.unpack(torch.stack(packed))
+        (out.square().mean() + 0.01 * statistics.load_balance_loss.sum()).backward()
+    # Data-parallel training waits for a gradient of every parameter.
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+    assert (statistics.tokens > 0).all()
+    torch.testing.assert_close(statistics.expert_share.sum(-1), torch.ones(len(packed)))
+    first, second = model.eval()(**batch())[0], model(**batch())[0]
+    assert torch.equal(first, second)
+
+
+def test_hash_router_sends_equal_words_to_equal_experts():
+    model = build(router="hash").eval()
+    seen = {}
+
+    def note(module, args, output):
+        ids, index = args[2].reshape(-1), output[1].expert_index.flatten()
+        for token, expert in zip(ids.tolist(), index.tolist()):
+            if token != 1:
+                assert seen.setdefault(token, expert) == expert
+
+    layers = [m for m in model.modules() if isinstance(m, SwitchLayer)]
+    for layer in layers:
+        layer.moe.register_forward_hook(note)
+    model(**batch())
+    assert len(set(seen.values())) > 1
+
+
+def test_expert_choice_is_refused_in_the_decoder():
+    with pytest.raises(ConfigError, match="pass --decoder-moe-layers none"):
+        build(router="expert-choice")
+    assert moe_layers(build(router="expert-choice", decoder_moe_layers="none"))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_running_means_see_each_batch_once_and_change_between_updates(checkpoint):
+    model = build(router="default-moe", checkpoint_activations=checkpoint)
+    router = next(m for m in model.modules() if isinstance(m, SwitchLayer)).moe.router
+    means = router.expert_means
+
+    def run():
+        model(**batch())[0].sum().backward()
+
+    model.set_num_updates(0)
+    run()
+    run()  # a second micro-batch of the same update
+    model.set_num_updates(0)
+    words = batch()["src_lengths"].sum()
+    assert means.token_count.sum() == 2 * words
+    assert not means.mean.any()
+    model.set_num_updates(1)
+    assert means.token_count.sum() == 0
+    assert means.mean.any()
+    before = means.mean.clone()
+    model.eval()
+    with torch.no_grad():
+        model(**batch())
+    model.set_num_updates(2)
+    assert torch.equal(means.mean, before)
 
 
 def test_model_can_be_copied_after_training_step():

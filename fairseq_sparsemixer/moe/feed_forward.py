@@ -63,6 +63,8 @@ class MoEFeedForward(nn.Module):
         self.embed_dim = embed_dim
         self.backend = backend
         self.output_masking = output_masking
+        self.observing = True
+        """Whether training batches count for the balance bias and the running means."""
         self.router = build_router(
             router,
             embed_dim=embed_dim,
@@ -100,7 +102,7 @@ class MoEFeedForward(nn.Module):
             gate = F.dropout(routing.gate, self.output_masking, self.training)
             routing = dataclasses.replace(routing, gate=gate)
         # Under activation checkpointing the forward runs twice, once without gradient.
-        learning = self.training and torch.is_grad_enabled()
+        learning = self.observing and self.training and torch.is_grad_enabled()
         means, bias = router.expert_means, router.balance_bias
         observe = means.observe if learning and means is not None else None
         x_TD = x.reshape(-1, self.embed_dim)

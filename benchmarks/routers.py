@@ -1,0 +1,210 @@
+"""What a router costs: one training step of a whole model with each of them, beside ``switch``.
+
+  python -m benchmarks.routers --output routers.json
+
+A step is forward, loss, backward and Adam on random tokens, dropout on. The steps of all routers
+are interleaved, so that a busy machine slows them alike; the table gives medians and ratios. Memory
+is what the forward pass keeps for the backward pass, and on a GPU also the allocator's peak.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import build_model
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
+    LabelSmoothedCrossEntropyWithRouting,
+)
+from fairseq_sparsemixer.laboratory.tables import markdown
+from fairseq_sparsemixer.moe import ROUTERS
+
+VOCABULARY = 4000
+EXTRA = {
+    "sparsemixer-cv, linear": ("sparsemixer-cv", {"router_options": '{"prediction": "linear"}'})
+}
+"""Further rows: name, router, settings."""
+
+
+class _Task:
+    """What a model and a criterion read of a task."""
+
+    def __init__(self) -> None:
+        self.source_dictionary = self.target_dictionary = Dictionary()
+        for number in range(VOCABULARY - len(self.source_dictionary)):
+            self.source_dictionary.add_symbol(f"w{number}")
+
+
+def _sample(tokens: int, length: int, device: str) -> Dict[str, Any]:
+    """A batch of sentences of random words, source and target of equal length."""
+    words = torch.randint(4, VOCABULARY, (2, max(tokens // length, 1), length), device=device)
+    source, target = words
+    lengths = torch.full((len(source),), length, device=device)
+    return {
+        "net_input": {
+            "src_tokens": source,
+            "src_lengths": lengths,
+            "prev_output_tokens": target.roll(1, dims=1),
+        },
+        "target": target,
+        "ntokens": target.numel(),
+    }
+
+
+class _Arm:
+    """One model and its optimiser."""
+
+    def __init__(self, args: argparse.Namespace, router: str, settings: Dict[str, Any]) -> None:
+        kind, task = ROUTERS[router], _Task()
+        torch.manual_seed(0)
+        model_settings = {
+            "_name": args.arch,
+            "router": router,
+            "num_experts": args.num_experts,
+            "top_k": max(kind.min_top_k, args.top_k if kind.max_top_k is None else 1),
+            "dropout": 0.1,
+            "share_all_embeddings": True,
+            **settings,
+        }
+        if not kind.causal:
+            model_settings["decoder_moe_layers"] = "none"
+        self.top_k = model_settings["top_k"]
+        self.model = build_model(OmegaConf.create(model_settings), task).to(args.device)
+        self.model.train()
+        self.criterion = LabelSmoothedCrossEntropyWithRouting(task, False, 0.1)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+        self.updates = 0
+
+    def step(self, sample: Dict[str, Any]) -> None:
+        """One update."""
+        self.model.set_num_updates(self.updates)
+        self.updates += 1
+        loss, size, _ = self.criterion(self.model, sample)
+        self.optimiser.zero_grad()
+        (loss / size).backward()
+        self.optimiser.step()
+
+    def kept_bytes(self, sample: Dict[str, Any]) -> int:
+        """Storage that the forward pass keeps for the backward pass, parameters left out."""
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept: Dict[int, int] = {}
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            loss, _, _ = self.criterion(self.model, sample)
+        del loss
+        return sum(kept.values())
+
+
+def _seconds(call: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(args: argparse.Namespace) -> Dict[str, Any]:
+    """Times (s) and bytes of every router, and what they were measured on."""
+    names = list(ROUTERS) if args.routers == "all" else args.routers.split(",")
+    chosen = {name: (name, {}) for name in ["switch", *names]}
+    if args.routers == "all":
+        chosen.update(EXTRA)
+    arms = {name: _Arm(args, router, settings) for name, (router, settings) in chosen.items()}
+    sample = _sample(args.tokens, args.length, args.device)
+    rows: Dict[str, Dict[str, Any]] = {}
+    for name, arm in arms.items():
+        arm.step(sample)  # the first one allocates
+        rows[name] = {"top_k": arm.top_k, "kept_bytes": arm.kept_bytes(sample), "seconds": []}
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            arm.step(sample)
+            rows[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    for _ in tqdm(range(args.repetitions), unit=" rounds"):
+        for name, arm in arms.items():
+            rows[name]["seconds"].append(_seconds(lambda arm=arm: arm.step(sample), args.device))
+    cuda = args.device == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}"
+    return {
+        "settings": {key: value for key, value in vars(args).items() if key != "output"},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "routers": rows,
+    }
+
+
+def table(results: Dict[str, Any]) -> str:
+    """Medians, and ratios to ``switch`` (the median of the rounds' ratios)."""
+    rows = results["routers"]
+    base = rows["switch"]
+    cells: List[List[str]] = [
+        ["router", "top-k", "step (ms)", "time / switch", "kept (MB)", "kept / switch"]
+    ]
+    for name, row in rows.items():
+        ratios = [own / other for own, other in zip(row["seconds"], base["seconds"])]
+        cells.append(
+            [
+                f"`{name}`",
+                str(row["top_k"]),
+                f"{1000 * statistics.median(row['seconds']):.0f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{row['kept_bytes'] / 1e6:.0f}",
+                f"{row['kept_bytes'] / base['kept_bytes']:.2f}",
+            ]
+        )
+    return markdown(cells)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--routers", default="all", help="names with commas (default: all)")
+    parser.add_argument("--arch", default="switch_transformer_demo", help="default: %(default)s")
+    parser.add_argument("--num-experts", type=int, default=4, help="default: %(default)s")
+    parser.add_argument(
+        "--top-k", type=int, default=1, help="of routers that take any (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=2000, help="target tokens in a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=20, help="of each sentence (default: %(default)s)"
+    )
+    parser.add_argument("--repetitions", type=int, default=15, help="default: %(default)s")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: a GPU if there is one",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where results go")
+    args = parser.parse_args()
+    results = measure(args)
+    print(table(results))
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
