@@ -9,6 +9,7 @@ from fairseq_sparsemixer import cli, demo
 from fairseq_sparsemixer.corpora import prepare
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models import SwitchTransformerModel
+from fairseq_sparsemixer.moe import ROUTERS
 
 TINY = [
     "+model.encoder_embed_dim=16",
@@ -95,6 +96,27 @@ def test_compare_trains_three_models():
     arms = demo._arms(args)
     assert [arm.name for arm in arms] == ["dense", "switch-8", "sparsemixer-8"]
     assert arms[0].overrides == ["model.encoder_moe_layers=none", "model.decoder_moe_layers=none"]
+
+
+def test_routers_get_the_settings_that_they_cannot_do_without():
+    args = cli.build_parser().parse_args(["demo", "--router", "gshard,dense,expert-choice,hash"])
+    gshard, dense, expert_choice, hashed = demo._arms(args)
+    assert "model.top_k=2" in gshard.overrides
+    assert dense.name == "dense"
+    assert "model.decoder_moe_layers=none" in expert_choice.overrides
+    assert hashed == demo.Arm("hash-4", ["model.router=hash", "model.num_experts=4"])
+    every = demo._arms(cli.build_parser().parse_args(["demo", "--router", "all"]))
+    assert [arm.name for arm in every] == [f"{name}-4" for name in ROUTERS]
+
+
+def test_several_routers_make_one_table(corpus, tmp_path, capfd):
+    results = run_demo(tmp_path, "--max-update", "5", "--router", "expert-choice,dense")
+    assert [result["model"] for result in results] == ["expert-choice-4", "dense"]
+    assert results[0]["entropy"] > 0
+    assert set(results[0]["largest_share"]) == {"encoder.0"}
+    assert results[1]["entropy"] is None
+    table = capfd.readouterr().out.split("== Result")[1]
+    assert table.count("25-25 %") == 1
 
 
 def test_progress_lines():

@@ -78,3 +78,5 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # fairseq's data loader asks for pinned memory with or without a GPU.
     warnings.filterwarnings("ignore", message="'pin_memory' argument")
+    # fairseq's attention masks are of two types.
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
