@@ -25,7 +25,7 @@ from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing im
     LabelSmoothedCrossEntropyWithRouting,
 )
 from fairseq_sparsemixer.laboratory.tables import markdown
-from fairseq_sparsemixer.moe import ROUTERS
+from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 
 VOCABULARY = 4000
 EXTRA = {
@@ -81,20 +81,21 @@ class _Arm:
         self.model.train()
         self.criterion = LabelSmoothedCrossEntropyWithRouting(task, False, 0.1)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-4)
-        self.updates = 0
 
     def step(self, sample: Dict[str, Any]) -> None:
         """One update."""
-        self.model.set_num_updates(self.updates)
-        self.updates += 1
         loss, size, _ = self.criterion(self.model, sample)
         self.optimiser.zero_grad()
         (loss / size).backward()
         self.optimiser.step()
+        for module in self.model.modules():
+            if isinstance(module, MoEFeedForward):
+                module.end_update()
 
     def kept_bytes(self, sample: Dict[str, Any]) -> int:
-        """Storage that the forward pass keeps for the backward pass, parameters left out."""
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        """Storage that the forward pass keeps for the backward pass, the model's own left out."""
+        of_model = [*self.model.parameters(), *self.model.buffers()]
+        own = {value.untyped_storage().data_ptr() for value in of_model}
         kept: Dict[int, int] = {}
 
         def pack(value: torch.Tensor) -> torch.Tensor:
@@ -130,7 +131,12 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
     rows: Dict[str, Dict[str, Any]] = {}
     for name, arm in arms.items():
         arm.step(sample)  # the first one allocates
-        rows[name] = {"top_k": arm.top_k, "kept_bytes": arm.kept_bytes(sample), "seconds": []}
+        rows[name] = {
+            "top_k": arm.top_k,
+            "computes_all_experts": ROUTERS[chosen[name][0]].computes_all_experts,
+            "kept_bytes": arm.kept_bytes(sample),
+            "seconds": [],
+        }
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -152,24 +158,29 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def table(results: Dict[str, Any]) -> str:
-    """Medians, and ratios to ``switch`` (the median of the rounds' ratios)."""
+    """Medians, ratios of them and of the means to ``switch``, and memory."""
     rows = results["routers"]
     base = rows["switch"]
-    cells: List[List[str]] = [
-        ["router", "top-k", "step (ms)", "time / switch", "kept (MB)", "kept / switch"]
-    ]
+    head = ["router", "top-k", "step (ms)", "time / switch", "mean time / switch"]
+    head += ["kept (MB)", "kept / switch"]
+    with_peak = "peak_bytes" in base
+    cells: List[List[str]] = [head + ["peak / switch"] * with_peak]
     for name, row in rows.items():
         ratios = [own / other for own, other in zip(row["seconds"], base["seconds"])]
         cells.append(
             [
-                f"`{name}`",
+                f"`{name}`{' (all experts)' if row['computes_all_experts'] else ''}",
                 str(row["top_k"]),
                 f"{1000 * statistics.median(row['seconds']):.0f}",
                 f"{statistics.median(ratios):.2f}",
+                # Work that is not done in each step shows here alone.
+                f"{sum(row['seconds']) / sum(base['seconds']):.2f}",
                 f"{row['kept_bytes'] / 1e6:.0f}",
                 f"{row['kept_bytes'] / base['kept_bytes']:.2f}",
             ]
         )
+        if with_peak:
+            cells[-1].append(f"{row['peak_bytes'] / base['peak_bytes']:.2f}")
     return markdown(cells)
 
 
@@ -190,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--length", type=int, default=20, help="of each sentence (default: %(default)s)"
     )
-    parser.add_argument("--repetitions", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=20, help="default: %(default)s")
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
@@ -199,6 +210,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where results go")
     args = parser.parse_args()
+    for name in [] if args.routers == "all" else args.routers.split(","):
+        if name not in ROUTERS:
+            parser.error(f"--routers: there is no {name!r}; choose from {', '.join(ROUTERS)}")
     results = measure(args)
     print(table(results))
     if args.output is not None:

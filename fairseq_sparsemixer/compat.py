@@ -30,6 +30,7 @@ def apply() -> None:
     _allow_checkpoint_classes()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
+    _end_updates()
     _report_unknown_keys()
     _print_user_errors_alone()
 
@@ -100,16 +101,53 @@ def _mark_dummy_batches() -> None:
 
     @functools.wraps(original)
     def train_step(
-        self: Any, sample: Any, model: Any, *args: Any, ignore_grad: bool = False, **kwargs: Any
+        self: Any,
+        sample: Any,
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        **kwargs: Any,
     ) -> Any:
         if ignore_grad:
             sample = {**sample, "is_dummy": True}
         for module in model.modules():
             if isinstance(module, MoEFeedForward):
                 module.observing = not ignore_grad
-        return original(self, sample, model, *args, ignore_grad=ignore_grad, **kwargs)
+        return original(
+            self, sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+        )
 
     FairseqTask.train_step = train_step
+
+
+def _end_updates() -> None:
+    """Let experts learn what they learn without a gradient, when the optimiser has made its step.
+
+    On all workers alike, outside of forward and backward, and before a checkpoint is written.
+    """
+    from fairseq.distributed import utils as distributed_utils
+    from fairseq.tasks import FairseqTask
+
+    from fairseq_sparsemixer.moe import MoEFeedForward
+
+    original = FairseqTask.optimizer_step
+
+    def all_reduce(value: torch.Tensor) -> None:
+        group = distributed_utils.get_data_parallel_group()
+        distributed_utils.all_reduce(value, group=group)
+
+    @functools.wraps(original)
+    def optimizer_step(self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, optimizer, model, *args, **kwargs)
+        several = distributed_utils.get_data_parallel_world_size() > 1
+        for module in model.modules():
+            if isinstance(module, MoEFeedForward):
+                module.end_update(all_reduce if several else None)
+        return result
+
+    FairseqTask.optimizer_step = optimizer_step
 
 
 def _report_unknown_keys() -> None:

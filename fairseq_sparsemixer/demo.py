@@ -102,15 +102,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _arms(args: argparse.Namespace) -> List[Arm]:
-    from fairseq_sparsemixer.moe import ROUTERS
+    from fairseq_sparsemixer.moe.routing import find_router
 
     def experts(router: str) -> Arm:
         overrides = [f"model.router={router}", f"model.num_experts={args.num_experts}"]
+        try:
+            kind = find_router(router)
+        except ValueError as error:
+            raise UserError(f"--router: {error}") from None
         # What some routers cannot do without.
-        kind = ROUTERS.get(router)
-        if kind is not None and kind.min_top_k > 1:
+        if kind.min_top_k > 1:
             overrides.append(f"model.top_k={kind.min_top_k}")
-        if kind is not None and not kind.causal:
+        if not kind.causal:
             overrides.append("model.decoder_moe_layers=none")
         return Arm(f"{router}-{args.num_experts}", overrides)
 

@@ -130,7 +130,7 @@ def gshard(router, z, x, draw):
 
 def noisy_logits(router, z, x, draw):
     """H and the scales of its noise."""
-    scale = [softplus(w @ x) for w in router.noise_weight]
+    scale = [softplus(w @ x) + 0.01 for w in router.noise_weight]
     if draw is None:
         return z, scale
     return [z_i + e * s for z_i, e, s in zip(z, draw.normal, scale)], scale

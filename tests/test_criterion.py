@@ -72,7 +72,7 @@ def test_released_loss_is_a_sum_over_layers_without_sample_size():
 
 
 def test_released_loss_reads_the_masked_probabilities():
-    model, data = build(dropout=0.0, router_options='{"init_scale": 9}').eval(), sample()
+    model, data = build(dropout=0.0, router_init_scale=9.0).eval(), sample()
     statistics = statistics_of(model, data)
     assert (statistics.probs - statistics.sampling_probs).abs().max() > 0.1
     loss = criterion(routing_loss="released", balance_weight=1.0)(model, data)[0]

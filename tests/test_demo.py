@@ -83,12 +83,16 @@ def test_demo_goes_on_where_it_stopped_and_does_nothing_twice(corpus, tmp_path, 
 
 
 def test_failed_training_says_why(corpus, tmp_path):
-    with pytest.raises(
-        UserError, match=r"training failed: --router swtch: .*did you mean 'switch'"
-    ):
-        run_demo(tmp_path, "--router", "swtch")
-    state = json.loads((tmp_path / "runs" / "swtch-4" / "demo.json").read_text())
+    with pytest.raises(UserError, match="training failed: --top-k must be 1 to --num-experts"):
+        run_demo(tmp_path, "--router", "switch", "model.top_k=9")
+    state = json.loads((tmp_path / "runs" / "switch-4" / "demo.json").read_text())
     assert not state["finished"]
+
+
+def test_a_wrong_router_is_told_before_the_first_is_trained():
+    args = cli.build_parser().parse_args(["demo", "--router", "switch,swtch"])
+    with pytest.raises(UserError, match="--router: unknown router 'swtch'; did you mean 'switch'"):
+        demo._arms(args)
 
 
 def test_compare_trains_three_models():

@@ -192,6 +192,41 @@ def test_a_problem_holds_the_loss_of_the_model_itself(layer_name, corpus, run_di
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=2e-3)
 
 
+@pytest.mark.parametrize("layer_name", ["encoder.0", "decoder.0"])
+def test_other_tokens_and_layers_keep_their_experts(layer_name, corpus, run_dir):
+    translator = Translator(str(run_dir))
+    sentences = sentences_of(translator, corpus)
+    layers = checkpoint.switch_layers(translator.model)
+    seen = {name: [] for name in layers}
+
+    def note(name):
+        return lambda _, __, output: seen[name].append(output[1].expert_index.clone())
+
+    for name, layer in layers.items():
+        layer.moe.register_forward_hook(note(name))
+    generator = torch.Generator().manual_seed(0)
+    places = checkpoint.draw_places(sentences.pairs, layer_name.split(".")[0], 1, generator)
+    loss = checkpoint._sentence_loss(sentences, layers[layer_name], places)
+    width = translator.model.encoder.embed_tokens.embedding_dim
+    nothing, much = torch.zeros(1, width), 100 * torch.randn(1, width, generator=generator)
+    values = [loss(h, torch.tensor([0]))[0] for h in (nothing, much)]
+    assert not torch.allclose(*values)
+    for first, second in seen.values():
+        assert torch.equal(first, second)
+
+
+def test_models_that_do_not_put_out_one_gated_expert_are_refused(corpus, run_dir, capsys):
+    state = torch.load(run_dir / "checkpoint_best.pt")
+    state["cfg"]["model"].update(router="hash")
+    for name in list(state["model"]):
+        if ".router." in name:
+            del state["model"][name]
+    torch.save(state, run_dir / "hash.pt")
+    command = ["gradients", str(run_dir), "--data", str(corpus), "--checkpoint", "hash.pt"]
+    assert cli.main(command) == 2
+    assert "--top-k 1; not hash" in capsys.readouterr().err
+
+
 def test_predictions_are_fitted_on_the_tokens_of_each_expert(corpus, run_dir):
     translator = Translator(str(run_dir))
     sentences = sentences_of(translator, corpus, count=20)
@@ -207,7 +242,7 @@ def test_predictions_are_fitted_on_the_tokens_of_each_expert(corpus, run_dir):
     chosen = layer.moe.router.eval().route(made.logits).expert_index[:, 0]
     own = torch.arange(len(chosen))
     errors = (made.outputs - made.predictions["linear"])[own, chosen]
-    assert errors.norm() < 0.5 * made.outputs[own, chosen].norm()
+    assert errors.norm() < 0.7 * made.outputs[own, chosen].norm()
     assert explained("linear") > explained("mean")
 
 
@@ -234,10 +269,10 @@ def test_the_command_measures_a_model_and_goes_on_where_it_stopped(
     assert cli.main(command) == 0
     cases = json.loads((tmp_path / "gradients.json").read_text())["cases"]
     assert len(cases) == 4
-    assert list(cases)[:2] == ["checkpoint_best.pt, encoder.0", "checkpoint_best.pt, decoder.0"]
+    assert [name.split()[-1] for name in cases] == 2 * ["encoder.0", "decoder.0"]
     for records in cases.values():
         names = [r["estimator"] for r in records if r["mask"] is None]
-        assert set(ESTIMATORS) < set(names)
+        assert {name for name, e in ESTIMATORS.items() if not e.continuous} < set(names)
         measured = [r for r in records if r["tokens_with_choice"] > 0]
         assert all(r["rmse"] >= r["bias"] >= 0 for r in measured)
         assert all(-1 <= r["batch_cosine"] <= 1 for r in measured)

@@ -2,12 +2,14 @@
 
 import argparse
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, build_model
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+from fairseq.tasks import FairseqTask
 from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
@@ -227,16 +229,21 @@ def smallest(router, **settings):
     return build(router=router, top_k=kind.min_top_k, **settings)
 
 
+def end_update(model):
+    """As fairseq's task does after the optimiser's step, see compat.py."""
+    FairseqTask(argparse.Namespace()).optimizer_step(SimpleNamespace(step=lambda: None), model, 0)
+
+
 @pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_every_router_trains_in_the_model(router):
     model = smallest(router, balance_bias_rate=0.001 if ROUTERS[router].takes_balance_bias else 0.0)
     packed = []
-    for update in range(3):
-        model.set_num_updates(update)
+    for _ in range(3):
         out = model(**batch())[0]
         packed = list(take_routing_statistics(model).values())
         statistics = RoutingStatistics.unpack(torch.stack(packed))
         (out.square().mean() + 0.01 * statistics.load_balance_loss.sum()).backward()
+        end_update(model)
     # Data-parallel training waits for a gradient of every parameter.
     assert not [name for name, p in model.named_parameters() if p.grad is None]
     assert (statistics.tokens > 0).all()
@@ -260,6 +267,10 @@ def test_hash_router_sends_equal_words_to_equal_experts():
         layer.moe.register_forward_hook(note)
     model(**batch())
     assert len(set(seen.values())) > 1
+    # Features alone, without a forward before.
+    fresh = build(router="hash").eval()
+    features = fresh.extract_features(**batch())[0]
+    torch.testing.assert_close(fresh.output_layer(features), model(**batch())[0])
 
 
 def test_expert_choice_is_refused_in_the_decoder():
@@ -277,21 +288,19 @@ def test_running_means_see_each_batch_once_and_change_between_updates(checkpoint
     def run():
         model(**batch())[0].sum().backward()
 
-    model.set_num_updates(0)
     run()
     run()  # a second micro-batch of the same update
-    model.set_num_updates(0)
     words = batch()["src_lengths"].sum()
     assert means.token_count.sum() == 2 * words
     assert not means.mean.any()
-    model.set_num_updates(1)
+    end_update(model)
     assert means.token_count.sum() == 0
     assert means.mean.any()
     before = means.mean.clone()
     model.eval()
     with torch.no_grad():
         model(**batch())
-    model.set_num_updates(2)
+    end_update(model)
     assert torch.equal(means.mean, before)
 
 

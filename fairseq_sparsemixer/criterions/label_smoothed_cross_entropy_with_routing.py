@@ -142,13 +142,17 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         if self.routing_loss == "released":
             return self.balance_weight * statistics.sampling_load_balance_loss.sum()
         total_size = packed_LX.new_tensor(float(sample_size))
+        workers = 1
         if training and self.balance_scope == "all-workers":
+            workers = distributed_utils.get_data_parallel_world_size()
             # This worker's part of the loss of the whole batch: its own p and z, everybody's
             # shares and numbers. The sum over workers, which DDP forms, is the whole.
             total_size = _all_reduce_shares(statistics, total_size, counted)
         layers = statistics.tokens.gt(0).sum().clamp_min(1)
         if self.balance_loss == "importance":
-            balance = statistics.importance_loss.sum() / layers
+            # Of all workers' sums, and so the same on each: in value it counts once altogether.
+            whole = statistics.importance_loss.sum() / layers
+            balance = whole - whole.detach() + whole.detach() / workers
         else:
             balance = statistics.load_balance_loss.sum() / layers
         z_loss = statistics.z_loss.sum() / layers

@@ -1,25 +1,28 @@
 """Problems made of a trained model: one token's routing in one layer, on real sentences.
 
 f(h) is the label-smoothed loss of the token's sentence, in nats, as a function of what the layer
-puts out at that token; all other tokens and layers keep their evaluation-mode routing and dropout
-is off.
+puts out at that token. All else is held fixed: dropout is off, and every other token, in this layer
+and in the others, stays with the experts that evaluation gives it (their gates may move), so that f
+has no jumps that belong to somebody else's choice. Everything runs on the CPU.
 """
 
+import dataclasses
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from fairseq.data import data_utils
+from fairseq.modules.checkpoint_activations import unwrap_checkpoint
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fairseq_sparsemixer.laboratory.problems import Loss, Problem
 from fairseq_sparsemixer.models.layers import SwitchLayer
-from fairseq_sparsemixer.moe import MoEFeedForward
+from fairseq_sparsemixer.moe import MoEFeedForward, Router, Routing
+from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
 
 TOKENS_AT_ONCE = 4000
 """Of source and target together, in one forward pass."""
-RIDGE = 0.1
-"""Strength of the linear prediction's ridge, relative to the mean square of the inputs."""
 SMOOTHING = 0.1
 
 
@@ -55,6 +58,21 @@ def draw_places(
     return [places[i] for i in sorted(order.tolist())]
 
 
+class _Choice(NamedTuple):
+    """Of one sentence in one layer: experts (length, 1) and which were reachable (length, N)."""
+
+    expert: Tensor
+    reachable: Tensor
+
+    def of_length(self, length: int) -> "_Choice":
+        """Cut, or filled up with padding."""
+        missing = max(length - len(self.expert), 0)
+        return _Choice(
+            functional.pad(self.expert[:length], (0, 0, 0, missing), value=-1),
+            functional.pad(self.reachable[:length], (0, 0, 0, missing), value=True),
+        )
+
+
 class Sentences:
     """Forward passes of one model over pairs of sentences.
 
@@ -65,12 +83,39 @@ class Sentences:
     """
 
     def __init__(self, model: Any, pairs: List[Pair], pad: int, eos: int) -> None:
-        self.model = model
+        self.model = unwrap_checkpoint(model.cpu())
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.pairs = pairs
         self.pad, self.eos = pad, eos
+        self._choices: Dict[str, List[_Choice]] = {}
+        self._record_choices()
+
+    def _record_choices(self) -> None:
+        """Note which experts evaluation gives every token, in every layer."""
+        captured: Dict[str, Routing] = {}
+        handles = [
+            layer.moe.register_forward_hook(
+                lambda _, __, output, name=name: captured.__setitem__(name, output[1])
+            )
+            for name, layer in switch_layers(self.model).items()
+        ]
+        try:
+            with torch.no_grad():
+                for run in self.batches(list(range(len(self.pairs)))):
+                    self._run(run)
+                    for name, routing in captured.items():
+                        by_token = _Choice(routing.expert_index, routing.sampling_probs > 0)
+                        # (length x batch, ...) to one (length, ...) for each sentence
+                        columns = [value.unflatten(0, (-1, len(run))) for value in by_token]
+                        self._choices.setdefault(name, []).extend(
+                            _Choice(*(value[:, column] for value in columns))
+                            for column in range(len(run))
+                        )
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def read_by(self, side: str, number: int) -> Tensor:
         """(length,) what the encoder, or the decoder under teacher forcing, reads."""
@@ -80,7 +125,38 @@ class Sentences:
         return torch.cat([pair.target.new_tensor([self.eos]), pair.target[:-1]])
 
     def losses(self, numbers: List[int]) -> Tensor:
-        """(len(numbers),) the label-smoothed loss of each sentence, summed over its target."""
+        """(len(numbers),) the label-smoothed loss of each sentence, summed over its target.
+
+        With the experts that were recorded, whatever has become of the logits.
+        """
+        handles = [
+            layer.moe.router.register_forward_hook(self._hold_choices(name, numbers))
+            for name, layer in switch_layers(self.model).items()
+        ]
+        try:
+            return self._run(numbers)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hold_choices(self, name: str, numbers: List[int]) -> Any:
+        """A hook that puts the recorded experts into a router's answer; gates stay functions."""
+        choices = [self._choices[name][number] for number in numbers]
+
+        def hook(router: Router, _: Tuple, routing: Routing) -> Routing:
+            length = len(routing.logits) // len(numbers)
+            index, reachable = (
+                torch.stack(values, dim=1).flatten(0, 1)
+                for values in zip(*(choice.of_length(length) for choice in choices))
+            )
+            logits = routing.logits.masked_fill(~reachable, float("-inf"))
+            probs = (logits / getattr(router, "temperature", 1.0)).softmax(dim=-1)
+            gate = probs.gather(-1, index.clamp_min(0)).masked_fill(index < 0, 0.0)
+            return dataclasses.replace(routing, expert_index=index, gate=gate)
+
+        return hook
+
+    def _run(self, numbers: List[int]) -> Tensor:
         pairs = [self.pairs[i] for i in numbers]
         source = self._collate([pair.source for pair in pairs])
         target = self._collate([pair.target for pair in pairs])
@@ -159,39 +235,32 @@ def fit_predictions(
 ) -> Dict[str, Tensor]:
     """What training could know of E_i(x) where E_i was not computed, by name: (R, N, D).
 
-    Each is fitted on the tokens that expert i got: "mean" their mean output; "token mean" that of
-    the same vocabulary entry, if it occurred; "linear" a ridge regression on x.
+    Each is fitted on the tokens that expert i got: "mean" and "linear" as ``sparsemixer-cv`` does;
+    "token mean" is the mean over the same vocabulary entry, where it occurred.
     """
     x = torch.cat([seen.inputs for seen in fit])
     expert = torch.cat([seen.expert for seen in fit])
     ids = torch.cat([seen.token_ids for seen in fit])
-    outputs = _all_outputs(moe, x)
-    mean, by_token, linear = [], [], []
-    for i in range(moe.router.num_experts):
-        own = expert == i
-        x_i, y_i, ids_i = x[own], outputs[own, i], ids[own]
-        y_mean = y_i.mean(0) if len(y_i) else x.new_zeros(x.shape[1])
-        mean.append(y_mean.expand_as(inputs_RD))
-        rows = mean[-1].clone()
-        for row, token in enumerate(token_ids_R.tolist()):
-            same = ids_i == token
+    own = _all_outputs(moe, x)[torch.arange(len(x)), expert]
+    num_experts, embed_dim = moe.router.num_experts, moe.embed_dim
+    means = ExpertMeans(num_experts, embed_dim, decay=0.0)
+    means.observe(x, expert, own)
+    means.end_update()
+    lines = ExpertLines(num_experts, embed_dim, decay=0.0)
+    lines.observe(x, expert, own)
+    lines.end_update()
+    lines.solve()
+    by_token = means.predict(inputs_RD).clone()
+    for row, token in enumerate(token_ids_R.tolist()):
+        for i in range(num_experts):
+            same = (ids == token) & (expert == i)
             if same.any():
-                rows[row] = y_i[same].mean(0)
-        by_token.append(rows)
-        linear.append(_ridge(x_i, y_i - y_mean, inputs_RD) + y_mean)
-    named = {"mean": mean, "token mean": by_token, "linear": linear}
-    return {name: torch.stack(values, dim=1) for name, values in named.items()}
-
-
-def _ridge(x: Tensor, y: Tensor, new_x: Tensor) -> Tensor:
-    """Ridge regression of y on x (centred), at ``new_x``."""
-    if not len(x):
-        return new_x.new_zeros(len(new_x), y.shape[1])
-    centre = x.mean(0)
-    x = x - centre
-    gram = x.t() @ x
-    gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    return (new_x - centre) @ torch.linalg.solve(gram, x.t() @ y)
+                by_token[row, i] = own[same].mean(0)
+    return {
+        "mean": means.predict(inputs_RD),
+        "token mean": by_token,
+        "linear": lines.predict(inputs_RD),
+    }
 
 
 def build_problem(
@@ -210,12 +279,18 @@ def build_problem(
     inputs_RD = torch.stack([seen[p.sentence].inputs[p.position] for p in places])
     ids_R = torch.stack([seen[p.sentence].token_ids[p.position] for p in places])
     return Problem(
-        logits=moe.router.logits(inputs_RD.float()),
+        logits=_logits(moe.router, inputs_RD),
         outputs=_all_outputs(moe, inputs_RD),
         loss=_sentence_loss(sentences, layer, places),
         predictions=fit_predictions(moe, _watch(fit, layer), inputs_RD, ids_R),
         inputs=inputs_RD,
     )
+
+
+@torch.no_grad()
+def _logits(router: Router, x_RD: Tensor) -> Tensor:
+    """(R, N): z with p = softmax(z), so with the balance bias and the temperature if it has any."""
+    return router.route(router.logits(x_RD.float())).logits / getattr(router, "temperature", 1.0)
 
 
 def _sentence_loss(sentences: Sentences, layer: SwitchLayer, places: List[Place]) -> Loss:

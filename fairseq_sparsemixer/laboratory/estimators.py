@@ -22,8 +22,9 @@ class Estimator:
         router: registered name, or "sampled" or "reinforce" (see :func:`draw_gradients`).
         options: of the router.
         prediction: which of the problem's predictions its ``mean_gate`` multiplies.
-        draws: how many draws of each token are taken; fewer for estimators whose evaluation
-            points are continuous, since f is evaluated once for each distinct one.
+        draws: how many draws of each token are taken.
+        continuous: whether each draw has an evaluation point of its own. f is evaluated once for
+            each distinct point, so this is for problems whose f costs nothing.
         uses_mask: whether jitter_eps decides which experts it draws from.
     """
 
@@ -31,6 +32,7 @@ class Estimator:
     options: Dict[str, Any] = dataclasses.field(default_factory=dict)
     prediction: str = "mean"
     draws: int = 1000
+    continuous: bool = False
     uses_mask: bool = False
 
 
@@ -46,7 +48,8 @@ ESTIMATORS: Dict[str, Estimator] = {
     "sparsemixer, no override": _sparsemixer("sparsemixer", first_order_on_argmax=False),
     "sparsemixer": _sparsemixer("sparsemixer"),
     "sparsemixer, uniform": dataclasses.replace(
-        _sparsemixer("sparsemixer", first_order_on_argmax=False, quadrature="uniform"), draws=8
+        _sparsemixer("sparsemixer", first_order_on_argmax=False, quadrature="uniform"),
+        continuous=True,
     ),
     "sparsemixer-v2": _sparsemixer("sparsemixer-v2"),
     "sparsemixer-v2-star, no override": _sparsemixer(

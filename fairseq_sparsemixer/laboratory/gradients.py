@@ -5,9 +5,9 @@
   fairseq-sparsemixer gradients RUN_DIR --checkpoint checkpoint_1_60.pt,checkpoint_best.pt
 
 With a model: in each layer some tokens are drawn, each of them is sent to every expert while all
-else is held fixed, and the loss of its sentence gives the exact gradient of that token's routing.
-All estimators are measured against it. Writes gradients.json, tables and figures; stopped, the same
-command goes on where it was.
+else is held fixed (other tokens and layers keep their experts), and the loss of its sentence gives
+the exact gradient of that token's routing. All estimators are measured against it. Writes
+gradients.json, tables and figures; stopped, the same command goes on where it was.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import read_lines, write_json
+from fairseq_sparsemixer.files import check_writable, read_lines, write_json
 
 HELP = "measure the routers' gradients against the exact ones"
 Record = Dict[str, Any]
@@ -89,15 +89,19 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
     with_model = args.run_dir is not None
     if with_model:
-        output = args.output or Path(args.run_dir) / "gradients"
-        names = ("checkpoint", "subset", "tokens", "fit_sentences", "max_length", "seed")
+        run_dir = Path(args.run_dir)
+        output = args.output or (run_dir if run_dir.is_dir() else run_dir.parent) / "gradients"
+        names = ("subset", "tokens", "fit_sentences", "max_length", "seed")
         settings = {name: getattr(args, name) for name in names}
+        settings["run_dir"] = str(run_dir.resolve())
+        settings["data"] = str(args.data.resolve()) if args.data else None
         cases = _checkpoint_cases(args)
     else:
         output = args.output or Path("gradients")
         settings = {"seed": args.seed}
         cases = _toy_cases(args.seed)
     path = output / "gradients.json"
+    check_writable(path)
     results = _read_results(path, settings)
     for name, measure_case in cases:
         if name in results["cases"]:
@@ -132,22 +136,22 @@ def _read_results(path: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
     return results
 
 
-def measure_all(problem: Any, jitter_eps: float, seed: int, only_masked: bool) -> List[Record]:
-    """One record for each estimator.
+def measure_all(
+    problem: Any, estimators: Dict[str, Any], jitter_eps: float, seed: int
+) -> List[Record]:
+    """One record for each of some estimators.
 
     Args:
         problem: a :class:`~fairseq_sparsemixer.laboratory.problems.Problem`.
+        estimators: by name.
         jitter_eps: of the mask.
         seed: of the draws, the same for each estimator.
-        only_masked: leave out estimators that have no mask.
     """
     from fairseq_sparsemixer.laboratory import estimators as lab
     from fairseq_sparsemixer.laboratory.measures import as_dict, measure
 
     records = []
-    for name, estimator in lab.with_other_predictions(problem).items():
-        if only_masked and not estimator.uses_mask:
-            continue
+    for name, estimator in estimators.items():
         torch.manual_seed(seed)
         exact = problem.exact_gradient(lab.target_probs(problem, estimator, jitter_eps))
         draws = lab.draw_gradients(problem, estimator, jitter_eps)
@@ -160,7 +164,7 @@ Case = Tuple[str, Callable[[], List[Record]]]
 
 def _toy_cases(seed: int) -> Iterator[Case]:
     from fairseq_sparsemixer.laboratory import toys
-    from fairseq_sparsemixer.laboratory.estimators import NO_MASK
+    from fairseq_sparsemixer.laboratory.estimators import ESTIMATORS, NO_MASK
 
     def order() -> List[Record]:
         bias = toys.order_of_accuracy(list(SCALES), seed=seed)
@@ -183,7 +187,8 @@ def _toy_cases(seed: int) -> Iterator[Case]:
 
             def case(about: Dict[str, Any] = about) -> List[Record]:
                 problem = toys.toy_problem(seed=seed, **about)
-                return [{**about, **r} for r in measure_all(problem, NO_MASK, seed, False)]
+                records = measure_all(problem, ESTIMATORS, NO_MASK, seed)
+                return [{**about, **record} for record in records]
 
             means = "" if mean_to_spread else ", experts with the same mean"
             yield f"{kind}, {num_experts} experts, temperature {temperature:g}{means}", case
@@ -203,10 +208,11 @@ def _checkpoint_cases(args: argparse.Namespace) -> Iterator[Case]:
                     f"--layers {layer_name}: the layers with experts are {', '.join(layers)}"
                 )
         router = next(iter(layers.values())).moe.router if layers else None
-        if router is None or router.top_k > 1 or not router.causal or router.weight is None:
+        if router is None or not _gates_one_expert(router):
             raise UserError(
-                f"{args.run_dir}: gradients are measured for models whose router learns to send "
-                "each token to one expert (--top-k 1)"
+                f"{args.run_dir}: gradients are measured for models whose layers put out one "
+                "expert's output times its probability (--top-k 1; not hash, random, default-moe "
+                "or expert-choice)"
             )
         updates = translator.checkpoints[0].updates
         for layer_name in wanted:
@@ -220,7 +226,13 @@ def _checkpoint_cases(args: argparse.Namespace) -> Iterator[Case]:
                 about = {"checkpoint": name, "updates": updates, "layer": layer_name}
                 return _measure_layer(translator, layer_name, about, args)
 
-            yield f"{name}, {layer_name}", case
+            yield f"{name} ({updates} updates), {layer_name}", case
+
+
+def _gates_one_expert(router: Any) -> bool:
+    """Whether the layer computes p_D E_D in evaluation, with learnt logits."""
+    one = router.top_k == 1 and router.causal and router.weight is not None
+    return one and router.name != "default-moe"
 
 
 def _measure_layer(
@@ -228,7 +240,12 @@ def _measure_layer(
 ) -> List[Record]:
     """Without the mask, and with the one that the model was trained with."""
     from fairseq_sparsemixer.laboratory import checkpoint as lab
-    from fairseq_sparsemixer.laboratory.estimators import ESTIMATORS, NO_MASK, target_probs
+    from fairseq_sparsemixer.laboratory.estimators import (
+        ESTIMATORS,
+        NO_MASK,
+        target_probs,
+        with_other_predictions,
+    )
 
     sentences, fit = (
         lab.Sentences(
@@ -258,7 +275,12 @@ def _measure_layer(
         masked = jitter_eps != NO_MASK
         probs = target_probs(problem, ESTIMATORS["sparsemixer"], jitter_eps)
         choice = round((probs > 0).sum(-1).gt(1).float().mean().item(), 4)
-        for record in measure_all(problem, jitter_eps, args.seed, only_masked=masked):
+        estimators = {
+            name: estimator
+            for name, estimator in with_other_predictions(problem).items()
+            if not estimator.continuous and (estimator.uses_mask or not masked)
+        }
+        for record in measure_all(problem, estimators, jitter_eps, args.seed):
             mask = {"mask": jitter_eps if masked else None, "tokens_with_choice": choice}
             records.append({**about, **mask, **record})
     return records

@@ -25,7 +25,8 @@ class Measure(NamedTuple):
     rmse: Optional[float]
     """Root mean squared error of one draw."""
     cosine: Optional[float]
-    """Between the mean of the estimate and the exact gradient: its direction."""
+    """Between the mean of the estimate and the exact gradient: its direction. None, too, where the
+    draws are too few to tell."""
     length: Optional[float]
     """Of the mean of the estimate along the exact gradient: its size, 1 where right. Adam does
     away with a common factor."""
@@ -52,12 +53,15 @@ def measure(draws_RSN: Tensor, exact_RN: Tensor, inputs_RD: Optional[Tensor] = N
     bias_squared = ((mean_RN - exact_RN).square().sum() - variance / draws).clamp_min(0)
     along = (mean_RN * exact_RN).sum() / exact
     # The length of the mean, too, without what the finite number of draws adds.
-    length = (mean_RN.square().sum() - variance / draws).clamp_min(1e-300).sqrt()
+    length_squared = mean_RN.square().sum() - variance / draws
+    # Where that is much of it, there is no telling the direction.
+    measurable = length_squared > 0.5 * variance / draws
+    cosine = (along / length_squared.sqrt()).clamp(-1, 1).item() if measurable else None
     return Measure(
         bias=(bias_squared.sqrt() / exact).item(),
         noise=(variance.sqrt() / exact).item(),
         rmse=((bias_squared + variance).sqrt() / exact).item(),
-        cosine=min((along / length).item(), 1.0),
+        cosine=cosine,
         length=(along / exact).item(),
         batch_cosine=None if inputs_RD is None else _batch_cosine(draws_RSN, exact_RN, inputs_RD),
     )

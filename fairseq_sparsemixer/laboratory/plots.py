@@ -81,8 +81,8 @@ MODEL_PANELS = (
 
 
 def _layer_figure(records: List[Record], output: Path, name: str) -> List[Path]:
-    last = max(r["updates"] for r in records)
-    records = [r for r in records if r["updates"] == last]
+    last = max(records, key=lambda r: r["updates"])["checkpoint"]
+    records = [r for r in records if r["checkpoint"] == last]
     layers = list(dict.fromkeys(r["layer"] for r in records))
     figure, axes = _pyplot().subplots(1, 3, figsize=(10, 3.8), layout="constrained")
     for axis, (key, label) in zip(axes, MODEL_PANELS):
@@ -109,7 +109,7 @@ def _progress_figure(records: List[Record], output: Path, name: str) -> List[Pat
                     mean = sum(values) / len(values)
                     means.append({"estimator": estimator, "updates": updates, key: mean})
         _lines(axis, means, "updates", key)
-        axis.set(xlabel="updates", ylabel=f"{label}, mean over layers")
+        axis.set(xlabel="updates (means over layers)", ylabel=label)
     _legend(figure, axes[0])
     return _save(figure, output, name)
 

@@ -97,7 +97,7 @@ class Problem:
         at_h = self.evaluate(row_M, weight_MN, torch.zeros_like(weight_MN))
         slope_RN = at_h.expert_slope.reshape(rows, num_experts, num_experts)
         slope_RN = slope_RN.diagonal(dim1=-2, dim2=-1)
-        # f(0), free because sum_i dp_i = 0, keeps the difference small against rounding.
+        # Any constant may be taken off, because sum_i dp_i = 0; this one keeps rounding small.
         value_RN = at_h.loss.reshape(rows, num_experts)
         return through_softmax(value_RN - value_RN[:, :1] + probs_RN * slope_RN, probs_RN)
 

@@ -40,7 +40,7 @@ def toy_tables(records: List[Record]) -> str:
             ]
             means = "" if mean_to_spread else ", experts with the same mean output"
             parts += ["", f"{kind} f, 4 experts, temperature 1{means}", ""]
-            rows = [[r["estimator"], *(f"{r[c]:.3f}" for c in COLUMNS)] for r in chosen]
+            rows = [[r["estimator"], *(_cell(r[c]) for c in COLUMNS)] for r in chosen]
             parts.append(markdown([["estimator", *COLUMNS], *rows]))
     return "\n".join(parts)
 
@@ -87,8 +87,13 @@ def _by_layer(records: List[Record]) -> str:
             for column in ("bias", "noise", "length", "batch_cosine")
         ]
         cosines = [own[layer]["cosine"] for layer in layers]
-        rows.append([name, *("" if v is None else f"{v:.3f}" for v in [*cosines, *means])])
+        rows.append([name, *map(_cell, [*cosines, *means])])
     return markdown(rows)
+
+
+def _cell(value: Optional[float]) -> str:
+    """Empty where it cannot be measured."""
+    return "" if value is None else f"{value:.3f}"
 
 
 def _mean(values: List[Optional[float]]) -> Optional[float]:

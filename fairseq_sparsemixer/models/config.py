@@ -234,6 +234,16 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_OPTION_FLAGS = {
+    "bias": "--no-router-bias",
+    "init_scale": "--router-init-scale",
+    "balance_bias_rate": "--balance-bias-rate",
+    "top_k": "--top-k",
+    "jitter_eps": "--jitter-eps",
+}
+"""Options of a router that have flags of their own."""
+
+
 def _router_options(args: argparse.Namespace) -> Dict[str, Any]:
     try:
         options = json.loads(args.router_options)
@@ -241,6 +251,9 @@ def _router_options(args: argparse.Namespace) -> Dict[str, Any]:
         raise ConfigError(f"--router-options is not JSON: {error}") from None
     if not isinstance(options, dict):
         raise ConfigError(f"--router-options must be a JSON object, not {args.router_options}")
+    for key, flag in _OPTION_FLAGS.items():
+        if key in options:
+            raise ConfigError(f"--router-options must not hold {key}: pass {flag}")
     return {
         **options,
         "bias": not args.no_router_bias,

@@ -10,7 +10,6 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from fairseq import utils
-from fairseq.distributed import utils as distributed_utils
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
@@ -52,7 +51,6 @@ class SwitchLayer(nn.Module):
         self._padding_mask: Optional[Tensor] = None
         self._routing_sums: Optional[Tensor] = None
         self._with_statistics = True
-        self._num_updates: Optional[int] = None
 
     def build_fc1(self, input_dim: int, output_dim: int, *_: Any) -> Callable[[Tensor], Tensor]:
         """The mixture, kept as ``moe``; what fairseq calls as ``fc1`` is a method."""
@@ -106,13 +104,6 @@ class SwitchLayer(nn.Module):
         *outputs, self.routing_statistics = super().__call__(*args, **kwargs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def set_num_updates(self, num_updates: int) -> None:
-        """Called by fairseq before each batch, on all workers alike, with the update's number."""
-        if num_updates != self._num_updates:
-            world_size = distributed_utils.get_data_parallel_world_size()
-            self.moe.end_update(_all_reduce if world_size > 1 else None)
-        self._num_updates = num_updates
-
     def take_routing_statistics(self) -> Tensor:
         """(3 + 4N,) float32 of the last forward, zeros if there was none; clears it."""
         sums, self.routing_statistics = self.routing_statistics, None
@@ -129,10 +120,6 @@ def _warn_unused_statistics() -> None:
         "the criterion ignores the routing losses, so nothing balances the experts; "
         "use --criterion label_smoothed_cross_entropy_with_routing"
     )
-
-
-def _all_reduce(value: Tensor) -> None:
-    distributed_utils.all_reduce(value, group=distributed_utils.get_data_parallel_group())
 
 
 def _identity(x: Tensor) -> Tensor:

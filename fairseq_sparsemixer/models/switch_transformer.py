@@ -35,6 +35,7 @@ from fairseq_sparsemixer.models.layers import (
     SwitchTransformerDecoderLayer,
     SwitchTransformerEncoderLayer,
 )
+from fairseq_sparsemixer.moe import ROUTERS
 
 Settings = Union[argparse.Namespace, DictConfig]
 
@@ -204,14 +205,22 @@ def _wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
     return fsdp_wrap(layer, min_num_params=min_params)
 
 
-def _show_token_ids(model: nn.Module, tokens: Tensor) -> None:
-    """Give the layers whose router reads them the ids (batch, length) of what they will see."""
-    for layer in model.modules():
-        if isinstance(layer, SwitchLayer) and layer.moe.router.needs_token_ids:
-            layer.token_ids = tokens.t()
+class _ShowsTokenIds(nn.Module):
+    """Gives layers whose router reads them the vocabulary ids of what they are about to see."""
+
+    cfg: Any
+    layers: nn.ModuleList
+
+    def _show_token_ids(self, tokens: Tensor) -> None:
+        """Of (batch, length) tokens."""
+        if ROUTERS[self.cfg.experts.router].needs_token_ids:
+            # modules(): to iterate over fairseq's list of layers would draw LayerDrop.
+            for layer in self.layers.modules():
+                if isinstance(layer, SwitchLayer):
+                    layer.token_ids = tokens.t()
 
 
-class SwitchTransformerEncoder(TransformerEncoderBase):
+class SwitchTransformerEncoder(_ShowsTokenIds, TransformerEncoderBase):
     """fairseq's encoder; the layers in ``cfg.experts.encoder_layers`` hold experts."""
 
     def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -221,7 +230,7 @@ class SwitchTransformerEncoder(TransformerEncoderBase):
 
     def forward(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See fairseq."""
-        _show_token_ids(self, src_tokens)
+        self._show_token_ids(src_tokens)
         return super().forward(src_tokens, *args, **kwargs)
 
     def build_encoder_layer(self, cfg: TransformerConfig) -> nn.Module:
@@ -235,14 +244,14 @@ class SwitchTransformerEncoder(TransformerEncoderBase):
         return _wrap_layer(layer, cfg)
 
 
-class SwitchTransformerDecoder(TransformerDecoderBase):
+class SwitchTransformerDecoder(_ShowsTokenIds, TransformerDecoderBase):
     """fairseq's decoder; the layers in ``cfg.experts.decoder_layers`` hold experts."""
 
     def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         self._to_build = list(cfg.experts.decoder_kept)
         super().__init__(cfg, *args, **kwargs)
 
-    def forward(
+    def extract_features(
         self,
         prev_output_tokens: Tensor,
         encoder_out: Any = None,
@@ -252,8 +261,10 @@ class SwitchTransformerDecoder(TransformerDecoderBase):
     ) -> Any:
         """See fairseq."""
         new_tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
-        _show_token_ids(self, new_tokens)
-        return super().forward(prev_output_tokens, encoder_out, incremental_state, *args, **kwargs)
+        self._show_token_ids(new_tokens)
+        return super().extract_features(
+            prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
+        )
 
     def build_decoder_layer(
         self, cfg: TransformerConfig, no_encoder_attn: bool = False

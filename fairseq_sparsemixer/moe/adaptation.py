@@ -25,8 +25,7 @@ AllReduce = Callable[[Tensor], Any]
 
 
 class _Adaptation(nn.Module):
-    """Sums that are kept until the end of an update. They are buffers, so that a checkpoint that
-    is written between a batch and the end of its update loses nothing."""
+    """Sums that are kept until the end of an update."""
 
     token_count: Tensor
     """(N,) tokens sent to each expert since the last :meth:`end_update`."""
@@ -42,7 +41,7 @@ class _Adaptation(nn.Module):
         for name, value in before.items():
             moved = getattr(self, name)
             # A meta tensor has no values to keep.
-            setattr(self, name, moved.float() if value.is_meta else value.to(moved.device))
+            setattr(self, name, moved.to(value.dtype) if value.is_meta else value.to(moved.device))
         return self
 
     def sums(self) -> List[Tensor]:
@@ -55,6 +54,9 @@ class _Adaptation(nn.Module):
         if all_reduce is not None:
             for value in self.sums():
                 all_reduce(value)
+        for value in self.sums():
+            # What overflows in half precision must not stay for good.
+            value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         self.adapt()
         for value in self.sums():
             value.zero_()
@@ -141,7 +143,12 @@ class ExpertMeans(_Adaptation):
 
     def add(self, y_TD: Tensor, gate_TN: Tensor, x_TD: Tensor) -> Tensor:
         """(T, D): y + sum_i gate_i m_i."""
-        return y_TD + (gate_TN @ self.mean).to(y_TD.dtype)
+        with torch.autocast(device_type=y_TD.device.type, enabled=False):
+            return y_TD + (gate_TN @ self.mean).to(y_TD.dtype)
+
+    def predict(self, x_TD: Tensor) -> Tensor:
+        """(T, N, D): m_i for each token."""
+        return self.mean.expand(len(x_TD), -1, -1)
 
 
 class ExpertLines(_Adaptation):
@@ -174,7 +181,7 @@ class ExpertLines(_Adaptation):
     cross_sum: Tensor
     """X'Y since the last :meth:`end_update`."""
     updates: Tensor
-    """() number of updates."""
+    """() int64 number of updates."""
 
     def __init__(self, num_experts: int, embed_dim: int, decay: float) -> None:
         super().__init__(num_experts)
@@ -184,7 +191,7 @@ class ExpertLines(_Adaptation):
             self.register_buffer(name, torch.zeros(num_experts, columns, embed_dim))
         for name in ("gram", "gram_sum"):
             self.register_buffer(name, torch.zeros(num_experts, columns, columns))
-        self.register_buffer("updates", torch.zeros(()))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
@@ -207,13 +214,21 @@ class ExpertLines(_Adaptation):
         self.cross.mul_(self.decay).add_(self.cross_sum)
         self.updates += 1
         if self.updates % self.SOLVE_EVERY == 0:
-            diagonal_N = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-            # An expert without a token so far keeps 0: cross is 0 and the matrix the identity.
-            ridge_N = torch.where(diagonal_N > 0, self.RIDGE * diagonal_N, torch.ones(()))
-            identity = torch.eye(self.gram.shape[-1], device=self.gram.device)
-            self.weight.copy_(
-                torch.linalg.solve(self.gram + ridge_N[:, None, None] * identity, self.cross)
-            )
+            self.solve()
+
+    def solve(self) -> None:
+        """Fit the lines to the sums."""
+        diagonal_N = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        # An expert without a token so far keeps 0: cross is 0 and the matrix the identity.
+        ridge_N = torch.where(diagonal_N > 0, self.RIDGE * diagonal_N, torch.ones_like(diagonal_N))
+        identity = torch.eye(self.gram.shape[-1], device=self.gram.device)
+        self.weight.copy_(
+            torch.linalg.solve(self.gram + ridge_N[:, None, None] * identity, self.cross)
+        )
+
+    def predict(self, x_TD: Tensor) -> Tensor:
+        """(T, N, D): m_i(x) for each token."""
+        return torch.einsum("td,nde->tne", _with_one(x_TD.float()), self.weight)
 
     def add(self, y_TD: Tensor, gate_TN: Tensor, x_TD: Tensor) -> Tensor:
         """(T, D): y with the gradient of y + sum_i gate_i m_i(x) to the gate, which is 0."""

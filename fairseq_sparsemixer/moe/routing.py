@@ -29,7 +29,10 @@ class Routing:
     """
 
     expert_index: Tensor
-    """(T, K) int64: the chosen experts, -1 at padding and in slots that a token leaves empty."""
+    """(T, K) int64: the chosen experts, -1 at padding and in slots that a token leaves empty.
+
+    Routers that may compute any number of experts have K = N slots (``expert-choice`` and, in
+    training, those that compute all)."""
     gate: Tensor
     """(T, K) float32: differentiable multiplier of the expert's output, 0 where there is none."""
     logits: Tensor
@@ -280,6 +283,19 @@ def register_router(name: str) -> Callable[[Type[Router]], Type[Router]]:
     return register
 
 
+def find_router(name: str) -> Type[Router]:
+    """The router registered as ``name``.
+
+    Raises:
+        ValueError: there is none; the message gives the nearest.
+    """
+    if name not in ROUTERS:
+        near = difflib.get_close_matches(name, ROUTERS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown router {name!r}; {hint}choose from {', '.join(ROUTERS)}")
+    return ROUTERS[name]
+
+
 def build_router(
     name: str,
     *,
@@ -303,11 +319,7 @@ def build_router(
         ValueError: for an unknown name (the message gives the nearest) or a value out of range.
         TypeError: for an option that the router does not have.
     """
-    if name not in ROUTERS:
-        near = difflib.get_close_matches(name, ROUTERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown router {name!r}; {hint}choose from {', '.join(ROUTERS)}")
-    return ROUTERS[name](
+    return find_router(name)(
         embed_dim=embed_dim,
         num_experts=num_experts,
         top_k=top_k,

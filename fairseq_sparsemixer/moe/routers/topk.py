@@ -94,14 +94,18 @@ class GShardRouter(Router):
         )
 
 
+LEAST_NOISE = 0.01
+"""Keeps the noise of ``noisy-topk``, which the load is divided by, away from 0."""
+
+
 @register_router("noisy-topk")
 class NoisyTopKRouter(Router):
     """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538).
 
-    H_i = z_i + e_i softplus(x w_i), e_i ~ N(0, 1) in training and 0 in evaluation; the K largest
-    H_i are kept and the gates are the softmax over them. Its losses are ``importance`` (squared
-    coefficient of variation of the summed gates) and the same of ``load``, the smooth chance of
-    being kept: choose them with ``--balance-loss importance``.
+    H_i = z_i + e_i (softplus(x w_i) + 0.01), e_i ~ N(0, 1) in training and 0 in evaluation; the K
+    largest H_i are kept and the gates are the softmax over them. Its losses are ``importance``
+    (squared coefficient of variation of the summed gates) and the same of ``load``, the smooth
+    chance of being kept: choose them with ``--balance-loss importance``.
 
     Noise weights start at zero. :meth:`route` without the tokens uses softplus(0) for the scale.
 
@@ -124,9 +128,10 @@ class NoisyTopKRouter(Router):
         noisy_TN, scale_TN = logits_TN, None
         if self.training:
             if context.x is None:
-                scale_TN = F.softplus(torch.zeros_like(logits_TN))
+                noise_logits_TN = torch.zeros_like(logits_TN)
             else:
-                scale_TN = F.softplus(F.linear(context.x, self.noise_weight.float()))
+                noise_logits_TN = F.linear(context.x, self.noise_weight.float())
+            scale_TN = F.softplus(noise_logits_TN) + LEAST_NOISE
             noisy_TN = logits_TN + torch.randn_like(logits_TN) * scale_TN
         index_TK = noisy_TN.topk(self.top_k, dim=-1).indices
         kept_TN = torch.zeros_like(logits_TN, dtype=torch.bool).scatter(-1, index_TK, True)
