@@ -44,7 +44,8 @@ def toy_figures(records: List[Record], output: Path) -> List[Path]:
             )
     left.set(xlabel="scale of the experts' outputs", ylabel="bias / exact gradient")
     left.set_title("Order of accuracy", fontsize="medium")
-    left.legend(fontsize="x-small")
+    left.set_ylim(bottom=left.get_ylim()[0] / 100)  # room for the legend
+    left.legend(loc="lower right", fontsize="x-small")
     network = [r for r in records if r["kind"] == "network" and r["mean_to_spread"]]
     _lines(middle, [r for r in network if r["num_experts"] == 4], "temperature", "bias")
     middle.set(xlabel="temperature (4 experts)", ylabel="bias / exact gradient")
