@@ -26,6 +26,8 @@ AVERAGE = "checkpoint_average.pt"
 AVERAGED = 5
 """Checkpoints of the end of training that are averaged, as many as configs/demo.yaml keeps."""
 SAMPLES = 5
+STOP_SECONDS = 10
+"""How long an interrupted training may take to end by itself."""
 
 
 class Arm(NamedTuple):
@@ -209,7 +211,11 @@ def _run_with_progress(command: List[str], log_path: Path) -> None:
                     width = len(progress) + 3
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
-            process.wait()
+            try:
+                # Reads on: a process that nobody reads from cannot end.
+                process.communicate(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()  # started in the background it ignores SIGINT
             raise
     print(flush=True)
     if process.returncode:

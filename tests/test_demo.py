@@ -1,6 +1,7 @@
 """The demo, on a toy corpus in place of the download."""
 
 import json
+import signal
 
 import pytest
 from commands import build_corpus
@@ -53,9 +54,15 @@ def test_demo_goes_on_where_it_stopped_and_does_nothing_twice(corpus, tmp_path, 
             raise KeyboardInterrupt
         return ""
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demo, "_progress", interrupt)
-        run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
+    # As in a background job of a shell: the training process ignores the interruption.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(demo, "_progress", interrupt)
+            patch.setattr(demo, "STOP_SECONDS", 1)
+            run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert not json.loads((folder / "demo.json").read_text())["finished"]
     results = run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
     assert "Loaded checkpoint" in (folder / "train.log").read_text()
