@@ -158,11 +158,10 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def table(results: Dict[str, Any]) -> str:
-    """Medians, ratios of them and of the means to ``switch``, and memory."""
+    """Medians, ratios to ``switch`` (the median of the rounds' ratios), and memory."""
     rows = results["routers"]
     base = rows["switch"]
-    head = ["router", "top-k", "step (ms)", "time / switch", "mean time / switch"]
-    head += ["kept (MB)", "kept / switch"]
+    head = ["router", "top-k", "step (ms)", "time / switch", "kept (MB)", "kept / switch"]
     with_peak = "peak_bytes" in base
     cells: List[List[str]] = [head + ["peak / switch"] * with_peak]
     for name, row in rows.items():
@@ -173,8 +172,6 @@ def table(results: Dict[str, Any]) -> str:
                 str(row["top_k"]),
                 f"{1000 * statistics.median(row['seconds']):.0f}",
                 f"{statistics.median(ratios):.2f}",
-                # Work that is not done in each step shows here alone.
-                f"{sum(row['seconds']) / sum(base['seconds']):.2f}",
                 f"{row['kept_bytes'] / 1e6:.0f}",
                 f"{row['kept_bytes'] / base['kept_bytes']:.2f}",
             ]

@@ -117,6 +117,8 @@ def _arms(args: argparse.Namespace) -> List[Arm]:
             overrides.append(f"model.top_k={kind.min_top_k}")
         if not kind.causal:
             overrides.append("model.decoder_moe_layers=none")
+        if router == "reinmax":  # sends all of a layer's tokens to one expert at 0.01
+            overrides.append("criterion.balance_weight=0.05")
         return Arm(f"{router}-{args.num_experts}", overrides)
 
     dense = Arm("dense", ["model.encoder_moe_layers=none", "model.decoder_moe_layers=none"])

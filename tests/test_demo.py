@@ -116,6 +116,8 @@ def test_routers_get_the_settings_that_they_cannot_do_without():
     assert dense.name == "dense"
     assert "model.decoder_moe_layers=none" in expert_choice.overrides
     assert hashed == demo.Arm("hash-4", ["model.router=hash", "model.num_experts=4"])
+    reinmax = demo._arms(cli.build_parser().parse_args(["demo", "--router", "reinmax"]))[0]
+    assert "criterion.balance_weight=0.05" in reinmax.overrides
     every = demo._arms(cli.build_parser().parse_args(["demo", "--router", "all"]))
     assert [arm.name for arm in every] == [f"{name}-4" for name in ROUTERS]
 
