@@ -27,6 +27,10 @@ find_python() {
     fail "Python 3.11 or 3.12 is needed; name yours with PYTHON=/path/to/python $0"
 }
 
+interpreter() {
+    "$1" -c 'import sys; print(sys.version, sys.base_prefix)' 2>/dev/null || true
+}
+
 make_environment() {
     local python wanted stamp=.venv/fairseq-sparsemixer.stamp
     python="$(find_python)" || exit 1
@@ -36,7 +40,11 @@ make_environment() {
     fi
     echo "== Installing into .venv, a minute or more (once)"
     rm -f "$stamp"
-    "$python" -m venv .venv ||
+    local clear=""
+    # An environment of another interpreter would be left half in place.
+    [ "$(interpreter .venv/bin/python)" = "$(interpreter "$python")" ] || clear=--clear
+    # shellcheck disable=SC2086  # no word where it is empty
+    "$python" -m venv $clear .venv ||
         fail "no virtual environment: on Debian and Ubuntu install the package python3-venv"
     # shellcheck disable=SC2086  # PIP_OPTIONS is a list of words
     .venv/bin/python -m pip install ${PIP_OPTIONS:-} --constraint scripts/constraints.txt \
