@@ -8,7 +8,6 @@ is what the forward pass keeps for the backward pass, and on a GPU also the allo
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -24,8 +23,10 @@ from tqdm import tqdm
 from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
     LabelSmoothedCrossEntropyWithRouting,
 )
+from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.laboratory.tables import markdown
-from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
+from fairseq_sparsemixer.moe import ROUTERS
+from fairseq_sparsemixer.moe.feed_forward import moe_layers
 
 VOCABULARY = 4000
 EXTRA = {
@@ -88,9 +89,8 @@ class _Arm:
         self.optimiser.zero_grad()
         (loss / size).backward()
         self.optimiser.step()
-        for module in self.model.modules():
-            if isinstance(module, MoEFeedForward):
-                module.end_update()
+        for layer in moe_layers(self.model):
+            layer.end_update()
 
     def kept_bytes(self, sample: Dict[str, Any]) -> int:
         """Storage that the forward pass keeps for the backward pass, the model's own left out."""
@@ -213,8 +213,7 @@ def main() -> None:
     results = measure(args)
     print(table(results))
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, results)
 
 
 if __name__ == "__main__":

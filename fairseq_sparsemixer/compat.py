@@ -95,7 +95,7 @@ def _mark_dummy_batches() -> None:
     """
     from fairseq.tasks import FairseqTask
 
-    from fairseq_sparsemixer.moe import MoEFeedForward
+    from fairseq_sparsemixer.moe.feed_forward import moe_layers
 
     original = FairseqTask.train_step
 
@@ -112,9 +112,8 @@ def _mark_dummy_batches() -> None:
     ) -> Any:
         if ignore_grad:
             sample = {**sample, "is_dummy": True}
-        for module in model.modules():
-            if isinstance(module, MoEFeedForward):
-                module.observing = not ignore_grad
+        for layer in moe_layers(model):
+            layer.observing = not ignore_grad
         return original(
             self, sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
@@ -130,7 +129,7 @@ def _end_updates() -> None:
     from fairseq.distributed import utils as distributed_utils
     from fairseq.tasks import FairseqTask
 
-    from fairseq_sparsemixer.moe import MoEFeedForward
+    from fairseq_sparsemixer.moe.feed_forward import moe_layers
 
     original = FairseqTask.optimizer_step
 
@@ -142,9 +141,8 @@ def _end_updates() -> None:
     def optimizer_step(self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, optimizer, model, *args, **kwargs)
         several = distributed_utils.get_data_parallel_world_size() > 1
-        for module in model.modules():
-            if isinstance(module, MoEFeedForward):
-                module.end_update(all_reduce if several else None)
+        for layer in moe_layers(model):
+            layer.end_update(all_reduce if several else None)
         return result
 
     FairseqTask.optimizer_step = optimizer_step

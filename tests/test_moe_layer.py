@@ -187,6 +187,47 @@ def test_padding_changes_nothing(router, training, monkeypatch):
     assert (layer(padded, mask, **ids(router, numbers))[0][mask] == 0).all()
 
 
+def test_linear_prediction_is_the_control_variate_by_its_formula():
+    """sparsemixer-cv with prediction="linear": fitted lines, forward untouched, gradient added."""
+    torch.manual_seed(0)
+    options = {"jitter_eps": 1e9, "first_order_on_argmax": False}
+    layer = MoEFeedForward(6, 10, 3, router="sparsemixer-cv", prediction="linear", **options)
+    plain = MoEFeedForward(6, 10, 3, router="sparsemixer", **options)
+    plain.load_state_dict(
+        {name: v for name, v in layer.state_dict().items() if "expert_means" not in name}
+    )
+    x, u = torch.randn(200, 6), torch.randn(200, 6)
+    for _ in range(layer.router.expert_means.SOLVE_EVERY):
+        layer(x)
+        layer.end_update()
+
+    def run(mixture):
+        torch.manual_seed(7)
+        y, routing = mixture(x)
+        (y * u).sum().backward()
+        return y, routing, mixture.router.weight.grad
+
+    y, routing, gradient = run(layer)
+    expected_y, _, expected = run(plain)
+    assert torch.equal(y, expected_y)
+    columns = torch.cat([x, torch.ones(200, 1)], dim=1)
+    predicted = torch.stack([columns @ a for a in layer.router.expert_means.weight], dim=1)
+    outputs = torch.stack([expert_output_rows(layer.experts, i, x) for i in range(3)], dim=1)
+    assert (outputs - predicted).square().sum() < 0.3 * outputs.square().sum()
+    # sum_i p_i c_i dp_i - c_D dp_D with c_i = 2 u . omega m_i(x), by autograd through the softmax
+    z = routing.logits.detach().requires_grad_()
+    p = z.softmax(-1)
+    c = 2 * torch.einsum("td,tnd->tn", u, predicted)
+    chosen = routing.expert_index
+    term = (p.detach() * c * p).sum() - (c.gather(1, chosen) * p.gather(1, chosen)).sum()
+    (grad_z,) = torch.autograd.grad(term, z)
+    torch.testing.assert_close(gradient, expected + grad_z.t() @ x, rtol=1e-4, atol=1e-4)
+
+
+def expert_output_rows(experts, i, x_TD):
+    return torch.stack([expert_output(experts, i, x) for x in x_TD]).detach()
+
+
 def test_evaluation_does_not_depend_on_the_batch():
     torch.manual_seed(0)
     layer = MoEFeedForward(16, 32, 4).eval()

@@ -17,7 +17,7 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.models.config import ConfigError
-from fairseq_sparsemixer.models.layers import SwitchLayer
+from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.moe import RoutingStatistics
 
 RoutingLoss: Any = ChoiceEnum(["corrected", "released"])
@@ -187,8 +187,7 @@ def take_routing_statistics(model: nn.Module) -> Dict[str, Tensor]:
     Each is handed out once. A layer that LayerDrop left out has zeros, as one without tokens:
     on the CPU workers leave out different layers, and what they add up must have one form.
     """
-    layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
-    return {layer.layer_name: layer.take_routing_statistics() for layer in layers}
+    return {name: layer.take_routing_statistics() for name, layer in switch_layers(model).items()}
 
 
 def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor, counted: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_sparsemixer.laboratory.problems import Loss, Problem
-from fairseq_sparsemixer.models.layers import SwitchLayer
+from fairseq_sparsemixer.models.layers import SwitchLayer, switch_layers
 from fairseq_sparsemixer.moe import MoEFeedForward, Router, Routing
 from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
 
@@ -38,11 +38,6 @@ class Place(NamedTuple):
 
     sentence: int
     position: int
-
-
-def switch_layers(model: nn.Module) -> Dict[str, SwitchLayer]:
-    """The layers with experts by name ("encoder.0", ...)."""
-    return {m.layer_name: m for m in model.modules() if isinstance(m, SwitchLayer)}
 
 
 def draw_places(

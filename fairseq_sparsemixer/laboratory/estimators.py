@@ -83,9 +83,6 @@ class _SampledRouter(SparseMixerFirstOrderRouter):
     gradient_scale = 1.0
 
 
-_SAMPLED = Estimator("sampled", uses_mask=True)
-
-
 def _build(estimator: Estimator, num_experts: int, jitter_eps: float) -> Router:
     if not estimator.uses_mask:
         jitter_eps = 0.0
@@ -106,7 +103,8 @@ def target_probs(problem: Problem, estimator: Estimator, jitter_eps: float) -> T
     The masked softmax for estimators that have the mask, else softmax(z).
     """
     eps = jitter_eps if estimator.uses_mask else NO_MASK
-    return _build(_SAMPLED, problem.num_experts, eps).route(problem.logits).sampling_probs
+    router = _build(ESTIMATORS["backprop, sampled"], problem.num_experts, eps)
+    return router.route(problem.logits).sampling_probs
 
 
 def draw_gradients(
@@ -146,19 +144,18 @@ def draw_gradients(
     return scale * gradient_MN.reshape(rows, draws, num_experts)
 
 
+@torch.no_grad()
 def _evaluate_distinct(
     problem: Problem, row_M: Tensor, weight_MN: Tensor, mean_weight_MN: Tensor, prediction: str
 ) -> Evaluation:
-    """:meth:`Problem.evaluate` without gradient, once for each h that occurs."""
-    key = torch.cat([weight_MN, mean_weight_MN], dim=-1).detach()
+    """:meth:`Problem.evaluate`, once for each h that occurs."""
+    key = torch.cat([weight_MN, mean_weight_MN], dim=-1)
     key = torch.cat([row_M.unsqueeze(-1).double(), (key.double() * 1e6).round()], dim=-1)
     distinct, place_M = key.unique(dim=0, return_inverse=True)
     # Any of the equal rows stands for them.
     first = torch.zeros(len(distinct), dtype=torch.long)
     first.scatter_(0, place_M, torch.arange(len(row_M)))
-    at_h = problem.evaluate(
-        row_M[first], weight_MN.detach()[first], mean_weight_MN.detach()[first], prediction
-    )
+    at_h = problem.evaluate(row_M[first], weight_MN[first], mean_weight_MN[first], prediction)
     return Evaluation(*(value[place_M] for value in at_h))
 
 

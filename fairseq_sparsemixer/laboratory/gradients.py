@@ -11,6 +11,7 @@ gradients.json, tables and figures; stopped, the same command goes on where it w
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import check_writable, read_lines, write_json
+from fairseq_sparsemixer.files import check_writable, read_lines, write_json, write_lines
 
 HELP = "measure the routers' gradients against the exact ones"
 Record = Dict[str, Any]
@@ -113,8 +114,8 @@ def run(args: argparse.Namespace) -> None:
     records = [record for case in results["cases"].values() for record in case]
     text = tables.model_tables(records) if with_model else tables.toy_tables(records)
     print(f"\n{text}")
-    (output / "gradients.md").write_text(text + "\n", encoding="utf-8")
     written = [path, output / "gradients.md"]
+    write_lines(written[1], [text])
     draw = plots.model_figures if with_model else plots.toy_figures
     try:
         written += draw(records, output)
@@ -196,11 +197,11 @@ def _toy_cases(seed: int) -> Iterator[Case]:
 
 def _checkpoint_cases(args: argparse.Namespace) -> Iterator[Case]:
     from fairseq_sparsemixer.evaluation.translator import Translator
-    from fairseq_sparsemixer.laboratory import checkpoint as lab
+    from fairseq_sparsemixer.models.layers import switch_layers
 
     for name in args.checkpoint.split(","):
         translator = Translator(args.run_dir, name, data=args.data)
-        layers = lab.switch_layers(translator.model)
+        layers = switch_layers(translator.model)
         wanted = args.layers.split(",") if args.layers else list(layers)
         for layer_name in wanted:
             if layer_name not in layers:
@@ -215,16 +216,18 @@ def _checkpoint_cases(args: argparse.Namespace) -> Iterator[Case]:
                 "or expert-choice)"
             )
         updates = translator.checkpoints[0].updates
+        # Read and routed once, when the first layer is measured.
+        sentences = functools.lru_cache(functools.partial(_read_sentences, translator, args))
         for layer_name in wanted:
 
             def case(
-                translator: Translator = translator,
+                sentences: Callable = sentences,
                 layer_name: str = layer_name,
                 updates: int = updates,
                 name: str = name,
             ) -> List[Record]:
                 about = {"checkpoint": name, "updates": updates, "layer": layer_name}
-                return _measure_layer(translator, layer_name, about, args)
+                return _measure_layer(sentences(), layer_name, about, args)
 
             yield f"{name} ({updates} updates), {layer_name}", case
 
@@ -236,7 +239,7 @@ def _gates_one_expert(router: Any) -> bool:
 
 
 def _measure_layer(
-    translator: Any, layer_name: str, about: Dict[str, Any], args: argparse.Namespace
+    sentences_and_fit: Any, layer_name: str, about: Dict[str, Any], args: argparse.Namespace
 ) -> List[Record]:
     """Without the mask, and with the one that the model was trained with."""
     from fairseq_sparsemixer.laboratory import checkpoint as lab
@@ -246,18 +249,10 @@ def _measure_layer(
         target_probs,
         with_other_predictions,
     )
+    from fairseq_sparsemixer.models.layers import switch_layers
 
-    sentences, fit = (
-        lab.Sentences(
-            translator.model,
-            _read_pairs(translator, subset, count, args),
-            translator.target_dictionary.pad(),
-            translator.target_dictionary.eos(),
-        )
-        # As many sentences as tokens: about one token of each is drawn.
-        for subset, count in ((args.subset, args.tokens), ("train", args.fit_sentences))
-    )
-    layer = lab.switch_layers(translator.model)[layer_name]
+    sentences, fit = sentences_and_fit
+    layer = switch_layers(sentences.model)[layer_name]
     generator = torch.Generator().manual_seed(args.seed)
     places = lab.draw_places(sentences.pairs, layer_name.split(".")[0], args.tokens, generator)
     problem = lab.build_problem(sentences, fit, layer, places)
@@ -286,13 +281,30 @@ def _measure_layer(
     return records
 
 
+def _read_sentences(translator: Any, args: argparse.Namespace) -> List[Any]:
+    """:class:`Sentences` that tokens are drawn from, and others that predictions are fitted on."""
+    from fairseq_sparsemixer.laboratory.checkpoint import Sentences
+
+    return [
+        Sentences(
+            translator.model,
+            _read_pairs(translator, subset, count, args),
+            translator.target_dictionary.pad(),
+            translator.target_dictionary.eos(),
+        )
+        # As many sentences as tokens: about one token of each is drawn.
+        for subset, count in ((args.subset, args.tokens), ("train", args.fit_sentences))
+    ]
+
+
 def _read_pairs(translator: Any, subset: str, count: int, args: argparse.Namespace) -> List[Any]:
     """``count`` sentence pairs, not longer than --max-length, drawn by the seed."""
+    from fairseq_sparsemixer.corpora.binarise import raw_path
     from fairseq_sparsemixer.laboratory.checkpoint import Pair
 
     corpus = args.data or translator.trained_on.parent
     paths = [
-        corpus / "raw" / f"{subset}.{language}"
+        raw_path(corpus, subset, language)
         for language in (translator.source_lang, translator.target_lang)
     ]
     for path in paths:

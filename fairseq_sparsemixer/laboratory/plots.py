@@ -6,7 +6,7 @@ Needs matplotlib (``pip install 'fairseq-sparsemixer[report]'``).
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-Record = Dict[str, Any]
+from fairseq_sparsemixer.laboratory.tables import Record, mean_of_measured
 
 STYLES: Dict[str, Tuple[str, str, str]] = {
     # Okabe and Ito's colours, for the colour-blind
@@ -57,8 +57,7 @@ def toy_figures(records: List[Record], output: Path) -> List[Path]:
         ticks = sorted({r[key] for r in network})
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    handles, labels = middle.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="x-small")
+    _legend(figure, middle)
     return _save(figure, output, "exact")
 
 
@@ -101,14 +100,12 @@ def _progress_figure(records: List[Record], output: Path, name: str) -> List[Pat
         means = []
         for estimator in STYLES:
             for updates in sorted({r["updates"] for r in records}):
-                values = [
+                mean = mean_of_measured(
                     r[key]
                     for r in records
-                    if (r["estimator"], r["updates"]) == (estimator, updates) and r[key] is not None
-                ]
-                if values:
-                    mean = sum(values) / len(values)
-                    means.append({"estimator": estimator, "updates": updates, key: mean})
+                    if (r["estimator"], r["updates"]) == (estimator, updates)
+                )
+                means.append({"estimator": estimator, "updates": updates, key: mean})
         _lines(axis, means, "updates", key)
         axis.set(xlabel="updates (means over layers)", ylabel=label)
     _legend(figure, axes[0])

@@ -49,6 +49,7 @@ class Problem:
         """N."""
         return self.logits.shape[-1]
 
+    @torch.no_grad()
     def evaluate(
         self, row_M: Tensor, weight_MN: Tensor, mean_weight_MN: Tensor, prediction: str = "mean"
     ) -> Evaluation:
@@ -56,11 +57,6 @@ class Problem:
 
         What was evaluated before is not evaluated again: estimators share most of their h.
         """
-        row_M, weight_MN, mean_weight_MN = (
-            row_M.detach(),
-            weight_MN.detach(),
-            mean_weight_MN.detach(),
-        )
         outputs_MND = self.outputs[row_M]
         means_MND = self.predictions[prediction][row_M]
         h_MD = torch.einsum("mn,mnd->md", weight_MN, outputs_MND)
@@ -83,6 +79,15 @@ class Problem:
             torch.einsum("md,mnd->mn", slope_MD, means_MND),
         )
 
+    def every_expert(self, weight_RN: Tensor) -> Tuple[Tensor, Tensor]:
+        """(R, N) each: f(h_i) and f'(h_i) . E_i at h_i = weight_i E_i, for every expert i."""
+        rows, num_experts = weight_RN.shape
+        row_M = torch.arange(rows).repeat_interleave(num_experts)
+        weight_MN = torch.diag_embed(weight_RN).reshape(-1, num_experts)
+        at_h = self.evaluate(row_M, weight_MN, torch.zeros_like(weight_MN))
+        slope_RNN = at_h.expert_slope.reshape(rows, num_experts, num_experts)
+        return at_h.loss.reshape(rows, num_experts), slope_RNN.diagonal(dim1=-2, dim2=-1)
+
     def exact_gradient(self, probs_RN: Tensor) -> Tensor:
         """(R, N): the gradient to z of E_{D ~ p}[f(p_D E_D)], by computing every expert.
 
@@ -91,14 +96,8 @@ class Problem:
         Args:
             probs_RN: p, a softmax over all experts or over some of them.
         """
-        rows, num_experts = probs_RN.shape
-        row_M = torch.arange(rows).repeat_interleave(num_experts)
-        weight_MN = torch.diag_embed(probs_RN).reshape(-1, num_experts)
-        at_h = self.evaluate(row_M, weight_MN, torch.zeros_like(weight_MN))
-        slope_RN = at_h.expert_slope.reshape(rows, num_experts, num_experts)
-        slope_RN = slope_RN.diagonal(dim1=-2, dim2=-1)
+        value_RN, slope_RN = self.every_expert(probs_RN)
         # Any constant may be taken off, because sum_i dp_i = 0; this one keeps rounding small.
-        value_RN = at_h.loss.reshape(rows, num_experts)
         return through_softmax(value_RN - value_RN[:, :1] + probs_RN * slope_RN, probs_RN)
 
 

@@ -1,6 +1,6 @@
 """The results of the laboratory as Markdown."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 Record = Dict[str, Any]
 
@@ -83,7 +83,7 @@ def _by_layer(records: List[Record]) -> str:
     for name in dict.fromkeys(r["estimator"] for r in records):
         own = {r["layer"]: r for r in records if r["estimator"] == name}
         means = [
-            _mean([r[column] for r in own.values()])
+            mean_of_measured(r[column] for r in own.values())
             for column in ("bias", "noise", "length", "batch_cosine")
         ]
         cosines = [own[layer]["cosine"] for layer in layers]
@@ -96,7 +96,7 @@ def _cell(value: Optional[float]) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _mean(values: List[Optional[float]]) -> Optional[float]:
-    """Over the layers in which some token has a choice."""
+def mean_of_measured(values: Iterable[Optional[float]]) -> Optional[float]:
+    """The mean of those that are not None (layers in which some token has a choice), if any."""
     measured = [value for value in values if value is not None]
     return sum(measured) / len(measured) if measured else None

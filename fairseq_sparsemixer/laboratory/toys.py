@@ -1,6 +1,6 @@
 """Problems with a formula for f, and the order of accuracy of the SparseMixer family."""
 
-from typing import Dict, List
+from typing import Callable, Dict, List, Tuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def loss_function(kind: str, rows: int, generator: torch.Generator, width: int =
     return _with_gradient(polynomial)
 
 
-def _with_gradient(function) -> Loss:  # type: ignore[no-untyped-def]
-    def loss(h_MD: Tensor, row_M: Tensor):  # type: ignore[no-untyped-def]
+def _with_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    def loss(h_MD: Tensor, row_M: Tensor) -> Tuple[Tensor, Tensor]:
         h_MD = h_MD.detach().requires_grad_()
         with torch.enable_grad():
             value_M = function(h_MD, row_M)
@@ -93,7 +93,9 @@ def toy_problem(
     return Problem(logits_RN, outputs_RND, loss, predictions)
 
 
-METHODS = {
+Points = Tuple[Tuple[float, float], ...]
+
+METHODS: Dict[str, Points] = {
     "sparsemixer-1st": ((1.0, 1.0),),
     "sparsemixer": ((1.0, 0.5), (0.5, 0.5)),
     "sparsemixer-v2-star": ((1.0, 0.625), (1 / 3, 0.375)),
@@ -123,16 +125,11 @@ def order_of_accuracy(
     return bias
 
 
-def _mean_estimate(problem: Problem, probs_RN: Tensor, points) -> Tensor:  # type: ignore[no-untyped-def]
+def _mean_estimate(problem: Problem, probs_RN: Tensor, points: Points) -> Tensor:
     """(R, N): 2 sum_i p_i sum_m P(m) f'(m h_i) . E_i dp_i."""
-    rows, num_experts = probs_RN.shape
-    row_M = torch.arange(rows).repeat_interleave(num_experts)
-    weight_MN = torch.diag_embed(probs_RN).reshape(-1, num_experts)
     slope_RN = torch.zeros_like(probs_RN)
     for point, probability in points:
-        at_h = problem.evaluate(row_M, point * weight_MN, torch.zeros_like(weight_MN))
-        slope_RNN = at_h.expert_slope.reshape(rows, num_experts, num_experts)
-        slope_RN += probability * slope_RNN.diagonal(dim1=-2, dim2=-1)
+        slope_RN += probability * problem.every_expert(point * probs_RN)[1]
     return through_softmax(2 * probs_RN * slope_RN, probs_RN)
 
 

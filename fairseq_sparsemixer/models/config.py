@@ -173,12 +173,10 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
         raise ConfigError(
             f"--top-k must be 1 to --num-experts ({args.num_experts}), not {args.top_k}"
         )
-    if not (args.jitter_eps >= 0 and math.isfinite(args.jitter_eps)):
-        raise ConfigError(f"--jitter-eps must be a number of at least 0, not {args.jitter_eps}")
-    if not (args.router_init_scale >= 0 and math.isfinite(args.router_init_scale)):
-        raise ConfigError(
-            f"--router-init-scale must be a number of at least 0, not {args.router_init_scale}"
-        )
+    for flag in ("jitter_eps", "router_init_scale", "balance_bias_rate"):
+        value = getattr(args, flag)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"{_flag(flag)} must be a number of at least 0, not {value}")
     for flag in ("expert_activation_dropout", "activation_dropout"):
         value = getattr(args, flag)
         if value is not None and not 0 <= value <= 1:
@@ -198,9 +196,6 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
             "--expert-output-masking must be at least 0 and below 1, "
             f"not {args.expert_output_masking}"
         )
-    rate = args.balance_bias_rate
-    if not (rate >= 0 and math.isfinite(rate)):
-        raise ConfigError(f"--balance-bias-rate must be a number of at least 0, not {rate}")
     if args.quant_noise_pq > 0:
         raise ConfigError("--quant-noise-pq must be 0: experts do not support quantization noise")
     try:

@@ -122,6 +122,11 @@ def _warn_unused_statistics() -> None:
     )
 
 
+def switch_layers(model: nn.Module) -> Dict[str, SwitchLayer]:
+    """The layers with experts by name ("encoder.0", ...)."""
+    return {m.layer_name: m for m in model.modules() if isinstance(m, SwitchLayer)}
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 

@@ -27,13 +27,6 @@ AllReduce = Callable[[Tensor], Any]
 class _Adaptation(nn.Module):
     """Sums that are kept until the end of an update."""
 
-    token_count: Tensor
-    """(N,) tokens sent to each expert since the last :meth:`end_update`."""
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        self.register_buffer("token_count", torch.zeros(num_experts))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         """Move to another device, but stay float32: half precision cannot count to 3,000."""
         before = dict(self.named_buffers(recurse=False))
@@ -46,7 +39,7 @@ class _Adaptation(nn.Module):
 
     def sums(self) -> List[Tensor]:
         """What is collected."""
-        return [self.token_count]
+        raise NotImplementedError
 
     @torch.no_grad()
     def end_update(self, all_reduce: Optional[AllReduce] = None) -> None:
@@ -79,16 +72,23 @@ class BalanceBias(_Adaptation):
 
     bias: Tensor
     """(N,) b."""
+    token_count: Tensor
+    """(N,) tokens sent to each expert since the last :meth:`end_update`."""
 
     def __init__(self, num_experts: int, rate: float) -> None:
-        super().__init__(num_experts)
+        super().__init__()
         self.rate = rate
+        self.register_buffer("token_count", torch.zeros(num_experts))
         self.register_buffer("bias", torch.zeros(num_experts))
 
     @torch.no_grad()
     def observe(self, chosen: Tensor) -> None:
         """Count the experts in ``chosen``, any shape, int64; -1 is none."""
         self.token_count += count_tokens(chosen, len(self.bias))
+
+    def sums(self) -> List[Tensor]:
+        """Token counts."""
+        return [self.token_count]
 
     def adapt(self) -> None:
         """Move b by one step."""
@@ -111,14 +111,17 @@ class ExpertMeans(_Adaptation):
 
     mean: Tensor
     """(N, D); 0 for an expert that has had no token."""
+    token_count: Tensor
+    """(N,) tokens sent to each expert since the last :meth:`end_update`."""
     output_sum: Tensor
     """(N, D) sum of the outputs of each expert since the last :meth:`end_update`."""
     updates: Tensor
     """(N,) in how many updates each expert had tokens."""
 
     def __init__(self, num_experts: int, embed_dim: int, decay: float) -> None:
-        super().__init__(num_experts)
+        super().__init__()
         self.decay = _checked(decay)
+        self.register_buffer("token_count", torch.zeros(num_experts))
         self.register_buffer("mean", torch.zeros(num_experts, embed_dim))
         self.register_buffer("output_sum", torch.zeros(num_experts, embed_dim))
         self.register_buffer("updates", torch.zeros(num_experts))
@@ -126,7 +129,7 @@ class ExpertMeans(_Adaptation):
     @torch.no_grad()
     def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
         """Add rows to the sums: inputs, their experts, and these experts' outputs."""
-        self.token_count.index_add_(0, expert_S, torch.ones_like(expert_S, dtype=torch.float32))
+        self.token_count += count_tokens(expert_S, len(self.mean))
         self.output_sum.index_add_(0, expert_S, out_SD.float())
 
     def sums(self) -> List[Tensor]:
@@ -184,7 +187,7 @@ class ExpertLines(_Adaptation):
     """() int64 number of updates."""
 
     def __init__(self, num_experts: int, embed_dim: int, decay: float) -> None:
-        super().__init__(num_experts)
+        super().__init__()
         self.decay = _checked(decay)
         columns = embed_dim + 1
         for name in ("weight", "cross", "cross_sum"):
@@ -196,7 +199,6 @@ class ExpertLines(_Adaptation):
     @torch.no_grad()
     def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
         """Add rows to the sums: inputs, their experts, and these experts' outputs."""
-        self.token_count.index_add_(0, expert_S, torch.ones_like(expert_S, dtype=torch.float32))
         x_SD, out_SD = _with_one(x_SD.float()), out_SD.float()
         for i in range(len(self.gram)):
             own = expert_S == i
@@ -205,8 +207,8 @@ class ExpertLines(_Adaptation):
             self.cross_sum[i].addmm_(x_i.t(), out_SD[own])
 
     def sums(self) -> List[Tensor]:
-        """Token counts, X'X and X'Y."""
-        return [self.token_count, self.gram_sum, self.cross_sum]
+        """X'X and X'Y."""
+        return [self.gram_sum, self.cross_sum]
 
     def adapt(self) -> None:
         """Take the sums in, and solve if it is time."""

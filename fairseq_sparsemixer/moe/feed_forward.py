@@ -1,7 +1,7 @@
 """The layer that takes the place of a transformer's feed-forward network."""
 
 import dataclasses
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Iterator, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -118,3 +118,8 @@ class MoEFeedForward(nn.Module):
     def end_update(self, all_reduce: Optional[AllReduce] = None) -> None:
         """Adapt the balance bias and the running means; see :meth:`Router.end_update`."""
         self.router.end_update(all_reduce)
+
+
+def moe_layers(model: nn.Module) -> Iterator[MoEFeedForward]:
+    """The mixtures of experts in a model."""
+    return (module for module in model.modules() if isinstance(module, MoEFeedForward))

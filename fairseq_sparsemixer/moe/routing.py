@@ -144,14 +144,13 @@ class Router(nn.Module):
                 f"at least {self.min_top_k}" if self.max_top_k is None else str(self.max_top_k)
             )
             raise ValueError(f"top_k must be {allowed} for router {self.name!r}, not {top_k}")
-        if not (jitter_eps >= 0 and math.isfinite(jitter_eps)):
-            raise ValueError(f"jitter_eps must be a number of at least 0, not {jitter_eps}")
-        if not (init_scale >= 0 and math.isfinite(init_scale)):
-            raise ValueError(f"init_scale must be a number of at least 0, not {init_scale}")
-        if not (balance_bias_rate >= 0 and math.isfinite(balance_bias_rate)):
-            raise ValueError(
-                f"balance_bias_rate must be a number of at least 0, not {balance_bias_rate}"
-            )
+        for name, value in (
+            ("jitter_eps", jitter_eps),
+            ("init_scale", init_scale),
+            ("balance_bias_rate", balance_bias_rate),
+        ):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be a number of at least 0, not {value}")
         if balance_bias_rate > 0 and not self.takes_balance_bias:
             raise ValueError(f"router {self.name!r} has no use for a balance_bias_rate: leave it 0")
         self.embed_dim = embed_dim

@@ -21,6 +21,18 @@ class _FixedRouter(Router):
         super().__init__(**options)
         self.weight = self.bias = None
 
+    @staticmethod
+    def routing(index_T1: Tensor, logits_TN: Tensor) -> Routing:
+        """Every token to its expert with gate 1; ``logits_TN`` are for the statistics alone."""
+        probs_TN = logits_TN.softmax(dim=-1)
+        return Routing(
+            expert_index=index_T1,
+            gate=torch.ones_like(logits_TN[:, :1]),
+            logits=logits_TN,
+            probs=probs_TN,
+            sampling_probs=probs_TN,
+        )
+
 
 @register_router("hash")
 class HashRouter(_FixedRouter):
@@ -54,15 +66,8 @@ class HashRouter(_FixedRouter):
         if context.token_ids is None:
             raise ValueError("router 'hash' needs token_ids")
         index_T1 = (self.hash(context.token_ids) % self.num_experts).unsqueeze(-1)
-        logits_TN = torch.full_like(logits_TN, UNREACHABLE).scatter(-1, index_T1, 0.0)
-        probs_TN = logits_TN.softmax(dim=-1)
-        return Routing(
-            expert_index=index_T1,
-            gate=torch.ones_like(logits_TN[:, :1]),
-            logits=logits_TN,
-            probs=probs_TN,
-            sampling_probs=probs_TN,
-        )
+        certain_TN = torch.full_like(logits_TN, UNREACHABLE).scatter(-1, index_T1, 0.0)
+        return self.routing(index_T1, certain_TN)
 
     def hash(self, token_ids: Tensor) -> Tensor:
         """A number of 31 bits for each id, the same on every machine."""
@@ -101,12 +106,4 @@ class RandomRouter(_FixedRouter):
             index_T1 = torch.randint_like(logits_TN[:, :1], self.num_experts).long()
         else:
             index_T1 = logits_TN.argmax(dim=-1, keepdim=True)
-        logits_TN = torch.zeros_like(logits_TN)
-        probs_TN = logits_TN.softmax(dim=-1)
-        return Routing(
-            expert_index=index_T1,
-            gate=torch.ones_like(logits_TN[:, :1]),
-            logits=logits_TN,
-            probs=probs_TN,
-            sampling_probs=probs_TN,
-        )
+        return self.routing(index_T1, torch.zeros_like(logits_TN))

@@ -134,7 +134,7 @@ class NoisyTopKRouter(Router):
             scale_TN = F.softplus(noise_logits_TN) + LEAST_NOISE
             noisy_TN = logits_TN + torch.randn_like(logits_TN) * scale_TN
         index_TK = noisy_TN.topk(self.top_k, dim=-1).indices
-        kept_TN = torch.zeros_like(logits_TN, dtype=torch.bool).scatter(-1, index_TK, True)
+        kept_TN = one_hot(index_TK, logits_TN).bool()
         gates_TN = noisy_TN.masked_fill(~kept_TN, float("-inf")).softmax(dim=-1)
         return Routing(
             expert_index=index_TK,
