@@ -33,17 +33,21 @@ setup(
     ],
     extras_require={
         "dev": [
+            "hydra-submitit-launcher",
             "hypothesis",
             "matplotlib",
             "mypy",
             "pytest>=7",
             "pytest-xdist",
             "ruff",
+            "sacremoses>=0.2",
+            "subword-nmt",
             "tensorboardX",
             "transformers>=4.46",  # an independent SparseMixer-v2 to test against
         ],
         "report": ["matplotlib", "tensorboardX"],
-        "wmt": ["sacremoses", "subword-nmt"],
+        "slurm": ["hydra-submitit-launcher"],
+        "wmt": ["sacremoses>=0.2", "subword-nmt"],  # the pipeline `moses`
     },
     entry_points={"console_scripts": ["fairseq-sparsemixer=fairseq_sparsemixer.cli:main"]},
     classifiers=[

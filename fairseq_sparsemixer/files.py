@@ -25,7 +25,12 @@ def sha256_of(path: Path) -> str:
 
 
 def read_lines(path: Path) -> List[str]:
-    r"""The lines of a UTF-8 file, split on ``\n`` alone.
+    r"""The lines of a UTF-8 file, split on ``\n`` alone: :func:`iterate_lines` as a list."""
+    return list(iterate_lines(path))
+
+
+def iterate_lines(path: Path) -> Iterator[str]:
+    r"""Yield the lines of a UTF-8 file, split on ``\n`` alone.
 
     ``str.splitlines`` and text mode would also split on characters that occur inside sentences
     (U+2028, U+0085, a lone carriage return) and so shift one side against the other. A byte order
@@ -35,13 +40,11 @@ def read_lines(path: Path) -> List[str]:
         UserError: no such file, or bytes that are not UTF-8 (names the line).
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield decode_line(line, str(path), number)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    raw_lines = data.split(b"\n")
-    if raw_lines[-1] == b"":
-        raw_lines.pop()
-    return [decode_line(line, str(path), number) for number, line in enumerate(raw_lines, 1)]
 
 
 @contextlib.contextmanager

@@ -1,16 +1,18 @@
-"""Joint SentencePiece vocabulary, pieces, and fairseq's binary data from ``raw/``.
+"""Joint SentencePiece vocabulary, pieces, and fairseq's binary data from text.
 
 The folder of a corpus holds ``raw/{train,valid,test}.LANG`` (text), ``spm/`` (model, dictionary,
-the same text in pieces) and ``bin/`` (what fairseq trains on).
+the same text in pieces) and ``bin/`` (what fairseq trains on). :mod:`.bpe` makes ``bpe/`` in place
+of ``spm/``.
 """
 
+import itertools
 import os
 import re
 import shutil
 import struct
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Container, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from fairseq_sparsemixer.corpora.cleaning import character_map
 from fairseq_sparsemixer.corpora.steps import StepResult
@@ -18,7 +20,7 @@ from fairseq_sparsemixer.corpora.subprocesses import ProgramError, last_line, ru
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
-    read_lines,
+    iterate_lines,
     replace_durably,
     scratch_folder,
     write_lines,
@@ -31,7 +33,11 @@ FAIRSEQ_MODEL_NAME = "sentencepiece.bpe.model"
 Languages = Tuple[str, str]
 
 _LINES_AT_ONCE = 10_000
-_LINES_PER_WORKER = 200_000
+# Fewer lines are done before another process has started.
+_LINES_PER_WORKER = 100_000
+# fairseq-preprocess cuts a file into as many parts as it has workers, and does one of them alone
+# when all others are done. Small parts keep that short.
+_PARTS_PER_WORKER = 4
 # Run in a scratch folder, so that the model (which stores the names of its input files) holds
 # neither a path nor anything else that differs between two machines.
 _TRAINER = "import sys, sentencepiece; sentencepiece.SentencePieceTrainer.train(sys.argv[1])"
@@ -42,53 +48,131 @@ def raw_path(folder: Path, split: str, language: str) -> Path:
     return folder / "raw" / f"{split}.{language}"
 
 
-def piece_path(folder: Path, split: str, language: str) -> Path:
+def piece_path(folder: Path, split: str, language: str, pieces: str = "spm") -> Path:
     """``spm/train.en`` and so on."""
-    return folder / "spm" / f"{split}.{language}"
+    return folder / pieces / f"{split}.{language}"
 
 
-def build_pieces(folder: Path, languages: Languages, vocab_size: int) -> StepResult:
+def useful_workers(lines: int, workers: Optional[int] = None) -> int:
+    """How many processes pay for that many lines: at most ``workers`` (default: the cores)."""
+    return min(workers or os.cpu_count() or 1, 1 + lines // _LINES_PER_WORKER)
+
+
+class Pieces(NamedTuple):
+    """The text of one split and language in pieces: number of lines, and how often each piece."""
+
+    sentences: int
+    frequency: Counter
+
+    def describe(self, vocabulary: Container[str]) -> Dict[str, int]:
+        """``sentences``, ``pieces``, and ``unknown``: pieces that become ``<unk>``."""
+        unknown = sum(n for piece, n in self.frequency.items() if piece not in vocabulary)
+        return {
+            "sentences": self.sentences,
+            "pieces": sum(self.frequency.values()),
+            "unknown": unknown,
+        }
+
+
+TextPath = Callable[[Path, str, str], Path]
+"""Where the text of a split and language lies in a corpus' folder, such as :func:`raw_path`."""
+
+
+def build_pieces(
+    folder: Path,
+    languages: Languages,
+    vocab_size: int,
+    text_path: TextPath = raw_path,
+    character_coverage: float = 1.0,
+    workers: Optional[int] = None,
+) -> StepResult:
     """Train the joint model on the training text alone, and write all text in its pieces.
+
+    Args:
+        folder: of the corpus.
+        languages: source and target.
+        vocab_size: of both languages together, special symbols included.
+        text_path: where the text lies.
+        character_coverage: share of the training text's characters that get a piece of their own;
+            the rarest become ``<unk>``.
+        workers: threads that write pieces (default: the cores).
 
     Returns:
         Paths of the outputs, and counts: for each split and language ``sentences``, ``pieces``
-        and ``unknown`` (pieces that become ``<unk>``; none in the training text).
+        and ``unknown`` (pieces that become ``<unk>``; none in the training text under full
+        coverage).
     """
     import sentencepiece
 
     model_path = folder / "spm" / "spm.model"
-    _train_model([raw_path(folder, "train", name) for name in languages], vocab_size, model_path)
+    texts = [text_path(folder, "train", language) for language in languages]
+    _train_model(texts, vocab_size, character_coverage, model_path)
     model = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
     vocabulary = _vocabulary(model)
-    outputs = [model_path]
-    counts: Dict[str, Dict[str, Dict[str, int]]] = {split: {} for split in SPLITS}
-    train_counts: Counter = Counter()
-    for split in SPLITS:
-        for language in languages:
-            lines = read_lines(raw_path(folder, split, language))
-            frequency: Counter = Counter()
-            path = piece_path(folder, split, language)
-            write_lines(path, _encode(model, lines, f"{split}.{language}", frequency))
-            outputs.append(path)
-            counts[split][language] = {
-                "sentences": len(lines),
-                "pieces": sum(frequency.values()),
-                "unknown": sum(n for piece, n in frequency.items() if piece not in vocabulary),
-            }
-            if split == "train":
-                train_counts.update(frequency)
+    threads = workers or os.cpu_count() or 1
+    outputs, splits = write_pieces(
+        folder, languages, "spm", text_path, lambda path: _encode(model, path, threads)
+    )
+    train_counts = sum((pieces.frequency for pieces in splits["train"].values()), Counter())
     dictionary = folder / "spm" / "dict.txt"
     # By frequency, as fairseq does; ties in the order of the model. Pieces that the training text
     # never ends up with stay: other text may need them.
     ordered = sorted(vocabulary, key=lambda piece: -train_counts[piece])
     write_lines(dictionary, (f"{piece} {train_counts[piece]}" for piece in ordered))
-    outputs.append(dictionary)
     result = {
         "vocabulary": len(vocabulary) + len(_special_pieces(model)),
-        "splits": counts,
+        "splits": describe_splits(splits, vocabulary),
         "versions": {"sentencepiece": sentencepiece.__version__},
     }
-    return outputs, result
+    return [model_path, *outputs, dictionary], result
+
+
+def write_pieces(
+    folder: Path,
+    languages: Languages,
+    pieces: str,
+    text_path: TextPath,
+    encode: Callable[[Path], Iterator[str]],
+) -> Tuple[List[Path], Dict[str, Dict[str, Pieces]]]:
+    """Write the text of every split to the subfolder ``pieces``, a line for each line.
+
+    Args:
+        folder, languages, text_path: as for :func:`build_pieces`.
+        pieces: name of the subfolder.
+        encode: yields the lines of a file as pieces separated by spaces.
+
+    Returns:
+        Paths of the outputs, and by split and language what they hold.
+    """
+    outputs = []
+    splits: Dict[str, Dict[str, Pieces]] = {split: {} for split in SPLITS}
+    for split in SPLITS:
+        for language in languages:
+            frequency: Counter = Counter()
+            path = piece_path(folder, split, language, pieces)
+            text = text_path(folder, split, language)
+            write_lines(path, _counted(encode(text), frequency))
+            outputs.append(path)
+            splits[split][language] = Pieces(count_lines(path), frequency)
+    return outputs, splits
+
+
+def describe_splits(
+    splits: Dict[str, Dict[str, Pieces]], vocabulary: Container[str]
+) -> Dict[str, Dict[str, Dict[str, int]]]:
+    """:meth:`Pieces.describe` by split and language."""
+    return {
+        split: {language: pieces.describe(vocabulary) for language, pieces in sides.items()}
+        for split, sides in splits.items()
+    }
+
+
+def _counted(lines: Iterator[str], frequency: Counter) -> Iterator[str]:
+    """The same lines; adds up how often each piece occurs."""
+    for line in lines:
+        # Not split(): a piece may be a character that Python takes for white space.
+        frequency.update(line.split(" ") if line else [])
+        yield line
 
 
 def _special_pieces(model: Any) -> List[int]:
@@ -101,21 +185,24 @@ def _vocabulary(model: Any) -> Dict[str, int]:
     return {model.id_to_piece(i): i for i in range(len(model)) if i not in special}
 
 
-def _encode(model: Any, lines: List[str], name: str, frequency: Counter) -> Iterator[str]:
-    """Yield lines in pieces; add up how often each piece occurs."""
+def _encode(model: Any, path: Path, threads: int) -> Iterator[str]:
+    """Yield the lines of a file in pieces."""
     from tqdm import tqdm
 
-    with tqdm(total=len(lines), desc=name, unit="line", leave=False, disable=None) as progress:
-        for start in range(0, len(lines), _LINES_AT_ONCE):
-            batch = lines[start : start + _LINES_AT_ONCE]
-            for pieces in model.encode(batch, out_type=str):
-                frequency.update(pieces)
+    lines = iterate_lines(path)
+    with tqdm(
+        total=count_lines(path), desc=path.name, unit=" lines", leave=False, disable=None
+    ) as progress:
+        while batch := list(itertools.islice(lines, _LINES_AT_ONCE)):
+            for pieces in model.encode(batch, out_type=str, num_threads=threads):
                 yield " ".join(pieces)
             progress.update(len(batch))
 
 
-def _train_model(texts: List[Path], vocab_size: int, model_path: Path) -> None:
-    """Train a BPE model with all characters of the text, which decodes to the text itself.
+def _train_model(
+    texts: List[Path], vocab_size: int, character_coverage: float, model_path: Path
+) -> None:
+    """Train a BPE model, which under full coverage decodes to the text itself.
 
     The only normalisation is that of white space and invisible characters, see
     :func:`~fairseq_sparsemixer.corpora.cleaning.character_map`; it is stored in the model and so
@@ -132,7 +219,7 @@ def _train_model(texts: List[Path], vocab_size: int, model_path: Path) -> None:
             "model_prefix": "spm",
             "model_type": "bpe",
             "vocab_size": vocab_size,
-            "character_coverage": 1.0,
+            "character_coverage": character_coverage,
             "normalization_rule_tsv": "rules.tsv",
             # Longer lines would be left out, and characters that only they have with them.
             "max_sentence_length": (scratch / "text").stat().st_size,
@@ -173,8 +260,22 @@ def _training_problem(message: str, vocab_size: int) -> str:
     )
 
 
-def build_binary(folder: Path, languages: Languages) -> StepResult:
+def build_binary(
+    folder: Path,
+    languages: Languages,
+    pieces: str = "spm",
+    subwords: Tuple[str, str] = ("spm.model", FAIRSEQ_MODEL_NAME),
+    workers: Optional[int] = None,
+) -> StepResult:
     """Run ``fairseq-preprocess`` with one dictionary for both languages.
+
+    Args:
+        folder: of the corpus.
+        languages: source and target.
+        pieces: subfolder of the text in pieces; its ``dict.txt`` is the dictionary if there is
+            one, else fairseq makes one from the training text.
+        subwords: file in ``pieces`` that says how to cut text, and its name in ``bin/``.
+        workers: processes at most (default: the cores).
 
     Raises:
         RuntimeError: fairseq failed, or did not keep every sentence.
@@ -182,13 +283,16 @@ def build_binary(folder: Path, languages: Languages) -> StepResult:
     source, target = languages
     binary = folder / "bin"
     binary.mkdir(exist_ok=True)
-    sentences = {split: _count_lines(piece_path(folder, split, source)) for split in SPLITS}
-    workers = min(os.cpu_count() or 1, 1 + sentences["train"] // _LINES_PER_WORKER)
+    sentences = {split: count_lines(piece_path(folder, split, source, pieces)) for split in SPLITS}
     command = ["-m", "fairseq_cli.preprocess", "--source-lang", source, "--target-lang", target]
     for split in SPLITS:
-        command += [f"--{split}pref", str(folder / "spm" / split)]
-    command += ["--srcdict", str(folder / "spm" / "dict.txt"), "--joined-dictionary"]
-    command += ["--workers", str(workers)]
+        command += [f"--{split}pref", str(folder / pieces / split)]
+    dictionary = folder / pieces / "dict.txt"
+    if dictionary.is_file():
+        command += ["--srcdict", str(dictionary)]
+    processes = useful_workers(sentences["train"], workers)
+    parts = 1 if processes == 1 else _PARTS_PER_WORKER * processes
+    command += ["--joined-dictionary", "--workers", str(parts)]
     with scratch_folder(folder / ".bin.partial") as scratch:
         try:
             run_python([*command, "--destdir", str(scratch)])
@@ -205,13 +309,15 @@ def build_binary(folder: Path, languages: Languages) -> StepResult:
         for path in sorted(scratch.iterdir()):
             replace_durably(path, binary / path.name)
             outputs.append(binary / path.name)
-    model_copy = binary / FAIRSEQ_MODEL_NAME
-    with atomic_path(model_copy) as partial:
-        shutil.copyfile(folder / "spm" / "spm.model", partial)
-    return [*outputs, model_copy], {}
+    name, name_in_binary = subwords
+    copy = binary / name_in_binary
+    with atomic_path(copy) as partial:
+        shutil.copyfile(folder / pieces / name, partial)
+    return [*outputs, copy], {}
 
 
-def _count_lines(path: Path) -> int:
+def count_lines(path: Path) -> int:
+    """How many lines a file has."""
     with path.open("rb") as file:
         return sum(1 for _ in file)
 

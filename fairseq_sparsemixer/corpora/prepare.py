@@ -1,50 +1,56 @@
 """Build a translation corpus: text, SentencePiece pieces and fairseq's binary data.
 
-Without --raw-dir a corpus of English-German user-interface messages is downloaded (51 MB),
-cleaned, and split so that test sentences have no near duplicate in the training text. With
---raw-dir your own text is used: DIR/train.en, DIR/train.de and the same for valid and test, one
-sentence a line. The output folder holds
+  homeassistant   English-German user-interface messages (51 MB to download), split so that test
+                  sentences have no near duplicate in the training text
+  wmt14           WMT14 English-German (more than 1 GB to download), test set newstest2014 (full)
+  --raw-dir DIR   your own text: DIR/train.en, DIR/train.de and the same for valid and test, one
+                  sentence a line; after wmt14, cleaned and cut as that corpus is
+
+The output folder holds
 
   raw/{train,valid,test}.{en,de}   text, one sentence a line
-  spm/                             spm.model, dict.txt, and the same text in pieces
+  spm/ or bpe/                     how text is cut into pieces, and the same text in pieces
   bin/                             the data for fairseq-train
   copy/test.de                     the test set "translated" by the nearest training sentences
+                                   (not for wmt14)
   record.json                      source, counts, scores, versions, settings
 
 Every step is skipped when it is already done: after an interruption run the same command again.
 """
 
 import argparse
-import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer import __version__
-from fairseq_sparsemixer.corpora import binarise, homeassistant, splitting
+from fairseq_sparsemixer.corpora import bpe, homeassistant, moses, splitting, wmt14
 from fairseq_sparsemixer.corpora.binarise import SPLITS, Languages, raw_path
 from fairseq_sparsemixer.corpora.cleaning import Pair, clean
+from fairseq_sparsemixer.corpora.downloads import Checksums
+from fairseq_sparsemixer.corpora.stages import (
+    moses_steps,
+    sentencepiece_steps,
+    steps_in,
+    write_record,
+)
 from fairseq_sparsemixer.corpora.steps import StepResult, Steps
 from fairseq_sparsemixer.corpora.wheels import check_given, obtain_wheel
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import (
-    read_lines,
-    report_full_disk,
-    sha256_of,
-    write_json,
-    write_lines,
-)
+from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
 
-HELP = "build a corpus: download or take text, split, SentencePiece, fairseq-preprocess"
+HELP = "build a corpus: download or take text, split, cut into pieces, fairseq-preprocess"
 DEFAULT_VOCAB_SIZE = 4000
-# Written last, so that a folder that has it is complete.
-RECORD = "record.json"
+WMT14_VOCAB_SIZE = 32_000
+WMT14_MERGES = 32_764
+"""Merge operations of the reference recipe."""
+PIPELINES = ("sentencepiece", "moses")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``prepare``."""
     parser.add_argument(
-        "corpus", nargs="?", choices=["homeassistant"], help="the corpus to download"
+        "corpus", nargs="?", choices=["homeassistant", "wmt14"], help="the corpus to build"
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder of the corpus"
@@ -52,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab-size",
         type=int,
-        default=DEFAULT_VOCAB_SIZE,
         metavar="N",
-        help="size of the joint vocabulary (default: %(default)s)",
+        help="size of the joint SentencePiece vocabulary "
+        f"(default: {DEFAULT_VOCAB_SIZE}, for wmt14 {WMT14_VOCAB_SIZE})",
     )
     parser.add_argument(
         "--wheel", type=Path, metavar="FILE", help="use this copy of the download; no network"
@@ -68,18 +74,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-lang", default="de", metavar="LANG", help="suffix of the targets in --raw-dir"
     )
+    group = parser.add_argument_group("wmt14")
+    group.add_argument(
+        "--pipeline",
+        choices=PIPELINES,
+        default="sentencepiece",
+        help="raw text in SentencePiece pieces, or Moses tokens in BPE pieces as in the reference "
+        "recipe (default: %(default)s)",
+    )
+    group.add_argument(
+        "--merges",
+        type=int,
+        default=WMT14_MERGES,
+        metavar="N",
+        help="joint BPE merges of --pipeline moses (default: %(default)s)",
+    )
+    group.add_argument(
+        "--news-commentary",
+        choices=sorted(wmt14.NEWS_COMMENTARY),
+        default="v12",
+        help="v12 as in the reference recipe, or v9 of 2014 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--downloads",
+        type=Path,
+        metavar="DIR",
+        help="where archives are kept (default: download in the folder of the corpus)",
+    )
+    group.add_argument(
+        "--checksums",
+        type=Path,
+        metavar="FILE",
+        help="record of the archives' checksums: those in it are verified, others are added "
+        "(default: checksums.json beside the archives)",
+    )
+    group.add_argument(
+        "--mirror", metavar="URL", help="server in place of statmt.org's, with the same paths"
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="processes at most (default: the cores)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Build the corpus that the flags ask for, and print a summary."""
-    if args.raw_dir is None:
+    if args.corpus == "wmt14":
+        record = _run_wmt14(args)
+    elif args.raw_dir is None:
         if args.corpus is None:
             raise UserError(
-                "say what to prepare: the name of a corpus (homeassistant) or --raw-dir"
+                "say what to prepare: the name of a corpus (homeassistant, wmt14) or --raw-dir"
             )
         if (args.source_lang, args.target_lang) != homeassistant.LANGUAGES:
             raise UserError("--source-lang and --target-lang only go with --raw-dir")
-        record = prepare_homeassistant(args.output, vocab_size=args.vocab_size, wheel=args.wheel)
+        record = prepare_homeassistant(
+            args.output, vocab_size=args.vocab_size or DEFAULT_VOCAB_SIZE, wheel=args.wheel
+        )
     else:
         if args.corpus is not None or args.wheel is not None:
             raise UserError("--raw-dir replaces the download: leave out the corpus and --wheel")
@@ -88,9 +138,32 @@ def run(args: argparse.Namespace) -> None:
             args.raw_dir,
             source_lang=args.source_lang,
             target_lang=args.target_lang,
-            vocab_size=args.vocab_size,
+            vocab_size=args.vocab_size or DEFAULT_VOCAB_SIZE,
         )
     print(summary(record))
+
+
+def _run_wmt14(args: argparse.Namespace) -> Dict[str, Any]:
+    if args.wheel is not None:
+        raise UserError("--wheel belongs to the corpus homeassistant: leave it out")
+    if (args.source_lang, args.target_lang) != wmt14.LANGUAGES:
+        raise UserError("wmt14 is English-German: leave out --source-lang and --target-lang")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} does nothing; give 1 or more")
+    if args.pipeline == "moses" and args.vocab_size is not None:
+        raise UserError("--pipeline moses has no --vocab-size: give --merges")
+    return prepare_wmt14(
+        args.output,
+        pipeline=args.pipeline,
+        vocab_size=args.vocab_size or WMT14_VOCAB_SIZE,
+        merges=args.merges,
+        news_commentary=args.news_commentary,
+        raw_dir=args.raw_dir,
+        downloads=args.downloads,
+        checksums=args.checksums,
+        mirror=args.mirror,
+        workers=args.workers,
+    )
 
 
 def prepare_homeassistant(
@@ -127,7 +200,7 @@ def prepare_homeassistant(
             "pairs": len(pairs),
         }
 
-    with _steps_in(output, megabytes=150) as steps:
+    with steps_in(output, megabytes=150) as steps:
         pairs_path = output / "raw" / "all.tsv"
         settings = {
             "version": __version__,
@@ -171,12 +244,7 @@ def prepare_raw_text(
             space; an unsuitable ``vocab_size``.
     """
     languages = (source_lang, target_lang)
-    if raw_dir.resolve() == (output / "raw").resolve():
-        raise UserError(f"--raw-dir {raw_dir} is where --output {output} keeps its copy: move it")
-    names = [f"{split}.{language}" for split in SPLITS for language in languages]
-    for name in names:
-        if not (raw_dir / name).is_file():
-            raise UserError(f"--raw-dir {raw_dir}: there is no file {name}")
+    names = _check_raw_dir(raw_dir, output, languages)
     megabytes = 1 + 4 * sum((raw_dir / name).stat().st_size for name in names) // 10**6
 
     def copy_text() -> StepResult:
@@ -196,9 +264,9 @@ def prepare_raw_text(
         write_lines(copy_path, scores["test"].hypotheses)
         return [copy_path], {"copy_score": _describe(scores), "versions": _split_versions()}
 
-    with _steps_in(output, megabytes) as steps:
+    with steps_in(output, megabytes) as steps:
         raw_paths = [raw_path(output, split, name) for split in SPLITS for name in languages]
-        checksums = {name: sha256_of(raw_dir / name) for name in names}
+        checksums = _checksums_of(raw_dir, languages)
         settings = {"version": __version__, "sha256": checksums}
         steps.run("copy-text", settings, [], copy_text)
         scored = steps.run("copy-score", {"version": __version__}, raw_paths, score)
@@ -210,16 +278,139 @@ def prepare_raw_text(
         return _finish(steps, languages, vocab_size, record, scored)
 
 
-@contextlib.contextmanager
-def _steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
-    with report_full_disk(output, megabytes):
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise UserError(f"--output {output} is not a folder") from error
-        except PermissionError as error:
-            raise UserError(f"--output {output}: {error.strerror}") from error
-        yield Steps(output, seal=output / RECORD)
+def prepare_wmt14(
+    output: Path,
+    *,
+    pipeline: str = "sentencepiece",
+    vocab_size: int = WMT14_VOCAB_SIZE,
+    merges: int = WMT14_MERGES,
+    news_commentary: str = "v12",
+    raw_dir: Optional[Path] = None,
+    downloads: Optional[Path] = None,
+    checksums: Optional[Path] = None,
+    mirror: Optional[str] = None,
+    workers: Optional[int] = None,
+) -> Dict[str, Any]:
+    """Build WMT14 English-German in ``output``; finished steps are skipped.
+
+    Args:
+        output: folder of the corpus; made if need be. The two pipelines take two folders.
+        pipeline: ``"sentencepiece"`` or ``"moses"``.
+        vocab_size: of the pipeline ``sentencepiece``.
+        merges: of the pipeline ``moses``.
+        news_commentary: ``"v12"`` or ``"v9"``.
+        raw_dir: the user's own text in place of the archives.
+        downloads, checksums, mirror: see :func:`.downloads.obtain`.
+        workers: processes at most (default: the cores).
+
+    Returns:
+        What is in ``record.json``.
+
+    Raises:
+        UserError: see :func:`.wmt14.extract`; no disk space; an unsuitable ``vocab_size``; a
+            package of the pipeline ``moses`` is missing.
+    """
+    languages = wmt14.LANGUAGES
+    raw_paths = [raw_path(output, split, name) for split in SPLITS for name in languages]
+    if pipeline == "moses":
+        # Missing packages are told before an hour of downloading.
+        moses.tokenise("", languages[0])
+        bpe.check_installed()
+    with steps_in(output, WMT14_MEGABYTES) as steps:
+        raw = _wmt14_text(steps, news_commentary, raw_dir, downloads, checksums, mirror)
+        made_with = {"version": __version__}
+        if pipeline == "moses":
+            cleaning = steps.run(
+                "tokenise", made_with, raw_paths, lambda: wmt14.tokenise(output, workers)
+            )
+            cut = moses_steps(steps, languages, merges, workers)
+        else:
+            texts = [
+                wmt14.clean_path(output, split, name) for split in SPLITS for name in languages
+            ]
+            cleaning = steps.run(
+                "clean", made_with, raw_paths[:2], lambda: wmt14.clean_text(output, workers)
+            )
+            cut = sentencepiece_steps(
+                steps,
+                languages,
+                vocab_size,
+                texts,
+                text_path=wmt14.clean_path,
+                character_coverage=WMT14_COVERAGE,
+                workers=workers,
+            )
+        own_text = {"folder": str(raw_dir)}
+        record = {
+            "corpus": "wmt14" if raw_dir is None else "own text",
+            "pipeline": pipeline,
+            "source": raw.pop("archives", own_text),
+            "test": raw.pop("test"),
+            "settings": {
+                "news_commentary": None if raw_dir else news_commentary,
+                **({"merges": merges} if pipeline == "moses" else {"vocab_size": vocab_size}),
+                "max_tokens": wmt14.MAX_TOKENS,
+                "max_length_ratio": wmt14.MAX_LENGTH_RATIO,
+            },
+            "raw": raw,
+            "cleaning": cleaning,
+        }
+        return write_record(steps, languages, record, cut)
+
+
+WMT14_MEGABYTES = 10_000
+"""Of disk for one pipeline, archives included; see docs/wmt14.md."""
+WMT14_COVERAGE = 0.9999
+"""Of the characters. Common Crawl has some of every script; each would cost a piece."""
+
+
+def _wmt14_text(
+    steps: Steps,
+    news_commentary: str,
+    raw_dir: Optional[Path],
+    downloads: Optional[Path],
+    checksums: Optional[Path],
+    mirror: Optional[str],
+) -> Dict[str, Any]:
+    """The step that writes ``raw/``, and what it says of it."""
+    folder = steps.folder
+    if raw_dir is not None:
+        own = raw_dir
+        _check_raw_dir(own, folder, wmt14.LANGUAGES)
+        settings = {"version": __version__, "sha256": _checksums_of(own, wmt14.LANGUAGES)}
+        return steps.run("extract", settings, [], lambda: wmt14.copy_text(folder, own))
+    downloads = downloads or folder / "download"
+    record = Checksums(checksums or downloads / "checksums.json")
+    settings = {"version": __version__, "news_commentary": news_commentary}
+    raw = steps.run(
+        "extract",
+        settings,
+        [],
+        lambda: wmt14.extract(folder, downloads, record, mirror, news_commentary),
+    )
+    for name, entry in raw["archives"].items():
+        if record.expected(name) not in (None, entry["sha256"]):
+            raise UserError(
+                f"{folder} was made from another {name} than {record.path} asks for: name "
+                "another folder with --output"
+            )
+    return raw
+
+
+def _check_raw_dir(raw_dir: Path, output: Path, languages: Languages) -> List[str]:
+    """The names of the files that the user's text consists of; all are there."""
+    if raw_dir.resolve() == (output / "raw").resolve():
+        raise UserError(f"--raw-dir {raw_dir} is where --output {output} keeps its copy: move it")
+    names = [f"{split}.{language}" for split in SPLITS for language in languages]
+    for name in names:
+        if not (raw_dir / name).is_file():
+            raise UserError(f"--raw-dir {raw_dir}: there is no file {name}")
+    return names
+
+
+def _checksums_of(raw_dir: Path, languages: Languages) -> Dict[str, str]:
+    names = [f"{split}.{language}" for split in SPLITS for language in languages]
+    return {name: sha256_of(raw_dir / name) for name in names}
 
 
 def _split_step(
@@ -309,32 +500,10 @@ def _finish(
     scored: Dict[str, Any],
 ) -> Dict[str, Any]:
     """From ``raw/`` to ``bin/`` and ``record.json``."""
-    folder = steps.folder
-    made_with = {"version": __version__, "languages": list(languages)}
-    texts = [raw_path(folder, split, name) for split in SPLITS for name in languages]
-    pieces = steps.run(
-        "sentencepiece",
-        {**made_with, "vocab_size": vocab_size},
-        texts,
-        lambda: binarise.build_pieces(folder, languages, vocab_size),
-    )
-    encoded = [binarise.piece_path(folder, split, name) for split in SPLITS for name in languages]
-    encoded += [folder / "spm" / "spm.model", folder / "spm" / "dict.txt"]
-    steps.run("binarise", made_with, encoded, lambda: binarise.build_binary(folder, languages))
-    record = {
-        **record,
-        "languages": list(languages),
-        "splits": pieces["splits"],
-        "vocabulary": pieces["vocabulary"],
-        "copy_score": scored["copy_score"],
-        "versions": {
-            "fairseq-sparsemixer": __version__,
-            **scored["versions"],
-            **pieces["versions"],
-        },
-    }
-    write_json(folder / RECORD, record)
-    return record
+    texts = [raw_path(steps.folder, split, name) for split in SPLITS for name in languages]
+    cut = sentencepiece_steps(steps, languages, vocab_size, texts)
+    cut["versions"] = {**scored["versions"], **cut["versions"]}
+    return write_record(steps, languages, {**record, "copy_score": scored["copy_score"]}, cut)
 
 
 def summary(record: Dict[str, Any]) -> str:
@@ -343,7 +512,7 @@ def summary(record: Dict[str, Any]) -> str:
     rows = [["", "sentences", f"pieces {source}", f"pieces {target}", "<unk>", "copy BLEU"]]
     for split, counts in record["splits"].items():
         sides = [counts[source], counts[target]]
-        score = record["copy_score"].get(split)
+        score = record.get("copy_score", {}).get(split)
         rows.append(
             [
                 split,
@@ -355,8 +524,17 @@ def summary(record: Dict[str, Any]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    lines.append(
-        "copy BLEU: what copying the most similar training sentence's translation scores "
-        f"({record['copy_score']['test']['signature']})"
-    )
+    if "copy_score" in record:
+        lines.append(
+            "copy BLEU: what copying the most similar training sentence's translation scores "
+            f"({record['copy_score']['test']['signature']})"
+        )
+    if "cleaning" in record:
+        for name, counts in (("raw text", record["raw"]), ("cleaning", record["cleaning"])):
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts["dropped"].items())
+            lines.append(f"{name}: dropped {reasons or 'nothing'}")
+        lines.append(
+            f"{record['raw']['held_out_sources']:,} training sources are also in the validation or "
+            "test text, and stay"
+        )
     return "\n".join(lines)

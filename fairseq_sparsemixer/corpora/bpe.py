@@ -1,0 +1,121 @@
+"""Tokenised text cut by byte-pair encoding (Sennrich et al. 2016), with subword-nmt.
+
+The folder of a corpus holds ``tokens/{train,valid,test}.LANG`` (text as :mod:`.moses` tokenises
+it) and ``bpe/`` (``codes`` and the same text in pieces).
+"""
+
+import functools
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any, Iterator, List, Optional
+
+from fairseq_sparsemixer.corpora.binarise import (
+    Languages,
+    count_lines,
+    describe_splits,
+    useful_workers,
+    write_pieces,
+)
+from fairseq_sparsemixer.corpora.parallel import map_chunks
+from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import atomic_path, iterate_lines
+
+CODES_NAME = "bpecodes"
+"""The name under which fairseq's ``from_pretrained`` looks for the codes."""
+_SPECIAL_SYMBOLS = 4  # of fairseq's dictionary
+
+
+def check_installed() -> None:
+    """Raise a :class:`UserError` unless subword-nmt can be imported."""
+    _subword_nmt("learn_bpe")
+
+
+def token_path(folder: Path, split: str, language: str) -> Path:
+    """``tokens/train.en`` and so on."""
+    return folder / "tokens" / f"{split}.{language}"
+
+
+def build_pieces(
+    folder: Path, languages: Languages, merges: int, workers: Optional[int] = None
+) -> StepResult:
+    """Learn joint merges on the training tokens alone, and write all tokens in pieces.
+
+    Args:
+        folder: of the corpus.
+        languages: source and target.
+        merges: number of merge operations (``subword-nmt learn-bpe --symbols``).
+        workers: processes at most (default: the cores).
+
+    Returns:
+        Paths of the outputs, and counts as :func:`.binarise.build_pieces` returns them.
+
+    Raises:
+        UserError: subword-nmt is not installed.
+    """
+    codes = folder / "bpe" / "codes"
+    _learn([token_path(folder, "train", name) for name in languages], merges, codes)
+
+    def encode(path: Path) -> Iterator[str]:
+        lines = count_lines(path)
+        apply = functools.partial(_apply, str(codes))
+        processes = useful_workers(lines, workers)
+        chunks = map_chunks(apply, iterate_lines(path), processes, total=lines, name=path.name)
+        return (line for chunk in chunks for line in chunk)
+
+    outputs, splits = write_pieces(folder, languages, "bpe", token_path, encode)
+    vocabulary = set().union(*(pieces.frequency for pieces in splits["train"].values()))
+    result = {
+        "vocabulary": len(vocabulary) + _SPECIAL_SYMBOLS,
+        "splits": describe_splits(splits, vocabulary),
+        "versions": {"subword-nmt": _version()},
+    }
+    return [codes, *outputs], result
+
+
+def _learn(texts: List[Path], merges: int, codes: Path) -> None:
+    """Write ``merges`` merge operations, learnt from the words of all ``texts`` together."""
+    from tqdm import tqdm
+
+    learn_bpe = _subword_nmt("learn_bpe")
+    words: Counter = Counter()
+    for path in texts:
+        # In this process: handing lines to others would take longer than counting.
+        for line in tqdm(
+            iterate_lines(path), desc=f"words of {path.name}", unit=" lines", disable=None
+        ):
+            words.update(word for word in line.split(" ") if word)
+    dictionary = io.StringIO("".join(f"{word} {count}\n" for word, count in words.items()))
+    with atomic_path(codes) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        learn_bpe.learn_bpe(dictionary, file, merges, is_dict=True)
+    _load.cache_clear()
+
+
+def _apply(codes: str, lines: List[str]) -> List[str]:
+    bpe = _load(codes)
+    return [bpe.process_line(line) for line in lines]
+
+
+@functools.lru_cache(maxsize=1)
+def _load(codes: str) -> Any:
+    """The codes of a file, with the words that were cut so far."""
+    with open(codes, encoding="utf-8") as file:
+        return _subword_nmt("apply_bpe").BPE(file)
+
+
+def _subword_nmt(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(f"subword_nmt.{module}")
+    except ImportError as error:
+        raise UserError(
+            "--pipeline moses needs the package subword-nmt: pip install subword-nmt sacremoses"
+        ) from error
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("subword-nmt")

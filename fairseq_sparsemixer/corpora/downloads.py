@@ -1,0 +1,219 @@
+"""Files of a web server: resumed where a connection broke, and verified.
+
+Where nobody publishes a checksum, the one of the first download is recorded (:class:`Checksums`).
+The record can be kept, shared and given to others, who then get the same bytes or an error.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import json
+import socket
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from fairseq_sparsemixer.corpora.steps import say
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import replace_durably, sha256_of, write_json
+
+ATTEMPTS = 5
+"""Connections tried in a row without a byte of progress."""
+_TIMEOUT = 60  # seconds without a byte
+_BLOCK = 1 << 16
+# Not every OSError: a full disk is no reason to try again.
+_NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    socket.timeout,
+)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file to download.
+
+    Attributes:
+        url: where it is published.
+        md5: checksum published by others, if any.
+    """
+
+    url: str
+    md5: Optional[str] = None
+
+    @property
+    def name(self) -> str:
+        """The name that it is kept under."""
+        return self.url.rsplit("/", 1)[1]
+
+
+class Checksums:
+    """SHA-256 of downloads, ``{"NAME": {"url": ..., "bytes": ..., "sha256": ...}}`` in a file.
+
+    Raises:
+        UserError: the file is not such a record.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries: Dict[str, Dict[str, Any]] = {}
+        if path.is_file():
+            try:
+                self.entries = json.loads(path.read_text(encoding="utf-8"))
+                for entry in self.entries.values():
+                    entry["sha256"], entry["bytes"]
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path} is not a record of checksums: remove it, or name another with "
+                    "--checksums"
+                ) from error
+
+    def expected(self, name: str) -> Optional[str]:
+        """The recorded SHA-256 of a file, or None."""
+        return self.entries.get(name, {}).get("sha256")
+
+    def record(self, remote: RemoteFile, path: Path) -> None:
+        """Add what was downloaded; a recorded file stays as it is."""
+        if remote.name not in self.entries:
+            size = path.stat().st_size
+            entry = {"url": remote.url, "bytes": size, "sha256": sha256_of(path)}
+            self.entries[remote.name] = entry
+            write_json(self.path, self.entries)
+
+
+def obtain(remote: RemoteFile, folder: Path, checksums: Checksums, mirror: Optional[str]) -> Path:
+    """The file in ``folder``: the copy there if it is the right one, else downloaded.
+
+    Args:
+        remote: what to get.
+        folder: where it is kept; an interrupted download goes on there.
+        checksums: a recorded SHA-256 must match; it goes before the published MD5.
+        mirror: scheme and host (and path) in place of those of ``remote.url``.
+
+    Raises:
+        UserError: no network, no such file, or not the recorded or published bytes.
+    """
+    path = folder / remote.name
+    url = remote.url
+    if mirror is not None:
+        url = mirror.rstrip("/") + urllib.parse.urlsplit(remote.url).path
+    if not path.is_file():
+        partial = folder / f".{remote.name}.partial"
+        _download(url, partial)
+        problem = _problem(remote, partial, checksums)
+        if problem:
+            partial.unlink()
+            raise UserError(
+                f"{url} is not the file that was expected: {problem}. If the server is to be "
+                f"trusted, remove the entry {remote.name} from {checksums.path}; else name "
+                "another with --mirror"
+            )
+        replace_durably(partial, path)
+    else:
+        problem = _problem(remote, path, checksums)
+        if problem:
+            raise UserError(
+                f"{path} is damaged or another file: {problem}. Remove it to have it downloaded "
+                "again"
+            )
+    return path
+
+
+def _problem(remote: RemoteFile, path: Path, checksums: Checksums) -> str:
+    """What is wrong with the bytes of ``path``; empty where nothing is known to be."""
+    recorded = checksums.expected(remote.name)
+    if recorded is not None:
+        found = sha256_of(path)
+        wrong = found != recorded
+        return f"its SHA-256 is {found} and {checksums.path} has {recorded}" if wrong else ""
+    if remote.md5 is not None:
+        found = hashlib.md5(path.read_bytes()).hexdigest()
+        return f"its MD5 is {found} and sacreBLEU has {remote.md5}" if found != remote.md5 else ""
+    return ""
+
+
+def _download(url: str, partial: Path) -> None:
+    """Fetch ``url`` into ``partial``, going on after its last byte as often as it gets further.
+
+    Beside the bytes lies the server's tag of the file's version: two versions are never mixed.
+    """
+    say(f"downloading {url}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    tag_path = partial.with_name(f"{partial.name}.tag")
+    failures = 0
+    while True:
+        before = _size(partial)
+        try:
+            _fetch_rest(url, partial, tag_path)
+            break
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                raise UserError(
+                    f"{url}: the server says {error.code} {error.reason}; name a mirror with "
+                    f"--mirror, or put the file at {partial.parent / url.rsplit('/', 1)[1]}"
+                ) from error
+            reason: object = f"{error.code} {error.reason}"
+        except _NETWORK_ERRORS as error:
+            reason = getattr(error, "reason", error)
+        failures = 0 if _size(partial) > before else failures + 1
+        if failures >= ATTEMPTS:
+            raise UserError(
+                f"{url} cannot be downloaded ({reason}): check the network and run the command "
+                f"again, which goes on at byte {_size(partial)}, or put the file at "
+                f"{partial.parent / url.rsplit('/', 1)[1]}"
+            )
+        say(f"{url}: {reason}; going on at byte {_size(partial)}")
+        time.sleep(min(failures, 3))
+    with contextlib.suppress(FileNotFoundError):
+        tag_path.unlink()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _fetch_rest(url: str, partial: Path, tag_path: Path) -> None:
+    """One connection: append what ``partial`` lacks, or begin anew where the server has to."""
+    from tqdm import tqdm
+
+    have = _size(partial)
+    tag = tag_path.read_text(encoding="utf-8") if tag_path.is_file() else ""
+    request = urllib.request.Request(url)
+    if have and tag:
+        request.add_header("Range", f"bytes={have}-")
+        # Another version of the file comes whole, with status 200.
+        request.add_header("If-Range", tag)
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing after the last byte
+            raise
+        if error.headers.get("Content-Range", "").endswith(f"/{have}"):
+            return
+        partial.unlink()
+        raise ConnectionError("the file has changed on the server") from error
+    with response:
+        resumed = response.status == 206
+        start = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        new_tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        if not resumed:
+            tag_path.write_text(new_tag, encoding="utf-8")
+        with (
+            partial.open("ab" if resumed else "wb") as file,
+            tqdm(
+                total=total, initial=start, unit="B", unit_scale=True, leave=False, disable=None
+            ) as bar,
+        ):
+            while block := response.read(_BLOCK):
+                file.write(block)
+                bar.update(len(block))
+    # http.client does not tell a broken connection from the end of the file.
+    if total is not None and _size(partial) != total:
+        raise ConnectionError(f"the connection broke at byte {_size(partial)} of {total}")
