@@ -14,6 +14,7 @@ from fairseq_sparsemixer.errors import UserError
 
 COMMANDS = {
     "prepare": "fairseq_sparsemixer.corpora.prepare",
+    "train": "fairseq_sparsemixer.training.launch",
     "average": "fairseq_sparsemixer.evaluation.average",
     "evaluate": "fairseq_sparsemixer.evaluation.evaluate",
     "translate": "fairseq_sparsemixer.evaluation.translate",

@@ -32,6 +32,7 @@ def apply() -> None:
     _mark_dummy_batches()
     _end_updates()
     _report_unknown_keys()
+    _forget_other_runs()
     _print_user_errors_alone()
 
 
@@ -172,6 +173,24 @@ def _report_unknown_keys() -> None:
             raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
 
     utils.merge_with_parent = merge_with_parent
+
+
+def _forget_other_runs() -> None:
+    """Let each run of a sweep have its own best checkpoint.
+
+    fairseq keeps the best validation loss at a function. The runs of ``--multirun`` share a
+    process: a run that does not beat those before it would get no ``checkpoint_best.pt``.
+    """
+    from fairseq import checkpoint_utils
+
+    original = checkpoint_utils.load_checkpoint
+
+    @functools.wraps(original)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
+        return original(*args, **kwargs)
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
 
 
 def _print_user_errors_alone() -> None:

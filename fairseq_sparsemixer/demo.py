@@ -8,17 +8,18 @@ for the same number of updates (dense, switch, sparsemixer) and set side by side
 
 import argparse
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, write_json
+from fairseq_sparsemixer.training.arms import DENSE, Arm, build_arm
+from fairseq_sparsemixer.training.logs import by_layer, read_log
+from fairseq_sparsemixer.training.process import STOP_SECONDS, copy_model_files, run_with_progress
+from fairseq_sparsemixer.training.process import progress as _progress
 
 HELP = "train, translate and score a small model on real text, in minutes on a CPU"
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -26,16 +27,6 @@ AVERAGE = "checkpoint_average.pt"
 AVERAGED = 5
 """Checkpoints of the end of training that are averaged, as many as configs/demo.yaml keeps."""
 SAMPLES = 5
-STOP_SECONDS = 10
-"""How long an interrupted training may take to end by itself."""
-
-
-class Arm(NamedTuple):
-    """One model to train."""
-
-    name: str
-    overrides: List[str]
-    """hydra overrides of configs/demo.yaml."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,26 +95,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _arms(args: argparse.Namespace) -> List[Arm]:
-    from fairseq_sparsemixer.moe.routing import find_router
-
-    def experts(router: str) -> Arm:
-        overrides = [f"model.router={router}", f"model.num_experts={args.num_experts}"]
-        try:
-            kind = find_router(router)
-        except ValueError as error:
-            raise UserError(f"--router: {error}") from None
-        # What some routers cannot do without.
-        if kind.min_top_k > 1:
-            overrides.append(f"model.top_k={kind.min_top_k}")
-        if not kind.causal:
-            overrides.append("model.decoder_moe_layers=none")
-        if router == "reinmax":  # sends all of a layer's tokens to one expert at 0.01
-            overrides.append("criterion.balance_weight=0.05")
-        return Arm(f"{router}-{args.num_experts}", overrides)
-
-    dense = Arm("dense", ["model.encoder_moe_layers=none", "model.decoder_moe_layers=none"])
-    names = ["dense", "switch", "sparsemixer"] if args.compare else _routers(args.router)
-    return [dense if name == "dense" else experts(name) for name in names]
+    names = [DENSE, "switch", "sparsemixer"] if args.compare else _routers(args.router)
+    return [build_arm(name, args.num_experts) for name in names]
 
 
 def _routers(names: str) -> List[str]:
@@ -156,8 +129,7 @@ def _train(arm: Arm, folder: Path, configs: Path, args: argparse.Namespace) -> N
         return
     minutes = state.get("minutes", 0.0)
     write_json(state_file, {"settings": settings, "finished": False, "minutes": minutes})
-    for name in _MODEL_FILES:
-        shutil.copyfile(args.data / "bin" / name, folder / name)
+    copy_model_files(args.data / "bin", folder)
     command = [
         *(sys.executable, "-m", "fairseq_cli.hydra_train"),
         *("--config-dir", str(configs), "--config-name", "demo"),
@@ -167,7 +139,9 @@ def _train(arm: Arm, folder: Path, configs: Path, args: argparse.Namespace) -> N
     ]
     started = time.monotonic()
     try:
-        _run_with_progress(command, folder / "train.log")
+        run_with_progress(
+            command, folder / "train.log", describe=_progress, stop_seconds=STOP_SECONDS
+        )
         finished = True
     except BaseException:
         finished = False
@@ -177,90 +151,10 @@ def _train(arm: Arm, folder: Path, configs: Path, args: argparse.Namespace) -> N
         write_json(state_file, {"settings": settings, "finished": finished, "minutes": minutes})
 
 
-_MODEL_FILES = ("dict.en.txt", "dict.de.txt", "sentencepiece.bpe.model")
-"""Copied into the run folder, so that it is all one needs to translate."""
-
-
 def _read_configs(configs: Path) -> Dict[str, str]:
     """The text of every config: a run resumes only under the settings that it began with."""
     paths = sorted(configs.rglob("*.yaml"))
     return {str(path.relative_to(configs)): path.read_text() for path in paths}
-
-
-def _run_with_progress(command: List[str], log_path: Path) -> None:
-    """Run a training command; its output goes to the log, a summary to the terminal."""
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    width = 0
-    with (
-        log_path.open("a", encoding="utf-8") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-        ) as process,
-    ):
-        assert process.stdout is not None
-        last = ""
-        try:
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                if line.strip() and not line.startswith(_HYDRA_HINT):
-                    last = line.strip()
-                progress = _progress(line)
-                if progress:
-                    # One line on a terminal, many in a file.
-                    end = "\r" if sys.stdout.isatty() else "\n"
-                    print(f"   {progress}".ljust(width), end=end, flush=True)
-                    width = len(progress) + 3
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            try:
-                # Reads on: a process that nobody reads from cannot end.
-                process.communicate(timeout=STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()  # started in the background it ignores SIGINT
-            raise
-    print(flush=True)
-    if process.returncode:
-        raise UserError(f"training failed: {last} (all its output: {log_path})")
-
-
-_HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR"
-"""Begins the line that hydra prints after the reason of a failure."""
-
-
-def _stats(line: str, kind: str) -> Optional[Dict[str, float]]:
-    """The numbers of one of fairseq's JSON log lines ("train_inner", "valid"), else None."""
-    if f"[{kind}][INFO] - {{" not in line:
-        return None
-    pairs = json.loads(line[line.index("{") :])
-    return {key: float(value) for key, value in pairs.items() if value is not None}
-
-
-def _progress(line: str) -> str:
-    """What to show for a log line; empty for most."""
-    stats = _stats(line, "train_inner")
-    if stats is not None:
-        text = f"update {stats['num_updates']:.0f}  train loss {stats['loss']:.2f}"
-        if "balance_loss" in stats:
-            text += (
-                f"  balance {stats['balance_loss']:.2f}"
-                f"  smallest share of an expert {100 * stats['min_expert_share']:.0f} %"
-            )
-        return f"{text}  {stats['wps']:.0f} words/s"
-    stats = _stats(line, "valid")
-    if stats is not None:
-        return f"update {stats['valid_num_updates']:.0f}  validation loss {stats['valid_loss']:.2f}"
-    return ""
-
-
-def _validations(log_path: Path) -> Iterator[Dict[str, float]]:
-    with log_path.open(encoding="utf-8") as log:
-        for line in log:
-            stats = _stats(line, "valid")
-            if stats is not None:
-                yield {
-                    key[len("valid_") :]: value for key, value in stats.items() if key != "epoch"
-                }
 
 
 def _result(arm: Arm, folder: Path, data: Path) -> Dict[str, Any]:
@@ -272,7 +166,7 @@ def _result(arm: Arm, folder: Path, data: Path) -> Dict[str, Any]:
         average_checkpoints(last_checkpoints(folder, AVERAGED), folder / AVERAGE)
         _cli("evaluate", folder, "--checkpoint", AVERAGE, "--data", data, "--output", scores_path)
     scores = json.loads(scores_path.read_text(encoding="utf-8"))
-    last = list(_validations(folder / "train.log"))[-1]
+    last = read_log(folder / "train.log").validations[-1].stats
     return {
         "model": arm.name,
         "updates": int(last["num_updates"]),
@@ -283,15 +177,9 @@ def _result(arm: Arm, folder: Path, data: Path) -> Dict[str, Any]:
         "signature": scores["scores"]["bleu"]["signature"],
         "copy_bleu": scores["copy"]["scores"]["bleu"]["score"],
         "entropy": last.get("router_entropy"),
-        "smallest_share": _by_layer(last, "min_expert_share"),
-        "largest_share": _by_layer(last, "max_expert_share"),
+        "smallest_share": by_layer(last, "min_expert_share"),
+        "largest_share": by_layer(last, "max_expert_share"),
     }
-
-
-def _by_layer(stats: Dict[str, float], metric: str) -> Dict[str, float]:
-    """One metric of the routing by layer."""
-    prefix = f"{metric}/"
-    return {k[len(prefix) :]: value for k, value in stats.items() if k.startswith(prefix)}
 
 
 def _cli(*arguments: Any) -> None:

@@ -1,0 +1,1 @@
+"""Training: starting runs, and what their logs say."""

@@ -1,0 +1,57 @@
+"""What a killed run leaves of its checkpoints, and how it is mended.
+
+fairseq writes the first name of a checkpoint (``checkpoint_3_2000.pt``) beside its place and moves
+it there, so it is whole or missing; it then copies it to the other names (``checkpoint_last.pt``,
+from which a run resumes) in place. Killed in between, it leaves half a file, and does not start.
+"""
+
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Optional
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.average import BEST_PATTERN, EPOCH_PATTERN, UPDATE_PATTERN
+from fairseq_sparsemixer.files import atomic_path
+
+LAST = "checkpoint_last.pt"
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint is whole, by its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError):
+        return False
+
+
+def mend_last(folder: Path) -> Optional[Path]:
+    """Put the newest whole checkpoint where ``checkpoint_last.pt`` is damaged or missing.
+
+    Returns:
+        The checkpoint that was copied; None where there was nothing to mend, or no checkpoint.
+
+    Raises:
+        UserError: ``checkpoint_last.pt`` is damaged, and there is no other.
+    """
+    for left_over in folder.glob("checkpoint*.pt.tmp"):
+        left_over.unlink()
+    last = folder / LAST
+    if last.is_file() and is_intact(last):
+        return None
+    written = [path for path in folder.glob("checkpoint*.pt") if _is_fairseqs(path.name)]
+    for path in sorted(written, key=lambda path: path.stat().st_mtime, reverse=True):
+        if is_intact(path):
+            with atomic_path(last) as partial:
+                shutil.copyfile(path, partial)
+            return path
+    if last.is_file():
+        raise UserError(f"{last} is damaged, and so is every other: remove it to begin anew")
+    return None
+
+
+def _is_fairseqs(name: str) -> bool:
+    """Whether fairseq wrote it in training: an average, for one, has no state of the optimiser."""
+    patterns = (EPOCH_PATTERN, UPDATE_PATTERN, BEST_PATTERN)
+    return name == "checkpoint_best.pt" or any(pattern.fullmatch(name) for pattern in patterns)

@@ -1,0 +1,131 @@
+"""``run.json``: what a run was started with, so that it is only resumed with the same."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+
+from fairseq_sparsemixer.errors import UserError
+
+RECORD = "run.json"
+_MAY_CHANGE = (
+    "checkpoint.save_dir",
+    "common.user_dir",
+    "dataset.max_tokens",
+    "dataset.max_tokens_valid",
+    "distributed_training.",
+    "optimization.update_freq",
+)
+"""Settings (or, with a dot, groups of them) that say where and on how many GPUs a run is trained;
+the tokens of an update, which are compared apart, stay."""
+
+
+def read_record(folder: Path) -> Dict[str, Any]:
+    """The content of ``run.json``; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): name another folder with --runs") from error
+
+
+def check_same(folder: Path, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings.
+
+    Args:
+        folder: of the run.
+        record: the content of its ``run.json``.
+        now: of this start; ``settings``, ``tokens_per_update`` and ``data`` are compared.
+
+    Raises:
+        UserError: one differs; names it.
+    """
+    before, after = (
+        {
+            **dict(_flatten(each["settings"])),
+            "tokens_per_update": each["tokens_per_update"],
+            **each["data"],
+        }
+        for each in (record, now)
+    )
+    for key in sorted(before.keys() & after.keys()):
+        if before[key] != after[key] and not _may_change(key):
+            raise UserError(
+                f"{folder} was trained with {key}={_shown(before[key])}, not {_shown(after[key])}: "
+                "start it as its run.json says, or name another folder with --runs"
+            )
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _may_change(key: str) -> bool:
+    return any(key == each or (each[-1] == "." and key.startswith(each)) for each in _MAY_CHANGE)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def start_record(record: Mapping[str, Any], start: Mapping[str, Any]) -> Dict[str, Any]:
+    """``run.json`` for a start: what holds now, and the list of all starts with their times.
+
+    Args:
+        record: of the starts before, possibly empty.
+        start: of this one; what may differ between starts is listed with its time.
+    """
+    listed = ("workers", "update_freq", "max_tokens", "gpus", "git")
+    time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    entry = {"time": time, **{key: start[key] for key in listed}}
+    return {**start, "starts": [*record.get("starts", []), entry]}
+
+
+def versions() -> Dict[str, Optional[str]]:
+    """The version of everything that takes part in training and scoring."""
+    import fairseq
+    import hydra
+    import torch
+
+    from fairseq_sparsemixer import __version__
+
+    return {
+        "fairseq_sparsemixer": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "fairseq": fairseq.__version__,
+        "hydra": hydra.__version__,
+        "sacrebleu": importlib.metadata.version("sacrebleu"),
+        "sentencepiece": importlib.metadata.version("sentencepiece"),
+    }
+
+
+def git_state(checkout: Path) -> Optional[Dict[str, Any]]:
+    """The revision of a checkout, and whether files differ from it; None outside of git."""
+    try:
+        revision, changes = (
+            subprocess.run(
+                ["git", "-C", str(checkout), *command],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"revision": revision, "dirty": bool(changes)}
