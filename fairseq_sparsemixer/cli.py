@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "fairseq_sparsemixer.training.launch",
     "average": "fairseq_sparsemixer.evaluation.average",
     "evaluate": "fairseq_sparsemixer.evaluation.evaluate",
+    "table": "fairseq_sparsemixer.evaluation.table",
     "translate": "fairseq_sparsemixer.evaluation.translate",
     "gradients": "fairseq_sparsemixer.laboratory.gradients",
     "demo": "fairseq_sparsemixer.demo",

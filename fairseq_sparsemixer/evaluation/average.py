@@ -183,6 +183,42 @@ def average_checkpoints(paths: List[Path], output: Path) -> None:
     _write_average(newest, means, paths, output)
 
 
+def average_in_run(folder: Path, choice: str, count: int) -> Path:
+    """The mean of a run's ``"last"`` or ``"best"`` checkpoints, as a file of its folder.
+
+    Made where it is missing, older than a checkpoint, or of other ones.
+
+    Returns:
+        ``checkpoint_average`` + ``count`` + ``choice`` + ``.pt`` in ``folder``.
+
+    Raises:
+        UserError: ``folder`` is none, or holds too few checkpoints.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--{choice} chooses from a run folder and {folder} is none; give the folder as "
+            f"RUN_DIR, or leave --{choice} out"
+        )
+    choose = {"last": last_checkpoints, "best": best_checkpoints}[choice]
+    paths = choose(folder, count)
+    output = folder / f"checkpoint_average{count}{choice}.pt"
+    if not _is_average_of(paths, output):
+        average_checkpoints(paths, output)
+    return output
+
+
+def _is_average_of(paths: List[Path], output: Path) -> bool:
+    """Whether ``output`` is there, newer than all ``paths``, and names them as its inputs."""
+    newest = max(path.stat().st_mtime_ns for path in paths)
+    if not output.is_file() or output.stat().st_mtime_ns <= newest:
+        return False
+    try:
+        return load_state(output).get("averaged_from") == [path.name for path in paths]
+    except UserError:
+        # Damaged: to be made again.
+        return False
+
+
 def _accumulator_dtype(dtype: Any) -> Any:
     """A dtype wide enough that the sum of a few checkpoints loses nothing that counts."""
     import torch

@@ -1,6 +1,7 @@
 """Translate a test set and score it: sacreBLEU's BLEU and chrF on detokenised text.
 
   fairseq-sparsemixer evaluate RUN_DIR --data data/homeassistant
+  fairseq-sparsemixer evaluate RUN_DIR --last 5 --beam 4 --lenpen 0.6
   fairseq-sparsemixer evaluate RUN_DIR --source news.en --reference news.de
   fairseq-sparsemixer evaluate RUN_DIR --data data/homeassistant --baseline OTHER_RUN
 
@@ -9,6 +10,10 @@ them again. The scores are those that sacrebleu's own command prints for the wri
 With a prepared corpus, the score of copying the nearest training sentence stands beside the
 model's: what memory alone reaches on this data. With --baseline, a paired bootstrap test says
 whether the two runs differ.
+
+Older papers score tokens. For a model of Moses tokens their BLEU stands below, with its label; for
+a model of SentencePiece --compound-split tokenises and splits as Vaswani et al. did. The tokens
+lie beside the translations. Never compare such a score with sacreBLEU.
 """
 
 import argparse
@@ -16,9 +21,11 @@ import importlib.metadata
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+from fairseq_sparsemixer.corpora import moses
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import (
     add_translation_arguments,
     build_translator,
@@ -31,6 +38,36 @@ if TYPE_CHECKING:
     from fairseq_sparsemixer.evaluation.translator import Translation, Translator
 
 HELP = "translate a test set with a trained model and score it"
+
+DEFAULT_COMET = "Unbabel/wmt22-comet-da"
+
+
+class TokenScore(NamedTuple):
+    """A BLEU over tokens: its key in the JSON, name in the table, and label.
+
+    Attributes:
+        ending: what its files of tokens end in.
+    """
+
+    key: str
+    title: str
+    ending: str
+    label: str
+
+
+TOKENISED = TokenScore(
+    "tokenised_bleu",
+    "tokenised BLEU",
+    "tok",
+    "Moses tokens with -a (hyphens split), BPE removed; not comparable with sacreBLEU",
+)
+COMPOUND_SPLIT = TokenScore(
+    "compound_split_bleu",
+    "compound-split BLEU",
+    "atat",
+    "Moses tokens without -a, compounds split as by tensor2tensor's get_ende_bleu.sh; not "
+    "comparable with sacreBLEU",
+)
 
 
 class TestSet(NamedTuple):
@@ -48,9 +85,27 @@ class TestSet(NamedTuple):
     corpus: Optional[Path]
 
 
+class Text(NamedTuple):
+    """What is scored: sources, a reference for each, and ``official`` of :func:`.scoring.score`."""
+
+    sources: List[str]
+    references: List[str]
+    official: Optional[Dict[str, str]]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``fairseq-sparsemixer evaluate``."""
-    add_translation_arguments(parser)
+    choice = add_translation_arguments(parser)
+    for name, which in (
+        ("last", "newest N checkpoints by epoch or update"),
+        ("best", "best N checkpoints of fairseq's --keep-best-checkpoints"),
+    ):
+        choice.add_argument(
+            f"--{name}",
+            type=int,
+            metavar="N",
+            help=f"score the mean of the {which}, kept in RUN_DIR/checkpoint_averageN{name}.pt",
+        )
     parser.add_argument(
         "--subset",
         default="test",
@@ -67,6 +122,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run folder or checkpoint file to compare with, by paired bootstrap",
     )
     parser.add_argument(
+        "--compound-split",
+        action="store_true",
+        help="for a model of SentencePiece: also BLEU over Moses tokens with compounds split",
+    )
+    parser.add_argument(
+        "--comet",
+        nargs="?",
+        const=DEFAULT_COMET,
+        metavar="MODEL",
+        help="also score with COMET (needs the package unbabel-comet; default MODEL: %(const)s)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE.json",
@@ -76,6 +143,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Translate, score, write and print."""
+    from fairseq_sparsemixer.evaluation.scoring import check_comet
+
     quiet_libraries()
     started = time.perf_counter()
     if args.output is not None:
@@ -84,7 +153,9 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.output)
     if (args.source is None) != (args.reference is None):
         raise UserError("--source and --reference go together; give both or neither")
-    translator = build_translator(args)
+    if args.comet is not None:
+        check_comet()
+    translator = _build_translator(args)
     test_set = find_test_set(args, translator)
     sources = read_lines(test_set.source)
     references = read_lines(test_set.reference)
@@ -94,19 +165,30 @@ def run(args: argparse.Namespace) -> None:
             f"{len(references)}; give files that match with --source and --reference"
         )
     output = args.output or default_output(translator, test_set)
-    _check_hypotheses(hypotheses_path(output.with_suffix(""), translator), test_set)
-    copied = copy_score(test_set, translator.target_lang, references)
-    report = _evaluate(translator, sources, references, output.with_suffix(""), args)
-    report["data"] = _describe_data(test_set, translator)
+    _check_outputs(output.with_suffix(""), test_set, translator.target_lang)
+    text = Text(sources, references, official_name(test_set, translator))
+    copied = copy_score(test_set, translator.target_lang, references, text.official)
+    report = _evaluate(translator, text, output.with_suffix(""), args)
+    report["data"] = _describe_data(test_set, translator, text.official)
     report["copy"] = copied
     if args.baseline is not None:
-        report.update(_evaluate_baseline(report, sources, references, output, args))
+        report.update(_evaluate_baseline(report, text, output, args))
     report["generation"] = generation_settings(translator, args)
-    report["versions"] = versions()
+    report["versions"] = versions(translator)
     report["seconds"]["total"] = time.perf_counter() - started
     write_json(output, report)
     print(format_report(report))
     print(f"written: {report['hypotheses']} and {output}")
+
+
+def _build_translator(args: argparse.Namespace) -> "Translator":
+    """The translator that the flags name, of an average where --last or --best ask for one."""
+    for choice in ("last", "best"):
+        count = getattr(args, choice)
+        if count is not None:
+            checkpoint = average_in_run(Path(args.run_dir), choice, count).name
+            args = argparse.Namespace(**{**vars(args), "checkpoint": checkpoint})
+    return build_translator(args)
 
 
 def find_test_set(args: argparse.Namespace, translator: "Translator") -> TestSet:
@@ -131,8 +213,9 @@ def find_test_set(args: argparse.Namespace, translator: "Translator") -> TestSet
     for path in (source, reference):
         if not path.is_file():
             raise UserError(
-                f"there is no {path}; name a prepared corpus with --data (and --subset), or text "
-                "files with --source and --reference"
+                f"there is no test set {path}; make it with `fairseq-sparsemixer prepare`, or name "
+                "a prepared corpus with --data (and --subset), or text files with --source and "
+                "--reference"
             )
     return TestSet(args.subset, source, reference, corpus)
 
@@ -144,38 +227,86 @@ def default_output(translator: "Translator", test_set: TestSet) -> Path:
     return paths[0].parent / "evaluation" / f"{test_set.name}.{names}.json"
 
 
-def hypotheses_path(stem: Path, translator: "Translator") -> Path:
+def official_name(test_set: TestSet, translator: "Translator") -> Optional[Dict[str, str]]:
+    """What sacrebleu calls the test set of a corpus, where the corpus's record vouches for it.
+
+    Returns:
+        ``test_set`` and ``langpair``, as sacrebleu's signatures name them, or None.
+    """
+    if test_set.corpus is None or test_set.name != "test":
+        return None
+    record = test_set.corpus / "record.json"
+    if not record.is_file():
+        return None
+    # Null where the archive was not the published one.
+    test = json.loads(record.read_text(encoding="utf-8")).get("test")
+    if not test:
+        return None
+    langpair = f"{translator.source_lang}-{translator.target_lang}"
+    return {"test_set": test["sacrebleu"], "langpair": langpair}
+
+
+def hypotheses_path(stem: Path, language: str) -> Path:
     """The text file of translations: ``stem`` with the target language as its ending."""
-    return stem.with_name(f"{stem.name}.{translator.target_lang}")
+    return stem.with_name(f"{stem.name}.{language}")
 
 
-def _check_hypotheses(path: Path, test_set: TestSet) -> None:
-    """Raise UserError where the translations would overwrite the text that they come from."""
-    if path.resolve() in (test_set.source.resolve(), test_set.reference.resolve()):
-        raise UserError(f"translations would overwrite {path}; choose another --output")
+def token_paths(stem: Path, language: str, kind: TokenScore) -> Tuple[Path, Path]:
+    """The files of tokens: of the translations, and of the reference."""
+    hypotheses = stem.with_name(f"{stem.name}.{language}.{kind.ending}")
+    reference = stem.with_name(f"{stem.name}.ref.{language}.{kind.ending}")
+    return hypotheses, reference
+
+
+def _check_outputs(stem: Path, test_set: TestSet, language: str) -> None:
+    """Raise UserError where an output would overwrite the text that it comes from."""
+    outputs = [hypotheses_path(stem, language)]
+    for kind in (TOKENISED, COMPOUND_SPLIT):
+        outputs += token_paths(stem, language, kind)
+    for path in outputs:
+        if path.resolve() in (test_set.source.resolve(), test_set.reference.resolve()):
+            raise UserError(f"translations would overwrite {path}; choose another --output")
 
 
 def _evaluate(
-    translator: "Translator",
-    sources: List[str],
-    references: List[str],
-    stem: Path,
-    args: argparse.Namespace,
+    translator: "Translator", text: Text, stem: Path, args: argparse.Namespace
 ) -> Dict[str, Any]:
     """Translate and score with one system; the translations go to ``stem`` + language."""
     from fairseq_sparsemixer.evaluation import scoring
 
+    tokenised = translator.subwords.pipeline == "moses"
+    if tokenised and args.compound_split:
+        raise UserError(
+            f"--compound-split is not for {args.run_dir}: its Moses tokens (-a) have their "
+            "compounds split already, and splitting them once more would raise BLEU; leave it out"
+        )
+    language = translator.target_lang
+    if args.compound_split:
+        # Before the search: the package that it needs may be missing.
+        reference = _compounds_split(text.references, language)
     started = time.perf_counter()
     translations = translator.translate(
-        sources, beam=args.beam, lenpen=args.lenpen, max_tokens=args.max_tokens, progress=True
+        text.sources, beam=args.beam, lenpen=args.lenpen, max_tokens=args.max_tokens, progress=True
     )
     seconds = time.perf_counter() - started
     hypotheses = [translation.text for translation in translations]
-    path = hypotheses_path(stem, translator)
+    path = hypotheses_path(stem, language)
     write_lines(path, hypotheses)
+    scores = scoring.score(hypotheses, text.references, text.official)
+    if tokenised:
+        tokens = [translation.tokens or "" for translation in translations]
+        reference = [translator.subwords.tokenise(line, language) for line in text.references]
+        scores[TOKENISED.key] = _score_tokens(TOKENISED, tokens, reference, stem, language)
+    if args.compound_split:
+        tokens = _compounds_split(hypotheses, language)
+        scores[COMPOUND_SPLIT.key] = _score_tokens(
+            COMPOUND_SPLIT, tokens, reference, stem, language
+        )
+    if args.comet is not None:
+        scores["comet"] = scoring.comet_score(text.sources, hypotheses, text.references, args.comet)
     return {
-        "scores": scoring.score(hypotheses, references),
-        "counts": count_lines(sources, translations),
+        "scores": scores,
+        "counts": count_lines(text.sources, translations),
         "hypotheses": str(path),
         "checkpoints": describe_checkpoints(translator),
         "model": translator.model_settings,
@@ -183,23 +314,53 @@ def _evaluate(
     }
 
 
+def _score_tokens(
+    kind: TokenScore, hypotheses: List[str], reference: List[str], stem: Path, language: str
+) -> Dict[str, Any]:
+    """BLEU over tokens, with its label and the files that it can be computed from again."""
+    from fairseq_sparsemixer.evaluation import scoring
+
+    paths = token_paths(stem, language, kind)
+    for path, lines in zip(paths, (hypotheses, reference)):
+        write_lines(path, lines)
+    return {
+        **scoring.tokenised_bleu(hypotheses, reference),
+        "label": kind.label,
+        "hypotheses": str(paths[0]),
+        "reference": str(paths[1]),
+    }
+
+
+def _compounds_split(lines: List[str], language: str) -> List[str]:
+    """Moses tokens of raw lines, without ``-a``, then with their compounds split.
+
+    ``get_ende_bleu.sh`` also makes the Unicode punctuation of translations plain, but not that of
+    references; here both stay as they are.
+    """
+    from fairseq_sparsemixer.evaluation import scoring
+
+    return scoring.split_compounds(
+        [moses.tokenise(line, language, split_hyphens=False) for line in lines]
+    )
+
+
 def _evaluate_baseline(
-    report: Dict[str, Any],
-    sources: List[str],
-    references: List[str],
-    output: Path,
-    args: argparse.Namespace,
+    report: Dict[str, Any], text: Text, output: Path, args: argparse.Namespace
 ) -> Dict[str, Any]:
     """What ``--baseline`` adds to ``report``: the other run's, and the test of their difference."""
     from fairseq_sparsemixer.evaluation import scoring
 
     args = argparse.Namespace(**{**vars(args), "run_dir": args.baseline})
-    translator = build_translator(args)
+    if not Path(args.baseline).is_dir():
+        # Checkpoint files are taken as they are.
+        args.last = args.best = None
+    translator = _build_translator(args)
     stem = output.with_suffix("")
     stem = stem.with_name(f"{stem.name}.baseline")
-    baseline = _evaluate(translator, sources, references, stem, args)
+    baseline = _evaluate(translator, text, stem, args)
     ours, theirs = (read_lines(Path(system["hypotheses"])) for system in (report, baseline))
-    return {"baseline": baseline, "comparison": scoring.compare(ours, theirs, references)}
+    comparison = scoring.compare(ours, theirs, text.references, official=text.official)
+    return {"baseline": baseline, "comparison": comparison}
 
 
 def count_lines(sources: List[str], translations: List["Translation"]) -> Dict[str, int]:
@@ -218,11 +379,16 @@ def count_lines(sources: List[str], translations: List["Translation"]) -> Dict[s
     }
 
 
-def copy_score(test_set: TestSet, language: str, references: List[str]) -> Optional[Dict[str, Any]]:
+def copy_score(
+    test_set: TestSet,
+    language: str,
+    references: List[str],
+    official: Optional[Dict[str, str]] = None,
+) -> Optional[Dict[str, Any]]:
     """The scores of copying the nearest training sentence, or None if they are not known.
 
     Computed from the copied lines where they lie in the corpus, so that model and copy are
-    scored alike; else as they stand in its record.
+    scored alike; else as they stand in its record. ``official`` is that of :func:`.scoring.score`.
     """
     from fairseq_sparsemixer.evaluation import scoring
 
@@ -230,7 +396,7 @@ def copy_score(test_set: TestSet, language: str, references: List[str]) -> Optio
         return None
     copied = test_set.corpus / "copy" / f"{test_set.name}.{language}"
     if copied.is_file():
-        scores = scoring.score(read_lines(copied), references)
+        scores = scoring.score(read_lines(copied), references, official)
         return {"source": str(copied), "scores": scores}
     record = test_set.corpus / "record.json"
     if record.is_file():
@@ -256,10 +422,13 @@ def describe_checkpoints(translator: "Translator") -> List[Dict[str, Any]]:
     ]
 
 
-def _describe_data(test_set: TestSet, translator: "Translator") -> Dict[str, Any]:
+def _describe_data(
+    test_set: TestSet, translator: "Translator", official: Optional[Dict[str, str]]
+) -> Dict[str, Any]:
     """What was translated, by name and content hash."""
     return {
         "name": test_set.name,
+        "sacrebleu": official["test_set"] if official else None,
         "source_lang": translator.source_lang,
         "target_lang": translator.target_lang,
         "source": str(test_set.source),
@@ -273,6 +442,8 @@ def generation_settings(translator: "Translator", args: argparse.Namespace) -> D
     """Everything that the search depends on."""
     from fairseq_sparsemixer.evaluation.translator import MAX_LEN_A, MAX_LEN_B
 
+    subwords = translator.subwords
+    key = {"sentencepiece": "sentencepiece_model_sha256", "moses": "bpecodes_sha256"}
     return {
         "beam": args.beam,
         "lenpen": args.lenpen,
@@ -283,11 +454,12 @@ def generation_settings(translator: "Translator", args: argparse.Namespace) -> D
         "precision": precision_of(args),
         "device": translator.device.type,
         "dictionaries": str(translator.dictionary_folder),
-        "sentencepiece_model_sha256": sha256_of(translator.sentencepiece_model),
+        "pipeline": subwords.pipeline,
+        key[subwords.pipeline]: sha256_of(subwords.path),
     }
 
 
-def versions() -> Dict[str, str]:
+def versions(translator: "Translator") -> Dict[str, str]:
     """The version of everything that takes part."""
     import fairseq
     import torch
@@ -298,8 +470,10 @@ def versions() -> Dict[str, str]:
         "fairseq_sparsemixer": __version__,
         "fairseq": fairseq.__version__,
         "torch": torch.__version__,
-        "sacrebleu": importlib.metadata.version("sacrebleu"),
-        "sentencepiece": importlib.metadata.version("sentencepiece"),
+        **{
+            package: importlib.metadata.version(package)
+            for package in ("sacrebleu", *translator.subwords.packages)
+        },
     }
 
 
@@ -331,8 +505,25 @@ def format_report(report: Dict[str, Any]) -> str:
             format_table(rows),
             f"BLEU  {report['scores']['bleu']['signature']}",
             f"chrF2 {report['scores']['chrf']['signature']}",
+            *_further_scores(report),
         ]
     )
+
+
+def _further_scores(report: Dict[str, Any]) -> Iterator[str]:
+    """A line for each score beside sacreBLEU's, with what it is of."""
+    systems = {"model": report["scores"]}
+    if "baseline" in report:
+        systems["baseline"] = report["baseline"]["scores"]
+    for kind in (TOKENISED, COMPOUND_SPLIT):
+        found = {name: scores[kind.key] for name, scores in systems.items() if kind.key in scores}
+        if found:
+            values = ", ".join(f"{name} {score['score']:.2f}" for name, score in found.items())
+            signature = next(iter(found.values()))["signature"]
+            yield f"{kind.title}: {values} ({kind.label}; {signature})"
+    if "comet" in report["scores"]:
+        values = ", ".join(f"{name} {x['comet']['score']:.4f}" for name, x in systems.items())
+        yield f"COMET: {values} ({report['scores']['comet']['model']})"
 
 
 def _format_score(score: Optional[Dict[str, Any]]) -> str:

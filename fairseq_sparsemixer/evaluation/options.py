@@ -2,18 +2,23 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fairseq_sparsemixer.evaluation.translator import Translator
 
 
-def add_translation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose a model and how it searches."""
+def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that choose a model and how it searches.
+
+    Returns:
+        The group of ``--checkpoint``, for flags that exclude it.
+    """
     parser.add_argument(
         "run_dir", metavar="RUN_DIR", help="a run folder, or checkpoint files joined by ':'"
     )
-    parser.add_argument(
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
         "--checkpoint",
         default="checkpoint_best.pt",
         metavar="NAME",
@@ -23,8 +28,8 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="prepared corpus: where dictionaries and sentencepiece.bpe.model are, if RUN_DIR "
-        "has none (default: where the model was trained)",
+        help="prepared corpus: where dictionaries and sentencepiece.bpe.model or bpecodes are, if "
+        "RUN_DIR has none (default: where the model was trained)",
     )
     for side in ("source", "target"):
         parser.add_argument(
@@ -48,6 +53,7 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> None:
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="half precision, on a GPU")
     precision.add_argument("--bf16", action="store_true", help="bfloat16, on a GPU")
+    return choice
 
 
 def build_translator(args: argparse.Namespace) -> "Translator":

@@ -1,18 +1,34 @@
-"""Corpus scores of detokenised text: sacreBLEU's BLEU and chrF, each with its signature.
+"""Corpus scores: sacreBLEU's BLEU and chrF on detokenised text, each with its signature.
 
-Pure functions over lists of lines; the results are plain dicts, ready for JSON.
+BLEU over tokens and COMET stand beside them where they are asked for. Functions over lists of
+lines; the results are plain dicts, ready for JSON.
 """
 
-from typing import Any, Dict, List, Sequence
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
 from fairseq_sparsemixer.errors import UserError
 
+# What a token is that stands for a hyphen: of `tokenizer.perl -a`, and of split_compounds.
+SPLIT_HYPHENS = ("@-@", "##AT##-##AT##")
 
-def score(hypotheses: Sequence[str], references: Sequence[str]) -> Dict[str, Any]:
+
+def score(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    official: Optional[Mapping[str, str]] = None,
+) -> Dict[str, Any]:
     """BLEU and chrF2 of one system against one reference for each line.
+
+    Args:
+        hypotheses: detokenised lines.
+        references: a line for each.
+        official: ``test_set`` (sacrebleu's name of it) and ``langpair``, for the signatures, where
+            the reference is that of a published test set.
 
     Returns:
         ``{"bleu": {...}, "chrf": {...}}``, each with ``score`` (0 to 100, not rounded) and
@@ -23,7 +39,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str]) -> Dict[str, Any
         UserError: the numbers of lines differ, or there is no line.
     """
     _check_lines(hypotheses, references)
-    bleu, chrf = BLEU(), CHRF()
+    bleu, chrf = _name_test_set(BLEU(), official), _name_test_set(CHRF(), official)
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)])
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)])
     return {
@@ -39,13 +55,104 @@ def score(hypotheses: Sequence[str], references: Sequence[str]) -> Dict[str, Any
     }
 
 
+def _name_test_set(metric: Any, official: Optional[Mapping[str, str]]) -> Any:
+    """The metric; its signature names the test set, which sacrebleu reads from its attributes."""
+    vars(metric).update(official or {})
+    return metric
+
+
+def tokenised_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Dict[str, Any]:
+    """BLEU over the tokens of lines that are already tokenised, split at white space alone.
+
+    Comparable only where both sides went through the same tokeniser as the other figure's.
+    ``fairseq-generate`` prints the same, but where its dictionary lacks pieces of the reference.
+
+    Returns:
+        ``score`` (0 to 100, not rounded) and ``signature`` (``tok:none``), which are those of
+        ``sacrebleu --tokenize none --force``.
+
+    Raises:
+        UserError: the numbers of lines differ, or there is no line.
+    """
+    _check_lines(hypotheses, references)
+    # Lines that end in " ." are what it is for: no warning.
+    bleu = BLEU(tokenize="none", force=True)
+    result = bleu.corpus_score(list(hypotheses), [list(references)])
+    return {"score": result.score, "signature": str(bleu.get_signature())}
+
+
+def split_compounds(lines: Sequence[str]) -> List[str]:
+    r"""Hyphenated compounds in three tokens: ``word-word`` becomes ``word ##AT##-##AT## word``.
+
+    Source: ``s{(\S)-(\S)}{$1 ##AT##-##AT## $2}g`` in tensor2tensor's ``get_ende_bleu.sh``, which
+    the scores of Vaswani et al. (2017) went through. Like Perl's, matches do not overlap: in
+    ``a-b-c`` only the first hyphen is split.
+
+    Args:
+        lines: tokens of Moses **without** ``-a``.
+
+    Raises:
+        UserError: a line holds a hyphen that was split before.
+    """
+    for number, line in enumerate(lines, 1):
+        for token in SPLIT_HYPHENS:
+            if token in line.split():
+                raise UserError(
+                    f"line {number} holds the token {token}: its compounds are split already, and "
+                    "splitting them once more would raise BLEU; leave out --compound-split"
+                )
+    # As bytes, which are what Perl reads: they decide which matches overlap.
+    pattern, replacement = rb"(\S)-(\S)", rb"\1 ##AT##-##AT## \2"
+    return [re.sub(pattern, replacement, line.encode()).decode() for line in lines]
+
+
+def check_comet() -> None:
+    """Raise UserError unless COMET is installed."""
+    try:
+        import comet  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "--comet needs the package unbabel-comet: run `pip install unbabel-comet`, or leave "
+            "--comet out"
+        ) from error
+
+
+def comet_score(
+    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], model: str
+) -> Dict[str, Any]:
+    """COMET of detokenised text, by a network that reads the source as well.
+
+    Args:
+        sources, hypotheses, references: as many lines each.
+        model: name to download, or file of a checkpoint.
+
+    Returns:
+        ``score``, the mean over the lines (about 0 to 1 for most models, higher is better), and
+        ``model``.
+    """
+    import comet
+    import torch
+
+    path = model if Path(model).is_file() else comet.download_model(model)
+    data = [
+        {"src": source, "mt": hypothesis, "ref": reference}
+        for source, hypothesis, reference in zip(sources, hypotheses, references)
+    ]
+    gpus = min(torch.cuda.device_count(), 1)
+    result = comet.load_from_checkpoint(path).predict(data, batch_size=8, gpus=gpus)
+    return {"score": float(result.system_score), "model": model}
+
+
 def compare(
     hypotheses: Sequence[str],
     baseline: Sequence[str],
     references: Sequence[str],
     samples: int = 1000,
+    official: Optional[Mapping[str, str]] = None,
 ) -> Dict[str, Any]:
     """Is a system's score different from a baseline's? Paired bootstrap over ``samples`` resamples.
+
+    ``official`` is that of :func:`score`.
 
     Returns:
         ``{"bleu": {...}, "chrf": {...}}``, each with ``difference`` (system - baseline),
@@ -59,7 +166,10 @@ def compare(
     _check_lines(baseline, references)
     test = PairedTest(
         [("baseline", list(baseline)), ("system", list(hypotheses))],
-        {"bleu": BLEU(references=[list(references)]), "chrf": CHRF(references=[list(references)])},
+        {
+            name: _name_test_set(metric(references=[list(references)]), official)
+            for name, metric in (("bleu", BLEU), ("chrf", CHRF))
+        },
         references=None,
         test_type="bs",
         n_samples=samples,

@@ -4,7 +4,7 @@
   cat test.en | fairseq-sparsemixer translate RUN_DIR > test.de
   fairseq-sparsemixer translate RUN_DIR
 
-Text is not tokenised, before or after. Each input line gives one output line.
+Lines are raw text, and so are translations. Each input line gives one output line.
 """
 
 import argparse

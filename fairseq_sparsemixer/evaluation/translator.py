@@ -15,7 +15,6 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tu
 import torch
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.data import data_utils
-from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.hub_utils import GeneratorHubInterface
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -23,10 +22,9 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import num_updates
+from fairseq_sparsemixer.evaluation.subwords import Subwords, find_subwords, not_found
 
 logger = logging.getLogger(__name__)
-
-SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
 
 # Output is at most MAX_LEN_A * source tokens + MAX_LEN_B tokens long: fairseq's own defaults. A
 # slope other than 0 would make a line's limit depend on the longest line of its batch.
@@ -46,12 +44,15 @@ class Translation(NamedTuple):
         score: log-probability (base e) over length ** lenpen; 0 for a blank line.
         source_cut: the source was longer than the model can read, and was cut.
         at_length_limit: the output ends where no longer output is allowed.
+        tokens: the text before it was detokenised, separated by spaces; None for a model of
+            SentencePiece, which has none.
     """
 
     text: str
     score: float = 0.0
     source_cut: bool = False
     at_length_limit: bool = False
+    tokens: Optional[str] = None
 
 
 class CheckpointInfo(NamedTuple):
@@ -77,8 +78,8 @@ class Translator:
         run: run folder, or checkpoint files joined by ``:``.
         checkpoint: file in the run folder; several joined by ``:`` are an ensemble. Not used
             when ``run`` names files.
-        data: prepared corpus, searched for dictionaries and SentencePiece model after the run
-            folder and before the folder that the model was trained on.
+        data: prepared corpus, searched for dictionaries and the SentencePiece model or BPE codes
+            after the run folder and before the folder that the model was trained on.
         source_lang, target_lang: where neither the checkpoint nor the data tell them.
         precision: ``"fp32"``, or ``"fp16"`` or ``"bf16"`` on a GPU.
 
@@ -86,6 +87,7 @@ class Translator:
         checkpoints: a :class:`CheckpointInfo` for each model.
         source_lang, target_lang: as in the names of the dictionaries.
         trained_on: the folder of binarised data that the model was trained on.
+        subwords: how text becomes what the model reads, and back.
         model_settings: ``arch``, ``router`` and the like, as far as the model has them.
         device: a GPU if there is one.
 
@@ -117,7 +119,7 @@ class Translator:
         )
         folders = [paths[0].parent, *data_folders]
         self.dictionary_folder = find_dictionaries(folders, self.source_lang, self.target_lang)
-        self.sentencepiece_model = find_sentencepiece([self.dictionary_folder, *folders])
+        self.subwords = find_subwords([self.dictionary_folder, *folders])
         self.model_settings = _model_settings(cfg.model)
         task = _build_task(cfg, self.dictionary_folder, (self.source_lang, self.target_lang))
         self.checkpoints: List[CheckpointInfo] = []
@@ -129,7 +131,7 @@ class Translator:
             models.append(_build_model(path, state, task, self.dictionary_folder))
             averaged_from = list(state.get("averaged_from", []))
             self.checkpoints.append(CheckpointInfo(path, num_updates(state), averaged_from))
-        self._hub = _build_hub(cfg, task, models, self.sentencepiece_model)
+        self._hub = _build_hub(cfg, task, models, self.subwords)
         self._hub.to(self.device, DTYPES[precision]).eval()
 
     @property
@@ -149,9 +151,10 @@ class Translator:
 
     def encode_pair(self, source: str, target: str) -> Tuple[torch.Tensor, torch.Tensor]:
         """A sentence and its translation as int64 tokens, each with its end-of-sentence."""
-        pieces = self._hub.apply_bpe(self._hub.tokenize(target))
+        target = self._hub.tokenize(self.subwords.tokenise(target, self.target_lang))
+        pieces = self._hub.apply_bpe(target)
         encoded = self.target_dictionary.encode_line(pieces, add_if_not_exist=False)
-        return self._hub.encode(source), encoded.long()
+        return self._encode_source(source), encoded.long()
 
     def translate(
         self,
@@ -181,7 +184,8 @@ class Translator:
                 raise UserError(f"{flag} {value} makes no search; give 1 or more")
         lines = list(lines)
         sources = self._encode_all(lines)
-        results = [Translation("")] * len(lines)
+        text, tokens = self.subwords.decode("", self.target_lang)
+        results = [Translation(text, tokens=tokens)] * len(lines)
         missing = {source.place for source in sources}
         with tqdm(
             total=len(lines),
@@ -217,13 +221,17 @@ class Translator:
 
     def _encode(self, line: str, place: int) -> Optional["_Source"]:
         """One line as the model reads it, or None where it is blank."""
-        # SentencePiece drops invisible characters: end of sentence may be all that is left.
-        if not line.strip() or len(tokens := self._hub.encode(line)) == 1:
+        # Invisible characters are dropped: end of sentence may be all that is left.
+        if not line.strip() or len(tokens := self._encode_source(line)) == 1:
             return None
         if len(tokens) <= self.max_source_positions:
             return _Source(place, tokens, cut=False)
         kept = torch.cat([tokens[: self.max_source_positions - 1], tokens[-1:]])
         return _Source(place, kept, cut=True)
+
+    def _encode_source(self, line: str) -> torch.Tensor:
+        """A raw line of the source as int64 tokens (length,), end of sentence included."""
+        return self._hub.encode(self.subwords.tokenise(line, self.source_lang))
 
     def _generation(self, beam: int, lenpen: float) -> DictConfig:
         """Search settings: fairseq's defaults but for ``beam`` and ``lenpen``."""
@@ -264,11 +272,13 @@ class Translator:
         """The :class:`Translation` of one of fairseq's hypotheses."""
         tokens = hypothesis["tokens"].cpu()
         longest = min(MAX_LEN_B + 1, self._hub.max_positions[1])
+        text, text_tokens = self.subwords.decode(self._hub.decode(tokens), self.target_lang)
         return Translation(
-            text=self._hub.decode(tokens),
+            text=text,
             score=float(hypothesis["score"]),
             source_cut=source_cut,
             at_length_limit=len(tokens) >= longest,
+            tokens=text_tokens,
         )
 
 
@@ -330,25 +340,7 @@ def find_dictionaries(folders: List[Path], source_lang: str, target_lang: str) -
     for folder in folders:
         if all((folder / name).is_file() for name in names):
             return folder
-    raise UserError(_not_found(" and ".join(names), folders))
-
-
-def find_sentencepiece(folders: List[Path]) -> Path:
-    """The first SentencePiece model in ``folders``.
-
-    Raises:
-        UserError: there is none.
-    """
-    for folder in folders:
-        if (folder / SENTENCEPIECE_FILE).is_file():
-            return folder / SENTENCEPIECE_FILE
-    raise UserError(_not_found(SENTENCEPIECE_FILE, folders))
-
-
-def _not_found(what: str, folders: List[Path]) -> str:
-    """What a UserError says when ``what`` is in none of ``folders``."""
-    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
-    return f"found no {what} in {looked}; give the folder that holds it with --data"
+    raise UserError(not_found(" and ".join(names), folders))
 
 
 def _corpus_folders(data: Optional[Path]) -> List[Path]:
@@ -422,13 +414,16 @@ def _build_model(path: Path, state: Dict[str, Any], task: Any, folder: Path) -> 
 
 
 def _build_hub(
-    cfg: DictConfig, task: Any, models: List[torch.nn.Module], sentencepiece_model: Path
+    cfg: DictConfig, task: Any, models: List[torch.nn.Module], subwords: Subwords
 ) -> GeneratorHubInterface:
     """fairseq's wrapper of models, text encoding and decoding."""
     cfg = copy.deepcopy(cfg)
-    bpe = OmegaConf.structured(SentencepieceConfig(sentencepiece_model=str(sentencepiece_model)))
-    with open_dict(cfg), open_dict(bpe):
-        bpe._name = "sentencepiece"
-        cfg.bpe = bpe
+    with open_dict(cfg):
+        cfg.bpe = None
+        if subwords.pipeline == "moses":
+            # Tokenised twice, text would be escaped twice.
+            cfg.tokenizer = None
         cfg.generation = OmegaConf.structured(GenerationConfig())
-    return GeneratorHubInterface(cfg, task, models)
+    hub = GeneratorHubInterface(cfg, task, models)
+    hub.bpe = subwords.encoder()
+    return hub

@@ -1,0 +1,188 @@
+"""Scores of several runs against each other: whether they may be compared, and how they differ."""
+
+import math
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.evaluate import COMPOUND_SPLIT, TOKENISED
+from fairseq_sparsemixer.evaluation.runs import Arm, Run
+from fairseq_sparsemixer.files import read_lines, sha256_of
+from fairseq_sparsemixer.training.logs import Validation
+
+TOLERANCE = 0.005
+"""By how much a difference in BLEU may be off the recorded one."""
+
+
+class Metric(NamedTuple):
+    """A score of the evaluation: its key, its name in the table, its decimals."""
+
+    key: str
+    title: str
+    decimals: int
+
+
+METRICS = (
+    Metric("bleu", "BLEU", 2),
+    Metric("chrf", "chrF2", 2),
+    *(Metric(kind.key, kind.title, 2) for kind in (TOKENISED, COMPOUND_SPLIT)),
+    Metric("comet", "COMET", 4),
+)
+
+
+class Reached(NamedTuple):
+    """When a loss was first reached: updates, and seconds of training if the log tells them."""
+
+    updates: float
+    seconds: Optional[float]
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Refuse scores of different text, search or metrics.
+
+    Raises:
+        UserError: naming two runs and what differs.
+    """
+    known: Dict[str, Tuple[Run, Any]] = {}
+    for run in runs:
+        for aspect, value in _conditions(run).items():
+            other, others = known.setdefault(aspect, (run, value))
+            if value != others:
+                raise UserError(
+                    f"{other.folder} and {run.folder} cannot be compared: their evaluations "
+                    f"differ in {aspect} ({others} and {value}); evaluate both alike and choose "
+                    "these evaluations with --scores, or leave one out of RUN"
+                )
+
+
+def _conditions(run: Run) -> Dict[str, Any]:
+    """Under which a run was scored. A metric that it does not have makes no condition."""
+    data, generation = run.evaluation["data"], run.evaluation["generation"]
+    averaged = [
+        checkpoint.get("averaged_from") or [] for checkpoint in run.evaluation["checkpoints"]
+    ]
+    return {
+        "source text": data["source_sha256"],
+        "reference": data["reference_sha256"],
+        "the number of checkpoints averaged": [max(len(names), 1) for names in averaged],
+        # Where it ran and how lines were batched decides only how fast it was.
+        **{
+            key: value
+            for key, value in generation.items()
+            if key not in ("device", "dictionaries", "max_tokens")
+        },
+        **{
+            f"the signature of {metric.title}": signature_of(run.scores[metric.key])
+            for metric in METRICS
+            if run.scores.get(metric.key)
+        },
+    }
+
+
+def signature_of(score: Dict[str, Any]) -> str:
+    """What a score is of: its label, signature and model, as far as it has them."""
+    return ", ".join(str(score[key]) for key in ("label", "signature", "model") if score.get(key))
+
+
+def first_reached(validations: Sequence[Validation], target: float) -> Optional[Reached]:
+    """When the validation nll was first at or below ``target``.
+
+    Linear between the first validation at or below it and the one before; the first validation
+    of all has none before it.
+
+    Returns:
+        None if it was never reached.
+    """
+    before: Optional[Validation] = None
+    for after in validations:
+        if after.nll_loss <= target:
+            if before is None or not math.isfinite(before.nll_loss):
+                return Reached(after.updates, after.seconds)
+            share = (before.nll_loss - target) / (before.nll_loss - after.nll_loss)
+            seconds = None
+            if before.seconds is not None and after.seconds is not None:
+                seconds = before.seconds + share * (after.seconds - before.seconds)
+            return Reached(before.updates + share * (after.updates - before.updates), seconds)
+        before = after
+    return None
+
+
+def read_texts(runs: Iterable[Run]) -> Dict[Path, List[str]]:
+    """The translations of each run, by its folder.
+
+    Raises:
+        UserError: they are not there.
+    """
+    return {run.folder: read_lines(_hypotheses_path(run)) for run in runs}
+
+
+def _hypotheses_path(run: Run) -> Path:
+    assert run.scores_path is not None
+    written = Path(run.evaluation["hypotheses"])
+    # `evaluate` writes them beside the scores; a path relative to where it ran may by now be
+    # another run's.
+    for path in (run.scores_path.with_name(written.name), written):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"there is no {written}, which {run.scores_path} was scored for; copy it beside that "
+        "file, or run `fairseq-sparsemixer evaluate` again"
+    )
+
+
+def read_references(runs: Sequence[Run]) -> List[str]:
+    """The reference that all runs were scored against.
+
+    Raises:
+        UserError: it is not where it was.
+    """
+    data = runs[0].evaluation["data"]
+    for run in runs:
+        path = Path(run.evaluation["data"]["reference"])
+        if path.is_file() and sha256_of(path) == data["reference_sha256"]:
+            return read_lines(path)
+    raise UserError(
+        f"{data['reference']}, which {runs[0].scores_path} was scored against, is not there or "
+        "was changed; start this command in the folder where `fairseq-sparsemixer evaluate` ran"
+    )
+
+
+def compare_arms(
+    arm: Arm, baseline: Arm, texts: Dict[Path, List[str]], references: List[str]
+) -> List[Dict[str, Any]]:
+    """Paired bootstrap tests of an arm's runs against the baseline's of equal seed.
+
+    Where no seed is in both, the first run of each is taken.
+
+    Returns:
+        For each pair its ``seed``, ``baseline_seed`` and what :func:`scoring.compare` returns.
+
+    Raises:
+        UserError: translations have not the BLEU that is recorded for them.
+    """
+    from fairseq_sparsemixer.evaluation import scoring
+
+    others = {run.seed: run for run in baseline.counted}
+    pairs = [(run, others[run.seed]) for run in arm.counted if run.seed in others]
+    comparisons = []
+    for run, other in pairs or [(arm.counted[0], baseline.counted[0])]:
+        comparison = scoring.compare(
+            texts[run.folder], texts[other.folder], references, official=_official(run)
+        )
+        recorded = run.scores["bleu"]["score"] - other.scores["bleu"]["score"]
+        if abs(comparison["bleu"]["difference"] - recorded) > TOLERANCE:
+            raise UserError(
+                f"{_hypotheses_path(run)} or {_hypotheses_path(other)} was changed: it has not the "
+                "BLEU recorded for it; run `fairseq-sparsemixer evaluate` again for both runs"
+            )
+        comparisons.append({"seed": run.seed, "baseline_seed": other.seed, **comparison})
+    return comparisons
+
+
+def _official(run: Run) -> Optional[Dict[str, str]]:
+    """What the signatures call the test set, if it is a published one."""
+    data = run.evaluation["data"]
+    if not data.get("sacrebleu"):
+        return None
+    langpair = f"{data['source_lang']}-{data['target_lang']}"
+    return {"test_set": data["sacrebleu"], "langpair": langpair}

@@ -1,0 +1,440 @@
+"""Finished runs side by side: means over seeds, significance and speed-up against a baseline.
+
+  fairseq-sparsemixer table runs/sweep --baseline dense --output runs/sweep-table
+  fairseq-sparsemixer table runs/a runs/b runs/c --baseline switch-8 --output results/table
+
+RUN is the folder of a run, or a folder that holds such folders. Runs whose settings differ by the
+seed alone form one row, named by router and experts: dense, switch-8, sparsemixer-8. Where two
+rows would have one name, the settings in which they differ are added: switch-8,jitter_eps=0.2.
+Only runs that are finished and scored count; the others are listed with a note. Scores that cannot
+be compared (other text, other search, other signature) are refused.
+
+Columns of the table, which is written as STEM.md, STEM.csv and STEM.json:
+
+  BLEU, chrF2, valid nll   mean over seeds, +- sample standard deviation; nll in bits per token
+  p                        paired bootstrap test of BLEU against the baseline's run of equal seed;
+                           with several seeds the largest (the JSON holds each)
+  updates to target        until the validation nll that the baseline ended with (mean over its
+                           seeds) is first reached, linear between two validations; the baseline's
+                           own runs: until each one's own final nll is first reached
+  minutes to target        likewise, in minutes of training, validation and saving included
+  speed-up                 the baseline's updates to target over the row's; 1 for the baseline
+  words/s                  median of the log's, in target tokens; mean over seeds
+  paper                    empty: its tables could not be read
+"""
+
+import argparse
+import csv
+import math
+import statistics
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+from tqdm import tqdm
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.comparison import (
+    METRICS,
+    Metric,
+    Reached,
+    check_comparable,
+    compare_arms,
+    first_reached,
+    read_references,
+    read_texts,
+    signature_of,
+)
+from fairseq_sparsemixer.evaluation.options import quiet_libraries
+from fairseq_sparsemixer.evaluation.runs import (
+    Arm,
+    Run,
+    find_runs,
+    further_differences,
+    group_runs,
+    read_run,
+)
+from fairseq_sparsemixer.files import atomic_path, check_writable, write_json, write_lines
+from fairseq_sparsemixer.laboratory.tables import markdown
+
+HELP = "finished runs side by side: means over seeds, significance, speed-up"
+PAPER = "fill in from the paper"
+NO_FIGURE = "-"
+SUFFIXES = (".md", ".csv", ".json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``fairseq-sparsemixer table``."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or a folder that holds run folders",
+    )
+    parser.add_argument(
+        "--baseline",
+        required=True,
+        metavar="NAME",
+        help="the row to compare with, such as dense or switch-8",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="STEM",
+        help="writes STEM.md, STEM.csv and STEM.json",
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="NAME",
+        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
+        "RUN/evaluation/test.checkpoint_best.json",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the runs, compare, write and print."""
+    quiet_libraries()
+    if args.output.suffix in SUFFIXES:
+        raise UserError(
+            f"--output {args.output} is the stem of three files; leave out {args.output.suffix}"
+        )
+    for path in _output_paths(args.output):
+        check_writable(path)
+    runs = [read_run(folder, args.scores) for folder in find_runs(args.runs)]
+    if args.scores is not None and not any(run.scores_path for run in runs):
+        raise UserError(
+            f"no run has an evaluation named {args.scores}; check --scores, or run "
+            "`fairseq-sparsemixer evaluate` first"
+        )
+    report = build_report(group_runs(runs), args.baseline)
+    text = format_report(report)
+    write_report(report, text, args.output)
+    print(text)
+    print("written:", ", ".join(map(str, _output_paths(args.output))))
+
+
+def build_report(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
+    """All that the table shows, and every run's own figures.
+
+    Returns:
+        ``rows`` (those of the table, not rounded), ``runs``, ``comparisons`` by row,
+        ``baseline``, ``target_nll``, ``signatures``, ``notes`` and ``paper``.
+
+    Raises:
+        UserError: no such baseline, or runs that cannot be compared.
+    """
+    baseline = _find_baseline(arms, baseline_name)
+    counted = [run for arm in arms for run in arm.counted]
+    check_comparable(counted)
+    others = [arm for arm in arms if arm.counted and arm is not baseline]
+    comparisons: Dict[str, List[Dict[str, Any]]] = {}
+    if others:
+        texts, references = read_texts(counted), read_references(counted)
+        comparisons = {
+            arm.name: compare_arms(arm, baseline, texts, references)
+            for arm in tqdm(others, desc="bootstrap", unit="row", disable=None)
+        }
+    target = statistics.mean(run.validations[-1].nll_loss for run in baseline.counted)
+    reached = {
+        run.folder: first_reached(
+            run.validations, run.validations[-1].nll_loss if arm is baseline else target
+        )
+        for arm in arms
+        for run in arm.counted
+    }
+    rows = [
+        row for arm in arms for row in _rows(arm, baseline, comparisons.get(arm.name, []), reached)
+    ]
+    return {
+        "baseline": baseline.name,
+        "target_nll": target,
+        "rows": rows,
+        "signatures": _signatures(counted, comparisons),
+        "notes": _notes(arms, baseline, comparisons, reached),
+        "paper": PAPER,
+        "comparisons": comparisons,
+        "runs": [_describe(arm, run, reached.get(run.folder)) for arm in arms for run in arm.runs],
+    }
+
+
+def _find_baseline(arms: List[Arm], name: str) -> Arm:
+    for arm in arms:
+        if arm.name == name:
+            if not arm.counted:
+                notes = "; ".join(f"{run.folder}: {run.note}" for run in arm.runs)
+                raise UserError(
+                    f"--baseline {name} has no run that is finished and scored ({notes}); choose "
+                    "another, or finish and score it first"
+                )
+            return arm
+    names = ", ".join(arm.name for arm in arms)
+    raise UserError(f"--baseline: there is no {name}; choose one of {names}")
+
+
+def _rows(
+    arm: Arm,
+    baseline: Arm,
+    comparisons: List[Dict[str, Any]],
+    reached: Dict[Path, Optional[Reached]],
+) -> Iterator[Dict[str, Any]]:
+    """The row of an arm, if any of its runs counts, and one for each run that does not."""
+    if arm.counted:
+        yield _arm_row(arm, baseline, comparisons, reached)
+    for run in arm.runs:
+        if run.note:
+            yield {**_empty_row(arm, [run]), "note": run.note}
+
+
+def _empty_row(arm: Arm, runs: List[Run]) -> Dict[str, Any]:
+    """The columns in order, without what is measured."""
+    settings = runs[0].settings
+    metrics = [name for m in METRICS for name in (m.key, f"{m.key}_deviation")]
+    measured = (
+        *("updates", "valid_nll", "valid_nll_deviation", *metrics),
+        *("bleu_difference", "p_value", "updates_to_target", "minutes_to_target"),
+        *("speed_up", "words_per_second", "paper", "note"),
+    )
+    return {
+        "model": arm.name,
+        "router": settings.get("model.router"),
+        "experts": settings.get("model.num_experts"),
+        **{f"parameters_{key}": value for key, value in runs[0].parameters.items()},
+        "seeds": " ".join(str(run.seed) for run in runs),
+        **dict.fromkeys(measured),
+    }
+
+
+def _arm_row(
+    arm: Arm,
+    baseline: Arm,
+    comparisons: List[Dict[str, Any]],
+    reached: Dict[Path, Optional[Reached]],
+) -> Dict[str, Any]:
+    runs = arm.counted
+    row = _empty_row(arm, runs)
+    row["updates"] = _mean([run.validations[-1].updates for run in runs])
+    losses = [run.validations[-1].nll_loss for run in runs]
+    row.update(valid_nll=_mean(losses), valid_nll_deviation=_deviation(losses))
+    for metric in METRICS:
+        scores = [(run.scores.get(metric.key) or {}).get("score") for run in runs]
+        row[metric.key], row[f"{metric.key}_deviation"] = _mean(scores), _deviation(scores)
+    if comparisons:
+        base = statistics.mean(run.scores["bleu"]["score"] for run in baseline.counted)
+        row["bleu_difference"] = row["bleu"] - base
+        row["p_value"] = max(comparison["bleu"]["p_value"] for comparison in comparisons)
+    row["updates_to_target"] = _mean_updates(runs, reached)
+    minutes = [
+        None if place is None or place.seconds is None else place.seconds / 60
+        for place in (reached[run.folder] for run in runs)
+    ]
+    row["minutes_to_target"] = _mean(minutes)
+    base_updates = _mean_updates(baseline.counted, reached)
+    if base_updates is not None and row["updates_to_target"] is not None:
+        row["speed_up"] = base_updates / row["updates_to_target"]
+    row["words_per_second"] = _mean([run.log.words_per_second for run in runs if run.log])
+    return row
+
+
+def _mean_updates(runs: List[Run], reached: Dict[Path, Optional[Reached]]) -> Optional[float]:
+    places = [reached[run.folder] for run in runs]
+    return _mean([None if place is None else place.updates for place in places])
+
+
+def _mean(values: Sequence[Optional[float]]) -> Optional[float]:
+    """None where one value is missing: the mean of the rest would be of other runs."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None
+
+
+def _deviation(values: Sequence[Optional[float]]) -> Optional[float]:
+    """Sample standard deviation; None for a single value, or where one is missing."""
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) if len(known) == len(values) > 1 else None
+
+
+def _signatures(runs: List[Run], comparisons: Dict[str, List[Dict[str, Any]]]) -> Dict[str, str]:
+    signatures = {
+        metric.title: signature_of(run.scores[metric.key])
+        for metric in METRICS
+        for run in runs
+        if run.scores.get(metric.key)
+    }
+    for compared in comparisons.values():
+        signatures["p (BLEU)"] = compared[0]["bleu"]["signature"]
+    return signatures
+
+
+def _notes(
+    arms: List[Arm],
+    baseline: Arm,
+    comparisons: Dict[str, List[Dict[str, Any]]],
+    reached: Dict[Path, Optional[Reached]],
+) -> List[str]:
+    """What a reader of the table must know of single rows."""
+    notes: List[str] = []
+    of_seeds: Dict[str, List[str]] = {}
+    for arm in arms:
+        compared = comparisons.get(arm.name, [])
+        seeds = [pair["seed"] for pair in compared]
+        if compared and seeds[0] != compared[0]["baseline_seed"]:
+            notes.append(
+                f"{arm.name}: no seed in common with {baseline.name}; p compares seed {seeds[0]} "
+                f"with its seed {compared[0]['baseline_seed']}"
+            )
+        elif compared and len(seeds) < max(len(arm.counted), len(baseline.counted)):
+            of_seeds.setdefault(", ".join(map(str, seeds)), []).append(arm.name)
+        never = [str(run.seed) for run in arm.counted if reached[run.folder] is None]
+        if never and len(never) < len(arm.counted):
+            notes.append(f"{arm.name}: seed {', '.join(never)} never reaches the target")
+        notes += [
+            f"{arm.name}, seed {run.seed} ({run.folder}): {run.note}"
+            for run in arm.runs
+            if run.note
+        ]
+    for seed, names in of_seeds.items():
+        notes.append(f"p is of seed {seed} alone, which the baseline has too: {'; '.join(names)}")
+    counted = [run for arm in arms for run in arm.counted]
+    differing = further_differences(counted)
+    if differing:
+        notes.append(
+            f"rows also differ in {'; '.join(differing)}: this, and not the router, may be why "
+            "scores and speed differ"
+        )
+    scored: Dict[str, List[int]] = {}
+    for run in counted:
+        for checkpoint in run.evaluation["checkpoints"]:
+            scored.setdefault(checkpoint["name"], []).append(checkpoint["updates"])
+    named = [f"{name} at {_span(updates)} updates" for name, updates in scored.items()]
+    notes.append(f"scored: {', '.join(named)}")
+    return notes
+
+
+def _span(numbers: List[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _describe(arm: Arm, run: Run, reached: Optional[Reached]) -> Dict[str, Any]:
+    """One run's own figures, for the JSON file."""
+    last = run.validations[-1] if run.validations else None
+    return {
+        "model": arm.name,
+        "folder": str(run.folder),
+        "seed": run.seed,
+        "note": run.note or None,
+        "updates": last and last.updates,
+        "max_update": run.max_update,
+        "valid_loss": last and _finite(last.loss),
+        "valid_nll": last and _finite(last.nll_loss),
+        "training_seconds": last and last.seconds,
+        "updates_to_target": reached and reached.updates,
+        "seconds_to_target": reached and reached.seconds,
+        "words_per_second": run.log and run.log.words_per_second,
+        "parameters": run.parameters,
+        "scores_file": run.scores_path and str(run.scores_path),
+        "scores": run.scores,
+        "checkpoints": run.evaluation.get("checkpoints", []),
+        "versions": run.record.get("versions"),
+        "git": run.record.get("git"),
+        "settings": run.settings,
+        "validations": [
+            {
+                "updates": each.updates,
+                "loss": _finite(each.loss),
+                "nll_loss": _finite(each.nll_loss),
+                "seconds": each.seconds,
+            }
+            for each in run.validations
+        ],
+    }
+
+
+def _finite(value: float) -> Optional[float]:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
+
+
+def _output_paths(stem: Path) -> List[Path]:
+    return [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
+
+
+def write_report(report: Dict[str, Any], text: str, stem: Path) -> None:
+    """Write ``text`` and ``report`` to STEM.md, STEM.csv (its rows) and STEM.json."""
+    text_path, csv_path, json_path = _output_paths(stem)
+    write_lines(text_path, [text])
+    with (
+        atomic_path(csv_path) as partial,
+        partial.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, list(report["rows"][0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(report["rows"])
+    write_json(json_path, report)
+
+
+def format_report(report: Dict[str, Any]) -> str:
+    """The table as Markdown, and below it what its columns are and what to know of its rows."""
+    columns = _columns(report)
+    cells = [[title for title, _ in columns]]
+    cells += [[cell(row) for _, cell in columns] for row in report["rows"]]
+    legend = [
+        f"baseline: {report['baseline']}; target: validation nll {report['target_nll']:.3f}, its "
+        "last (mean over its seeds)",
+        "±: sample standard deviation over seeds; p: with several seeds the largest; nll: bits "
+        "per token; minutes and words/s depend on the machine",
+        *(f"{name}: {signature}" for name, signature in report["signatures"].items()),
+        *report["notes"],
+        f"paper: {report['paper']}",
+    ]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells]
+    return "\n".join([markdown(escaped), "", *(f"- {line}" for line in legend)])
+
+
+def _columns(report: Dict[str, Any]) -> List[Tuple[str, Callable[[Dict[str, Any]], str]]]:
+    """Title and text of each column of the Markdown table."""
+    main, further = METRICS[:2], METRICS[2:]
+    return [
+        ("model", lambda row: row["model"]),
+        ("experts", lambda row: _cell(row["experts"], 0)),
+        (
+            "parameters (total / active)",
+            lambda row: " / ".join(
+                _millions(row[f"parameters_{key}"]) for key in ("total", "active")
+            ),
+        ),
+        ("seeds", lambda row: row["seeds"].replace(" ", ", ")),
+        ("updates", lambda row: _cell(row["updates"], 0)),
+        ("valid nll", lambda row: _with_deviation(row, "valid_nll", 3)),
+        *map(_metric_column, main),
+        ("BLEU - baseline", lambda row: _cell(row["bleu_difference"], 2, "+")),
+        ("p (BLEU)", lambda row: _cell(row["p_value"], 4)),
+        ("updates to target", lambda row: _cell(row["updates_to_target"], 0)),
+        ("minutes to target", lambda row: _cell(row["minutes_to_target"], 1)),
+        ("speed-up", lambda row: _cell(row["speed_up"], 2)),
+        ("words/s", lambda row: _cell(row["words_per_second"], 0)),
+        *(
+            _metric_column(metric)
+            for metric in further
+            if any(run["scores"].get(metric.key) for run in report["runs"])
+        ),
+        ("paper", lambda row: ""),
+    ]
+
+
+def _metric_column(metric: Metric) -> Tuple[str, Callable[[Dict[str, Any]], str]]:
+    return metric.title, lambda row: _with_deviation(row, metric.key, metric.decimals)
+
+
+def _cell(value: Optional[float], decimals: int, sign: str = "") -> str:
+    return NO_FIGURE if value is None else f"{value:{sign}.{decimals}f}"
+
+
+def _with_deviation(row: Dict[str, Any], key: str, decimals: int) -> str:
+    deviation = row[f"{key}_deviation"]
+    tail = "" if deviation is None else f" ± {deviation:.{decimals}f}"
+    return _cell(row[key], decimals) + tail
+
+
+def _millions(count: Optional[int]) -> str:
+    return NO_FIGURE if count is None else f"{count / 1e6:.1f} M"
