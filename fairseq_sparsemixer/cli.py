@@ -11,6 +11,7 @@ from typing import Optional, Sequence
 
 from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.training.process import interrupted_by_sigterm
 
 COMMANDS = {
     "prepare": "fairseq_sparsemixer.corpora.prepare",
@@ -49,7 +50,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one sub-command; returns the exit status (2 for a :class:`UserError`)."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        # Schedulers and `kill` send SIGTERM: the processes that were started have to end, too.
+        with interrupted_by_sigterm():
+            args.run(args)
     except UserError as error:
         print(f"fairseq-sparsemixer {args.command}: error: {error}", file=sys.stderr)
         return 2

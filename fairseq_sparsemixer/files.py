@@ -94,7 +94,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def report_full_disk(folder: Path, megabytes: int) -> Iterator[None]:
+def report_full_disk(folder: Path, megabytes: int, flag: str = "--output") -> Iterator[None]:
     """Turn "no space left" inside the block into a :class:`UserError` that names ``folder``."""
     try:
         yield
@@ -103,7 +103,7 @@ def report_full_disk(folder: Path, megabytes: int) -> Iterator[None]:
             raise
         raise UserError(
             f"no space left on the disk of {folder} (about {megabytes} MB are needed): make room, "
-            "or choose another folder with --output, and run the same command again"
+            f"or choose another folder with {flag}, and run the same command again"
         ) from error
 
 

@@ -1,16 +1,24 @@
 """WMT14 English-German from miniature archives of a local server: downloads, text, pieces."""
 
 import argparse
+import contextlib
 import errno
 import itertools
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+from pathlib import Path
 
 import pytest
 import statmt
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import binarise, bpe, downloads, parallel, prepare, wmt14
+from fairseq_sparsemixer.corpora import archives, binarise, bpe, downloads, parallel, prepare, wmt14
 from fairseq_sparsemixer.errors import UserError
 
 VOCAB_SIZE = 300
@@ -160,9 +168,6 @@ def test_moses_tokens_in_pieces(built):
 
 def test_moses_codes_are_those_of_the_command_line(built, tmp_path):
     """One learning over the text of both languages, as the reference recipe runs it."""
-    import subprocess
-    import sys
-
     _, folder = built["moses"]
     text = b"".join((folder / "tokens" / f"train.{name}").read_bytes() for name in ("en", "de"))
     command = [sys.executable, "-m", "subword_nmt.learn_bpe", "-s", str(MERGES)]
@@ -196,22 +201,20 @@ def test_fairseq_reads_back_the_pieces(built, pipeline):
             assert all("<unk>" in mine for line, mine in zip(lines, read) if line != mine)
 
 
-def test_two_workers_do_what_one_does(built, quick, tmp_path, monkeypatch):
+def test_two_workers_do_what_one_does(built, server, tmp_path, monkeypatch):
     monkeypatch.setattr(binarise, "_LINES_PER_WORKER", 400)
     monkeypatch.setattr(parallel, "CHUNK", 50)
+    compared = set()
     for pipeline in prepare.PIPELINES:
         _, folder = built[pipeline]
         again = tmp_path / pipeline
-        command(quick, again, "--pipeline", pipeline, "--workers", "2")
-        for path in folder.rglob("*.*"):
-            if path.is_file() and path.parent.name in (
-                "raw",
-                "clean",
-                "tokens",
-                "spm",
-                "bpe",
-            ):
-                assert path.read_bytes() == (again / path.relative_to(folder)).read_bytes(), path
+        command(server, again, "--pipeline", pipeline, "--workers", "2")
+        for path in folder.rglob("*"):
+            place = path.relative_to(folder)
+            if path.is_file() and place.parts[0] not in (".steps", "download"):
+                assert path.read_bytes() == (again / place).read_bytes(), path
+                compared.add(place.as_posix())
+    assert {"bpe/codes", "bin/train.en-de.de.bin", "clean/train.en", "tokens/test.de"} <= compared
 
 
 def test_news_commentary_of_2014(quick, tmp_path):
@@ -266,6 +269,24 @@ def test_two_versions_of_a_file_are_never_mixed(quick, tmp_path):
     assert record["raw"]["pairs"]["europarl"] == 400
 
 
+def test_a_server_that_sends_the_rest_of_another_version(quick, tmp_path):
+    quick.break_after[statmt.EUROPARL] = [1000] + [0] * downloads.ATTEMPTS
+    with pytest.raises(UserError, match="goes on at byte 1000"):
+        command(quick, tmp_path / "out")
+    pairs = statmt.sentences(400, 77)
+    quick.files[statmt.EUROPARL] = statmt.tgz(statmt.parallel("training/europarl-v7.de-en", pairs))
+    quick.careless = True
+    assert command(quick, tmp_path / "out")["raw"]["pairs"]["europarl"] == 400
+
+
+def test_a_server_that_neither_resumes_nor_holds_out(quick, tmp_path):
+    quick.ranges = False
+    quick.break_after[statmt.EUROPARL] = [1000, 2000] * 50
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        command(quick, tmp_path / "out")
+    assert len(quick.break_after[statmt.EUROPARL]) > 80
+
+
 def test_a_server_that_cannot_resume(quick, tmp_path):
     quick.ranges = False
     quick.break_after[statmt.EUROPARL] = [1000, 2000]
@@ -304,7 +325,7 @@ def test_published_checksums_are_sacrebleus(quick, tmp_path):
     assert wmt14.VALID.remote.md5 == DATASETS["wmt17/dev"].md5[0]
     assert wmt14.EUROPARL.remote.md5 is None
     (tmp_path / "pins.json").write_text("{}")
-    with pytest.raises(UserError, match=r"dev.tgz is not the file .* MD5 .* sacreBLEU"):
+    with pytest.raises(UserError, match=r"test-full.tgz is not the file .* MD5 .* sacreBLEU"):
         command(quick, tmp_path / "out")
 
 
@@ -359,9 +380,9 @@ def member(name, kind=tarfile.REGTYPE, target=""):
 @pytest.mark.parametrize(
     ("evil", "message"),
     [
-        (member("../evil"), r"holds the member \.\./evil, which points out of"),
-        (member("/tmp/evil"), r"holds the member /tmp/evil, which points out"),
-        (member("training/../../evil"), "which points out of the folder"),
+        (member("../evil"), r"its member \.\./evil points out of the folder; it was removed"),
+        (member("/evil"), r"its member /evil points out"),
+        (member("training/../../evil"), "points out of the folder"),
         (member("training/europarl-v7.de-en.en", tarfile.SYMTYPE, "/etc/passwd"), "but a link"),
         (member("training/europarl-v7.de-en.en", tarfile.LNKTYPE, "/etc/passwd"), "but a link"),
         (member("training/europarl-v7.de-en.de", tarfile.DIRTYPE), "but a link or a folder"),
@@ -374,6 +395,7 @@ def test_malicious_member(quick, tmp_path, evil, message):
     with pytest.raises(UserError, match=message):
         command(quick, tmp_path / "out")
     inside = tmp_path / "out"
+    assert not Path("/evil").exists()
     new = {path for path in tmp_path.rglob("*") if inside not in (path, *path.parents)} - outside
     assert new <= {tmp_path / "pins.json"}
     assert not (inside / "raw").exists()
@@ -395,17 +417,47 @@ def test_missing_test_set(quick, tmp_path):
     quick.files[statmt.TEST] = statmt.tgz(made)
     with pytest.raises(UserError, match=r"has no member test-full/newstest2014-deen-ref.de.sgm"):
         command(quick, tmp_path / "out")
-    archive = tmp_path / "out" / "download" / "test-full.tgz"
-    archive.unlink()
+    assert not (tmp_path / "out" / "download" / "test-full.tgz").exists()
     quick.files[statmt.TEST] = statmt.tgz(statmt.members()[statmt.TEST])
     statmt.write_pins(tmp_path / "pins.json", quick)
     command(quick, tmp_path / "out")
 
 
+def test_flipped_bits_are_noticed(tmp_path):
+    """gzip has a checksum, which tarfile alone does not look at."""
+    good = statmt.tgz(statmt.members()[statmt.EUROPARL])
+    archive = tmp_path / "archive.tgz"
+    names = ["training/europarl-v7.de-en.en", "training/europarl-v7.de-en.de"]
+    targets = {name: tmp_path / name.rsplit(".")[-1] for name in names}
+    archive.write_bytes(good)
+    archives.extract_members(archive, targets)
+    places = [*range(len(good) // 40, len(good) - 8, len(good) // 40), len(good) - 5, -1]
+    for place in places:
+        damaged = bytearray(good)
+        damaged[place] ^= 1
+        archive.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            archives.extract_members(archive, targets)
+    archive.write_bytes(b"<html>Not found</html>")
+    with pytest.raises(UserError, match="is damaged"):
+        archives.extract_members(archive, targets)
+
+
+def test_an_archive_that_the_user_put_there_is_left(quick, tmp_path):
+    archive = tmp_path / "out" / "download" / "training-parallel-commoncrawl.tgz"
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"commoncrawl.tgz is damaged .*; remove it and run"):
+        command(quick, tmp_path / "out")
+    assert archive.read_bytes() == b"mine"
+
+
 def test_truncated_archive(quick, tmp_path):
     good = quick.files[statmt.COMMON_CRAWL]
     quick.files[statmt.COMMON_CRAWL] = good[: len(good) // 2]
-    with pytest.raises(UserError, match=r"commoncrawl.tgz is damaged .* run the command again"):
+    with pytest.raises(
+        UserError, match=r"commoncrawl.tgz is damaged .* removed: run the command again"
+    ):
         command(quick, tmp_path / "out")
     quick.files[statmt.COMMON_CRAWL] = good
     command(quick, tmp_path / "out")
@@ -439,13 +491,116 @@ def test_full_disk_then_room(quick, tmp_path, monkeypatch, module, function, pip
 
     with monkeypatch.context() as patch:
         patch.setattr(module, function, fail)
-        with pytest.raises(UserError, match=r"no space left .* MB are needed.* --output"):
+        with pytest.raises(
+            UserError, match=r"no space left .* MB are needed.* --(output|downloads)"
+        ):
             command(quick, tmp_path / "out", "--pipeline", pipeline)
     assert not (tmp_path / "out" / "record.json").exists()
     assert (
         not list((tmp_path / "out" / "raw").glob(".*")) if (tmp_path / "out/raw").exists() else True
     )
     command(quick, tmp_path / "out", "--pipeline", pipeline)
+
+
+def test_one_folder_is_not_for_two_pipelines(quick, tmp_path):
+    command(quick, tmp_path / "out")
+    with pytest.raises(UserError, match=r"made by --pipeline sentencepiece: .* --output"):
+        command(quick, tmp_path / "out", "--pipeline", "moses")
+
+
+def test_what_a_killed_step_made_before_is_still_removed(tmp_path):
+    from fairseq_sparsemixer.corpora.steps import Steps
+
+    steps = Steps(tmp_path, tmp_path / "record.json")
+    old, new = tmp_path / "old", tmp_path / "new"
+
+    def make(path):
+        path.write_text("made")
+        return [path], {}
+
+    steps.run("step", {"kind": 1}, [], lambda: make(old))
+
+    def killed():
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            steps.run("step", {"kind": 2}, [], killed)
+    assert old.exists()
+    steps.run("step", {"kind": 2}, [], lambda: make(new))
+    assert new.exists() and not old.exists()
+
+
+SLEEPER = """
+import sys, time
+from fairseq_sparsemixer.corpora import parallel
+
+def slow(chunk):
+    time.sleep(0.2)
+    return chunk
+
+if __name__ == "__main__":
+    print("begun", flush=True)
+    for chunk in parallel.map_chunks(slow, range(10**9), 2):
+        print("working", flush=True)
+"""
+
+
+def children_of(process):
+    """Processes in the group of one that was started in a group of its own."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True).stdout
+    entries = [line.split() for line in listed.splitlines()]
+    return [stat for pgid, stat in entries if pgid == str(process.pid) and stat[0] != "Z"]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("moment", ["begun", "working"])
+def test_workers_end_with_the_command(tmp_path, ending, moment):
+    """At any moment: while workers start, too. Nothing is left, and nothing hangs."""
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        while process.stdout.readline().strip() != moment:
+            assert process.poll() is None
+        if moment == "begun":
+            time.sleep(0.5)
+        if ending == signal.SIGINT:
+            os.killpg(process.pid, ending)  # as Ctrl-C does
+        else:
+            process.kill()
+        process.wait(timeout=30)
+        deadline = time.monotonic() + 30
+        while children_of(process):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert process.stderr.read().count("Traceback") <= 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def fail_at_once(chunk):
+    os._exit(9)
+
+
+def test_a_worker_that_was_killed_is_told():
+    with pytest.raises(UserError, match="give fewer --workers"):
+        list(parallel.map_chunks(fail_at_once, range(10_000), 2))
+
+
+def test_sentencepiece_gets_the_longest_line(tmp_path):
+    """Its limit on lines may not grow with the text: it takes at most a gigabyte."""
+    texts = [tmp_path / "a", tmp_path / "b"]
+    texts[0].write_text("kurz\nfünf\n", encoding="utf-8")
+    texts[1].write_text("a long line\n" * 3, encoding="utf-8")
+    assert binarise._join(texts, tmp_path / "joined") == len("a long line\n")
+    joined = texts[0].read_bytes() + texts[1].read_bytes()
+    assert (tmp_path / "joined").read_bytes() == joined
 
 
 # --- the user's own text -------------------------------------------------------------------------
@@ -470,12 +625,43 @@ def test_own_text(built, tmp_path, pipeline):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("test.en", b"good\nschlecht: \xe4\n", r"test.en, line 2: not UTF-8"),
+        ("valid.de", b"\xe4\n", r"valid.de, line 1: not UTF-8"),
+        ("train.en", None, "train.en and .*train.de hold no text"),
+        ("test.de", None, "test.en and .*test.de hold no text"),
+    ],
+)
+def test_own_text_problems(built, tmp_path, name, content, message):
+    """Of validation and test text nothing is left out in silence."""
+    _, folder = built["moses"]
+    mine = shutil.copytree(folder / "raw", tmp_path / "mine")
+    split = name.split(".")[0]
+    for language in ("en", "de"):
+        path = mine / f"{split}.{language}"
+        if content is None:
+            path.write_bytes(b"")
+        else:
+            lines = content.count(b"\n")
+            path.write_bytes(content if path.name == name else b"line\n" * lines)
+    with pytest.raises(UserError, match=message):
+        prepare.prepare_wmt14(tmp_path / "out", raw_dir=mine, pipeline="moses", merges=MERGES)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--wheel", "x"], "--wheel belongs to the corpus homeassistant"),
+        (["--wheel", "x"], "--wheel: such flags go with the corpus homeassistant only"),
         (["--source-lang", "fr"], "wmt14 is English-German"),
         (["--workers", "0"], "--workers 0 does nothing"),
-        (["--pipeline", "moses", "--vocab-size", "10"], "has no --vocab-size: give --merges"),
+        (["--pipeline", "moses", "--vocab-size", "10"], "--vocab-size: such flags belong to"),
+        (["--merges", "10"], "--merges: such flags belong to --pipeline moses"),
+        (["--vocab-size", "0"], "--vocab-size 0 makes no vocabulary"),
+        (["--mirror", "foo"], "--mirror foo is no address"),
+        (["--downloads", __file__], "is not a folder"),
+        (["--checksums", "/"], "--checksums / is a folder"),
+        (["--raw-dir", "x", "--mirror", "http://x"], "--mirror: such flags belong to the archives"),
         (["--raw-dir", "nowhere"], "--raw-dir nowhere: there is no file train.en"),
     ],
 )
@@ -488,8 +674,6 @@ def test_flags_that_do_not_go_together(tmp_path, arguments, message):
 
 
 def test_missing_package_is_told_before_the_download(tmp_path, monkeypatch, quick):
-    import sys
-
     monkeypatch.setitem(sys.modules, "subword_nmt.learn_bpe", None)
     with pytest.raises(UserError, match="pip install subword-nmt"):
         command(quick, tmp_path / "out", "--pipeline", "moses")

@@ -1,5 +1,6 @@
-"""Members of a tar archive, copied out by name: nothing else in it reaches the disk."""
+"""Members of a compressed tar archive, copied out by name: nothing else in it reaches the disk."""
 
+import gzip
 import posixpath
 import shutil
 import tarfile
@@ -11,10 +12,10 @@ from fairseq_sparsemixer.errors import UserError
 
 
 def extract_members(archive: Path, members: Dict[str, Path]) -> None:
-    """Copy members of ``archive`` (tar, compressed or not) to files of our own naming.
+    """Copy members of ``archive`` (tar and gzip) to files of our own naming.
 
-    The archive is read once, as a stream. Names in it decide nothing: members are never unpacked
-    to where they say.
+    The archive is read once, as a stream, to its end, so that its checksum is verified. Names in it
+    decide nothing: members are never unpacked to where they say.
 
     Args:
         archive: the file.
@@ -26,32 +27,33 @@ def extract_members(archive: Path, members: Dict[str, Path]) -> None:
     """
     missing = dict(members)
     try:
-        with tarfile.open(archive, mode="r|*") as tar:
-            for member in tar:
-                name = posixpath.normpath(member.name)
-                if name.startswith(("/", "../")) or name == "..":
-                    raise UserError(
-                        f"{archive} holds the member {member.name}, which points out of the "
-                        "folder: this is not the published archive, remove it"
-                    )
-                target = missing.pop(name, None)
-                if target is None:
-                    continue
-                content = tar.extractfile(member) if member.isreg() else None
-                if content is None:
-                    raise UserError(
-                        f"{archive}: {name} is not a file but a link or a folder: this is not the "
-                        "published archive, remove it"
-                    )
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with content, target.open("wb") as file:
-                    shutil.copyfileobj(content, file, 1 << 20)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{archive} is damaged ({error}): remove it and run the command again"
-        ) from error
+        with gzip.open(archive) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    name = posixpath.normpath(member.name)
+                    if name.startswith(("/", "../")) or name == "..":
+                        raise UserError(
+                            f"{archive} is not the published archive: its member {member.name} "
+                            "points out of the folder"
+                        )
+                    target = missing.pop(name, None)
+                    if target is None:
+                        continue
+                    content = tar.extractfile(member) if member.isreg() else None
+                    if content is None:
+                        raise UserError(
+                            f"{archive} is not the published archive: {name} is not a file but a "
+                            "link or a folder"
+                        )
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with content, target.open("wb") as file:
+                        shutil.copyfileobj(content, file, 1 << 20)
+            # tarfile stops at the end of the last member, and at a header that it cannot read.
+            while stream.read(1 << 20):
+                pass
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} is damaged ({error})") from error
     if missing:
         raise UserError(
-            f"{archive} has no member {', '.join(sorted(missing))}: this is not the published "
-            "archive, remove it and run the command again"
+            f"{archive} is not the published archive: it has no member {', '.join(sorted(missing))}"
         )

@@ -209,10 +209,7 @@ def _train_model(
     also applies to text given to fairseq later.
     """
     with scratch_folder(model_path.parent / ".partial") as scratch:
-        with (scratch / "text").open("wb") as file:
-            for text in texts:
-                with text.open("rb") as source:
-                    shutil.copyfileobj(source, file)
+        longest = _join(texts, scratch / "text")
         write_lines(scratch / "rules.tsv", _normalisation_rules())
         options = {
             "input": "text",
@@ -222,7 +219,7 @@ def _train_model(
             "character_coverage": character_coverage,
             "normalization_rule_tsv": "rules.tsv",
             # Longer lines would be left out, and characters that only they have with them.
-            "max_sentence_length": (scratch / "text").stat().st_size,
+            "max_sentence_length": max(longest, 10),  # 10 is the least it takes
             # fairseq has a symbol of this name: no piece may be called the same.
             "pad_id": 3,
             "minloglevel": 2,
@@ -233,6 +230,18 @@ def _train_model(
         except ProgramError as error:
             raise UserError(_training_problem(str(error), vocab_size)) from error
         replace_durably(scratch / "spm.model", model_path)
+
+
+def _join(texts: List[Path], joined: Path) -> int:
+    """Write the lines of all ``texts`` to one file; the bytes of the longest."""
+    longest = 0
+    with joined.open("wb") as file:
+        for text in texts:
+            with text.open("rb") as source:
+                for line in source:
+                    file.write(line)
+                    longest = max(longest, len(line))
+    return longest
 
 
 def _normalisation_rules() -> Iterator[str]:

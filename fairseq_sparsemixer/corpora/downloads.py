@@ -4,7 +4,6 @@ Where nobody publishes a checksum, the one of the first download is recorded (:c
 The record can be kept, shared and given to others, who then get the same bytes or an error.
 """
 
-import contextlib
 import hashlib
 import http.client
 import json
@@ -61,6 +60,8 @@ class Checksums:
 
     def __init__(self, path: Path):
         self.path = path
+        if path.is_dir():
+            raise UserError(f"--checksums {path} is a folder; give it the name of a file")
         self.entries: Dict[str, Dict[str, Any]] = {}
         if path.is_file():
             try:
@@ -106,14 +107,16 @@ def obtain(remote: RemoteFile, folder: Path, checksums: Checksums, mirror: Optio
         partial = folder / f".{remote.name}.partial"
         _download(url, partial)
         problem = _problem(remote, partial, checksums)
+        tag = _tag_path(partial)
         if problem:
             partial.unlink()
+            tag.unlink(missing_ok=True)
             raise UserError(
-                f"{url} is not the file that was expected: {problem}. If the server is to be "
-                f"trusted, remove the entry {remote.name} from {checksums.path}; else name "
-                "another with --mirror"
+                f"{url} is not the file that was expected: {problem}; name another server with "
+                f"--mirror, or, if this file is right, put its SHA-256 into {checksums.path}"
             )
         replace_durably(partial, path)
+        tag.unlink(missing_ok=True)
     else:
         problem = _problem(remote, path, checksums)
         if problem:
@@ -144,13 +147,12 @@ def _download(url: str, partial: Path) -> None:
     """
     say(f"downloading {url}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    tag_path = partial.with_name(f"{partial.name}.tag")
     failures = 0
+    furthest = _size(partial)
     while True:
-        before = _size(partial)
         try:
-            _fetch_rest(url, partial, tag_path)
-            break
+            _fetch_rest(url, partial)
+            return
         except urllib.error.HTTPError as error:
             if error.code < 500:
                 raise UserError(
@@ -160,7 +162,8 @@ def _download(url: str, partial: Path) -> None:
             reason: object = f"{error.code} {error.reason}"
         except _NETWORK_ERRORS as error:
             reason = getattr(error, "reason", error)
-        failures = 0 if _size(partial) > before else failures + 1
+        failures = 0 if _size(partial) > furthest else failures + 1
+        furthest = max(furthest, _size(partial))
         if failures >= ATTEMPTS:
             raise UserError(
                 f"{url} cannot be downloaded ({reason}): check the network and run the command "
@@ -169,22 +172,25 @@ def _download(url: str, partial: Path) -> None:
             )
         say(f"{url}: {reason}; going on at byte {_size(partial)}")
         time.sleep(min(failures, 3))
-    with contextlib.suppress(FileNotFoundError):
-        tag_path.unlink()
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _fetch_rest(url: str, partial: Path, tag_path: Path) -> None:
+def _tag_path(partial: Path) -> Path:
+    """Where the server's tag of the version lies that ``partial`` is of."""
+    return partial.with_name(f"{partial.name}.tag")
+
+
+def _fetch_rest(url: str, partial: Path) -> None:
     """One connection: append what ``partial`` lacks, or begin anew where the server has to."""
     from tqdm import tqdm
 
     have = _size(partial)
-    tag = tag_path.read_text(encoding="utf-8") if tag_path.is_file() else ""
+    tag = _read_tag(partial) if have else ""
     request = urllib.request.Request(url)
-    if have and tag:
+    if tag:
         request.add_header("Range", f"bytes={have}-")
         # Another version of the file comes whole, with status 200.
         request.add_header("If-Range", tag)
@@ -198,22 +204,39 @@ def _fetch_rest(url: str, partial: Path, tag_path: Path) -> None:
         partial.unlink()
         raise ConnectionError("the file has changed on the server") from error
     with response:
+        new_tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         resumed = response.status == 206
+        starts_here = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if resumed and not (starts_here and new_tag in ("", tag)):
+            partial.unlink()
+            raise ConnectionError("the server sent another part, or of another version")
         start = have if resumed else 0
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
-        new_tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        if not resumed:
-            tag_path.write_text(new_tag, encoding="utf-8")
         with (
             partial.open("ab" if resumed else "wb") as file,
             tqdm(
                 total=total, initial=start, unit="B", unit_scale=True, leave=False, disable=None
             ) as bar,
         ):
-            while block := response.read(_BLOCK):
+            if not resumed:
+                _tag_path(partial).write_text(new_tag, encoding="utf-8")
+            while block := _read(response):
                 file.write(block)
                 bar.update(len(block))
     # http.client does not tell a broken connection from the end of the file.
     if total is not None and _size(partial) != total:
         raise ConnectionError(f"the connection broke at byte {_size(partial)} of {total}")
+
+
+def _read_tag(partial: Path) -> str:
+    path = _tag_path(partial)
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _read(response: Any) -> bytes:
+    """The next bytes; every error of the network as a :class:`ConnectionError`."""
+    try:
+        return response.read(_BLOCK)
+    except OSError as error:
+        raise ConnectionError(str(error)) from error

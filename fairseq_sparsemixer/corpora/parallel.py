@@ -1,11 +1,17 @@
 """A function over many lines, on several cores, in order and in little memory."""
 
+import contextlib
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Callable, Deque, Iterable, Iterator, List, Optional, Tuple, TypeVar
+
+from fairseq_sparsemixer.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,6 +36,9 @@ def map_chunks(
         workers: processes; 1 works in this one.
         total: number of items, for the progress bar (shown on a terminal).
         name: what the bar is called.
+
+    Raises:
+        UserError: a worker process was killed.
     """
     from tqdm import tqdm
 
@@ -52,25 +61,58 @@ def _results(
     if workers == 1:
         yield from ((len(chunk), function(chunk)) for chunk in chunks)
         return
-    # A fresh interpreter for each worker: forking a process that has threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt) as pool:
-        pending: Deque[Tuple[int, Future[Result]]] = deque()
-        try:
-            for chunk in chunks:
+    pending: Deque[Tuple[int, Future[Result]]] = deque()
+    with _pool(workers) as pool:
+        for chunk in chunks:
+            with _interruptions_blocked():  # in the workers that this starts, for good
                 pending.append((len(chunk), pool.submit(function, chunk)))
-                # Two for each worker keep all busy.
-                if len(pending) > 2 * workers:
-                    size, future = pending.popleft()
-                    yield size, future.result()
-            while pending:
+            # Two for each worker keep all busy.
+            if len(pending) > 2 * workers:
                 size, future = pending.popleft()
                 yield size, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+        while pending:
+            size, future = pending.popleft()
+            yield size, future.result()
 
 
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal: the parent ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, which end with the block, at once where it is left by an exception."""
+    # A fresh interpreter for each worker: forking a process that has threads can hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        yield pool
+    except BaseException as error:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                "a worker process was ended, perhaps for want of memory: give fewer --workers and "
+                "run the command again"
+            ) from error
+        raise
+    finally:
+        pool.shutdown()
+
+
+@contextlib.contextmanager
+def _interruptions_blocked() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal; this one ends the workers."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _end_with_parent() -> None:
+    """Start a thread that ends this worker when the process that started it is gone."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -20,6 +20,7 @@ Every step is skipped when it is already done: after an interruption run the sam
 
 import argparse
 import dataclasses
+import importlib.metadata
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -34,7 +35,7 @@ from fairseq_sparsemixer.corpora.stages import (
     steps_in,
     write_record,
 )
-from fairseq_sparsemixer.corpora.steps import StepResult, Steps
+from fairseq_sparsemixer.corpora.steps import StepResult, Steps, say
 from fairseq_sparsemixer.corpora.wheels import check_given, obtain_wheel
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
@@ -45,6 +46,8 @@ WMT14_VOCAB_SIZE = 32_000
 WMT14_MERGES = 32_764
 """Merge operations of the reference recipe."""
 PIPELINES = ("sentencepiece", "moses")
+NEWS_COMMENTARY = "v12"
+WMT14_FOLDER = Path("data/wmt14_en_de")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "corpus", nargs="?", choices=["homeassistant", "wmt14"], help="the corpus to build"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder of the corpus"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the corpus (default, for wmt14 only: data/wmt14_en_de, and with "
+        "--pipeline moses data/wmt14_en_de_moses)",
     )
     parser.add_argument(
         "--vocab-size",
@@ -78,28 +85,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline",
         choices=PIPELINES,
-        default="sentencepiece",
         help="raw text in SentencePiece pieces, or Moses tokens in BPE pieces as in the reference "
-        "recipe (default: %(default)s)",
+        f"recipe (default: {PIPELINES[0]})",
     )
     group.add_argument(
         "--merges",
         type=int,
-        default=WMT14_MERGES,
         metavar="N",
-        help="joint BPE merges of --pipeline moses (default: %(default)s)",
+        help=f"joint BPE merges of --pipeline moses (default: {WMT14_MERGES})",
     )
     group.add_argument(
         "--news-commentary",
         choices=sorted(wmt14.NEWS_COMMENTARY),
-        default="v12",
-        help="v12 as in the reference recipe, or v9 of 2014 (default: %(default)s)",
+        help=f"v12 as in the reference recipe, or v9 of 2014 (default: {NEWS_COMMENTARY})",
     )
     group.add_argument(
         "--downloads",
         type=Path,
         metavar="DIR",
-        help="where archives are kept (default: download in the folder of the corpus)",
+        help="where archives are kept (default: data/wmt14_en_de/download, or with --output "
+        "download in that folder)",
     )
     group.add_argument(
         "--checksums",
@@ -118,9 +123,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Build the corpus that the flags ask for, and print a summary."""
+    for flag, value in (("--vocab-size", args.vocab_size), ("--merges", args.merges)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value} makes no vocabulary; give 1 or more")
     if args.corpus == "wmt14":
-        record = _run_wmt14(args)
-    elif args.raw_dir is None:
+        print(summary(_run_wmt14(args)))
+        return
+    _refuse(args, _WMT14_FLAGS, "go with the corpus wmt14 only")
+    if args.output is None:
+        raise UserError("say where to with --output DIR")
+    if args.raw_dir is None:
         if args.corpus is None:
             raise UserError(
                 "say what to prepare: the name of a corpus (homeassistant, wmt14) or --raw-dir"
@@ -143,23 +155,50 @@ def run(args: argparse.Namespace) -> None:
     print(summary(record))
 
 
+_DOWNLOAD_FLAGS = ("news_commentary", "downloads", "checksums", "mirror")
+_WMT14_FLAGS = ("pipeline", "merges", *_DOWNLOAD_FLAGS, "workers")
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raise a :class:`UserError` where a flag is given that would have no effect."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: such flags {why}; leave it out")
+
+
 def _run_wmt14(args: argparse.Namespace) -> Dict[str, Any]:
-    if args.wheel is not None:
-        raise UserError("--wheel belongs to the corpus homeassistant: leave it out")
+    _refuse(args, ["wheel"], "go with the corpus homeassistant only")
+    if args.raw_dir is not None:
+        _refuse(args, _DOWNLOAD_FLAGS, "belong to the archives, which --raw-dir replaces")
     if (args.source_lang, args.target_lang) != wmt14.LANGUAGES:
         raise UserError("wmt14 is English-German: leave out --source-lang and --target-lang")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers} does nothing; give 1 or more")
-    if args.pipeline == "moses" and args.vocab_size is not None:
-        raise UserError("--pipeline moses has no --vocab-size: give --merges")
+    if args.mirror is not None and not args.mirror.startswith(("http://", "https://")):
+        raise UserError(f"--mirror {args.mirror} is no address; give http://... or https://...")
+    if args.downloads is not None and args.downloads.exists() and not args.downloads.is_dir():
+        raise UserError(f"--downloads {args.downloads} is not a folder")
+    if args.checksums is not None and not args.checksums.exists():
+        say(f"{args.checksums} is not there yet: checksums will be recorded in it, not verified")
+    pipeline = args.pipeline or PIPELINES[0]
+    output, downloads = args.output, args.downloads
+    if pipeline == "moses":
+        _refuse(args, ["vocab_size"], "belong to --pipeline sentencepiece (moses has --merges)")
+    else:
+        _refuse(args, ["merges"], "belong to --pipeline moses")
+    if output is None:
+        output = WMT14_FOLDER
+        downloads = downloads or WMT14_FOLDER / "download"
+        if pipeline == "moses":
+            output = output.with_name(f"{output.name}_moses")
     return prepare_wmt14(
-        args.output,
-        pipeline=args.pipeline,
+        output,
+        pipeline=pipeline,
         vocab_size=args.vocab_size or WMT14_VOCAB_SIZE,
-        merges=args.merges,
-        news_commentary=args.news_commentary,
+        merges=args.merges or WMT14_MERGES,
+        news_commentary=args.news_commentary or NEWS_COMMENTARY,
         raw_dir=args.raw_dir,
-        downloads=args.downloads,
+        downloads=downloads,
         checksums=args.checksums,
         mirror=args.mirror,
         workers=args.workers,
@@ -284,7 +323,7 @@ def prepare_wmt14(
     pipeline: str = "sentencepiece",
     vocab_size: int = WMT14_VOCAB_SIZE,
     merges: int = WMT14_MERGES,
-    news_commentary: str = "v12",
+    news_commentary: str = NEWS_COMMENTARY,
     raw_dir: Optional[Path] = None,
     downloads: Optional[Path] = None,
     checksums: Optional[Path] = None,
@@ -316,6 +355,7 @@ def prepare_wmt14(
         # Missing packages are told before an hour of downloading.
         moses.tokenise("", languages[0])
         bpe.check_installed()
+    _check_wmt14_folder(output, pipeline, raw_dir)
     with steps_in(output, WMT14_MEGABYTES) as steps:
         raw = _wmt14_text(steps, news_commentary, raw_dir, downloads, checksums, mirror)
         made_with = {"version": __version__}
@@ -324,6 +364,7 @@ def prepare_wmt14(
                 "tokenise", made_with, raw_paths, lambda: wmt14.tokenise(output, workers)
             )
             cut = moses_steps(steps, languages, merges, workers)
+            cut["versions"]["sacremoses"] = importlib.metadata.version("sacremoses")
         else:
             texts = [
                 wmt14.clean_path(output, split, name) for split in SPLITS for name in languages
@@ -358,6 +399,20 @@ def prepare_wmt14(
         return write_record(steps, languages, record, cut)
 
 
+def _check_wmt14_folder(output: Path, pipeline: str, raw_dir: Optional[Path]) -> None:
+    """Refuse a folder that holds the work of the other pipeline, or of another text."""
+    (other,) = set(PIPELINES) - {pipeline}
+    marks = {"sentencepiece": "clean", "moses": "tokenise"}
+    if (output / ".steps" / f"{marks[other]}.json").exists():
+        raise UserError(
+            f"{output} was made by --pipeline {other}: name another folder with --output"
+        )
+    for name, made_otherwise in (("extract", raw_dir is not None), ("copy-text", raw_dir is None)):
+        if made_otherwise and (output / ".steps" / f"{name}.json").exists():
+            of = "the archives" if raw_dir is not None else "--raw-dir"
+            raise UserError(f"{output} was made from {of}: name another folder with --output")
+
+
 WMT14_MEGABYTES = 10_000
 """Of disk for one pipeline, archives included; see docs/wmt14.md."""
 WMT14_COVERAGE = 0.9999
@@ -378,7 +433,7 @@ def _wmt14_text(
         own = raw_dir
         _check_raw_dir(own, folder, wmt14.LANGUAGES)
         settings = {"version": __version__, "sha256": _checksums_of(own, wmt14.LANGUAGES)}
-        return steps.run("extract", settings, [], lambda: wmt14.copy_text(folder, own))
+        return steps.run("copy-text", settings, [], lambda: wmt14.copy_text(folder, own))
     downloads = downloads or folder / "download"
     record = Checksums(checksums or downloads / "checksums.json")
     settings = {"version": __version__, "news_commentary": news_commentary}
@@ -534,7 +589,7 @@ def summary(record: Dict[str, Any]) -> str:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts["dropped"].items())
             lines.append(f"{name}: dropped {reasons or 'nothing'}")
         lines.append(
-            f"{record['raw']['held_out_sources']:,} training sources are also in the validation or "
-            "test text, and stay"
+            f"{record['raw']['held_out_sources']:,} sources of the raw training text are also in "
+            "the validation or test text; none was dropped for that"
         )
     return "\n".join(lines)

@@ -1,8 +1,9 @@
 """Steps of a long job that can be interrupted and resumed.
 
 A step is finished when its record is there, was made with the same settings from the same inputs,
-and every output still has the size and checksum noted in it. The record is written last and
-removed before the step is redone, so that an interrupted step is never taken for a finished one.
+and every output still has the size and checksum noted in it. The record is written last, and before
+the step is redone it is cut down to the old outputs, so that an interrupted step is never taken for
+a finished one, and what it made under other settings is removed when it is done.
 """
 
 import contextlib
@@ -56,9 +57,11 @@ class Steps:
 
         say(f"{name} ...")
         start = time.monotonic()
-        for path in (self._seal, record_path):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            self._seal.unlink()
+        if record:
+            # What the step made before stays known, though it is killed now.
+            write_json(record_path, {"outputs": record["outputs"]})
         outputs, result = build()
         new_record = {
             "made_from": made_from,

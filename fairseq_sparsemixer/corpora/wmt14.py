@@ -11,7 +11,19 @@ import itertools
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 
 from fairseq_sparsemixer.corpora import moses
 from fairseq_sparsemixer.corpora.archives import extract_members
@@ -26,6 +38,7 @@ from fairseq_sparsemixer.files import (
     atomic_path,
     decode_line,
     iterate_lines,
+    report_full_disk,
     scratch_folder,
     write_lines,
 )
@@ -34,6 +47,7 @@ LANGUAGES = ("en", "de")
 TEST_SET = "wmt14/full"
 """sacreBLEU's name of the test set."""
 
+DOWNLOAD_MEGABYTES = 2_000
 MAX_TOKENS = 80
 MAX_LENGTH_RATIO = 9.0
 """Of the longer side to the shorter, in tokens: what clean-corpus-n.perl of Moses uses."""
@@ -47,6 +61,8 @@ LIMITS = Limits(
 )
 
 Lines = Tuple[str, str]
+Text = Tuple[Path, Path]
+"""Two files, whose lines correspond."""
 
 
 class Archive(NamedTuple):
@@ -125,12 +141,13 @@ def extract(
     """
     sources = archives(news_commentary)
     with scratch_folder(folder / ".raw.partial") as scratch:
-        texts = [_unpack(archive, downloads, checksums, mirror, scratch) for archive in sources]
-        for split, text in (("valid", texts[-2]), ("test", texts[-1])):
-            write_parallel([text], _raw_paths(folder, split))
-        held_out = _held_out_sources(folder)
-        pairs, dropped, also_held_out = write_parallel(
-            texts[:-2], _raw_paths(folder, "train"), held_out
+        # The small archives of validation and test come first: what is wrong shows early.
+        texts = {
+            archive: _unpack(archive, downloads, checksums, mirror, scratch)
+            for archive in reversed(sources)
+        }
+        pairs, dropped, also_held_out = _write_raw(
+            folder, [texts[archive] for archive in sources[:-2]], texts[VALID], texts[TEST]
         )
     test_path = downloads / TEST.remote.name
     published = TEST.remote.md5
@@ -156,10 +173,8 @@ def copy_text(folder: Path, raw_dir: Path) -> StepResult:
         split: (raw_dir / f"{split}.{LANGUAGES[0]}", raw_dir / f"{split}.{LANGUAGES[1]}")
         for split in SPLITS
     }
-    for split in ("valid", "test"):
-        write_parallel([texts[split]], _raw_paths(folder, split))
-    pairs, dropped, also_held_out = write_parallel(
-        [texts["train"]], _raw_paths(folder, "train"), _held_out_sources(folder)
+    pairs, dropped, also_held_out = _write_raw(
+        folder, [texts["train"]], texts["valid"], texts["test"]
     )
     return _all_raw_paths(folder), {
         "pairs": {"train": pairs[0]},
@@ -167,6 +182,21 @@ def copy_text(folder: Path, raw_dir: Path) -> StepResult:
         "held_out_sources": also_held_out,
         "test": None,
     }
+
+
+def _write_raw(
+    folder: Path, train: Sequence[Text], valid: Text, test: Text
+) -> Tuple[List[int], Dict[str, int], int]:
+    """Write ``raw/``; what :func:`write_parallel` says of the training text."""
+    for split, text in (("valid", valid), ("test", test)):
+        # A line of these that cannot be read is an error: what is scored is never shortened.
+        write_parallel([text], _raw_paths(folder, split))
+    held_out = {
+        normalise(line)
+        for split in ("valid", "test")
+        for line in iterate_lines(raw_path(folder, split, LANGUAGES[0]))
+    }
+    return write_parallel(train, _raw_paths(folder, "train"), held_out - {""})
 
 
 def _raw_paths(folder: Path, split: str) -> Tuple[Path, Path]:
@@ -178,14 +208,6 @@ def _all_raw_paths(folder: Path) -> List[Path]:
     return [path for split in SPLITS for path in _raw_paths(folder, split)]
 
 
-def _held_out_sources(folder: Path) -> Set[str]:
-    return {
-        normalise(line)
-        for split in ("valid", "test")
-        for line in iterate_lines(raw_path(folder, split, LANGUAGES[0]))
-    }
-
-
 def _unpack(
     archive: Archive,
     downloads: Path,
@@ -194,7 +216,9 @@ def _unpack(
     scratch: Path,
 ) -> Tuple[Path, Path]:
     """The text of an archive in both languages, as files in ``scratch``."""
-    path = obtain(archive.remote, downloads, checksums, mirror)
+    was_there = (downloads / archive.remote.name).exists()
+    with report_full_disk(downloads, DOWNLOAD_MEGABYTES, "--downloads"):
+        path = obtain(archive.remote, downloads, checksums, mirror)
     if archive is TEST:
         members = {
             TEST.member.format(side): scratch / f"newstest2014.{language}.sgm"
@@ -204,11 +228,14 @@ def _unpack(
         members = archive.members(scratch)
     try:
         extract_members(path, members)
-    except UserError:
-        if checksums.expected(path.name) is None:
-            # Never recorded: the next start downloads it again.
-            path.unlink()
-        raise
+    except UserError as error:
+        if was_there:
+            raise UserError(f"{error}; remove it and run the command again") from error
+        path.unlink()
+        raise UserError(
+            f"{error}; it was removed: run the command again to download it anew, or name another "
+            "server with --mirror"
+        ) from error
     checksums.record(archive.remote, path)
     source, target = members.values()
     if archive is TEST:
@@ -230,23 +257,25 @@ def _plain_text(sgm: Path) -> Path:
 
 
 def write_parallel(
-    texts: Sequence[Tuple[Path, Path]],
+    texts: Sequence[Text],
     targets: Tuple[Path, Path],
     held_out: Optional[Set[str]] = None,
 ) -> Tuple[List[int], Dict[str, int], int]:
-    """Join parallel texts; lines that are not UTF-8 are left out with their translations.
+    """Join parallel texts.
 
     Args:
         texts: for each text its two files.
         targets: the files to write, whole or not at all.
-        held_out: normalised source lines of validation and test.
+        held_out: normalised source lines of validation and test, where ``texts`` are for training:
+            lines of these that are not UTF-8 are left out with their translations.
 
     Returns:
         Pairs written of each text, pairs dropped by reason, and how many sources of those written
         are in ``held_out``.
 
     Raises:
-        UserError: the two files of a text have different numbers of lines.
+        UserError: the two files of a text have different numbers of lines, or hold no text; or a
+            line is not UTF-8 and ``held_out`` is None.
     """
     from tqdm import tqdm
 
@@ -258,12 +287,16 @@ def write_parallel(
             written = 0
             name = text[0].name
             for pair in tqdm(_pairs(text), desc=name, unit=" lines", leave=False, disable=None):
-                if pair is None:
+                if isinstance(pair, UserError):
+                    if held_out is None:
+                        raise pair
                     dropped["not_utf8"] += 1
                     continue
                 write(pair)
                 written += 1
                 also_held_out += held_out is not None and normalise(pair[0]) in held_out
+            if not written:
+                raise UserError(f"{text[0]} and {text[1]} hold no text")
             pairs.append(written)
     return pairs, dict(dropped), also_held_out
 
@@ -287,8 +320,8 @@ def _pair_writer(targets: Tuple[Path, Path]) -> Iterator[Callable[[Lines], None]
             yield write
 
 
-def _pairs(text: Tuple[Path, Path]) -> Iterator[Optional[Lines]]:
-    """Yield the pairs of two files, None for one that is not UTF-8."""
+def _pairs(text: Text) -> Iterator[Union[Lines, UserError]]:
+    """Yield the pairs of two files; for one that is not UTF-8 the error that says where."""
     with text[0].open("rb") as sources, text[1].open("rb") as targets:
         for number, (source, target) in enumerate(itertools.zip_longest(sources, targets), 1):
             if source is None or target is None:
@@ -297,14 +330,12 @@ def _pairs(text: Tuple[Path, Path]) -> Iterator[Optional[Lines]]:
                     f"{count_lines(text[1])}: line N of one must translate line N of the other"
                 )
             try:
-                pair = (
-                    decode_line(source, text[0].name, number),
-                    decode_line(target, text[1].name, number),
+                yield (
+                    decode_line(source, str(text[0]), number),
+                    decode_line(target, str(text[1]), number),
                 )
-            except UserError:
-                yield None
-            else:
-                yield pair
+            except UserError as error:
+                yield error
 
 
 Filtered = Tuple[List[Lines], Counter]
@@ -425,5 +456,7 @@ def _filter(
             total.update(dropped)
             for pair in kept:
                 write(pair)
-    dropped_by_reason = dict(sorted(total.items()))
-    return {"pairs": lines - sum(total.values()), "dropped": dropped_by_reason}
+    pairs_kept = lines - sum(total.values())
+    if not pairs_kept:
+        raise UserError(f"cleaning leaves nothing of {paths[0]} and {paths[1]}: {dict(total)}")
+    return {"pairs": pairs_kept, "dropped": dict(sorted(total.items()))}

@@ -123,7 +123,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Plan the run; print the plan, or start it."""
     from fairseq_sparsemixer.evaluation.options import quiet_libraries
-    from fairseq_sparsemixer.training.process import interrupted_by_sigterm
 
     quiet_libraries()
     logging.getLogger("hydra").setLevel(logging.WARNING)
@@ -134,11 +133,10 @@ def run(args: argparse.Namespace) -> None:
         print(format_plan(plan))
         return
     _check_data(plan)
-    with interrupted_by_sigterm():
-        if plan.machine.rank == 0:
-            _train(plan)
-        else:
-            _help_to_train(plan)
+    if plan.machine.rank == 0:
+        _train(plan)
+    else:
+        _help_to_train(plan)
 
 
 # What to do
