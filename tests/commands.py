@@ -65,6 +65,10 @@ def flags(settings):
     return words
 
 
+# What is started in the background ignores SIGINT, and so does what it starts: also these tests.
+HEAR_INTERRUPTIONS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 def start(module, *arguments, prelude=None, cwd=None):
     """Start ``python -m MODULE``, after the statements of ``prelude`` if there are any."""
     how = ["-m", module]

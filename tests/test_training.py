@@ -505,7 +505,9 @@ def interrupted(corpus, tmp_path_factory):
     """A run that was ended by SIGTERM after its first checkpoints; returns its ``runs``."""
     runs = tmp_path_factory.mktemp("interrupted")
     folder = runs / "switch-2-seed1"
-    started = commands.start("fairseq_sparsemixer.cli", *command(corpus, runs))
+    started = commands.start(
+        "fairseq_sparsemixer.cli", *command(corpus, runs), prelude=commands.HEAR_INTERRUPTIONS
+    )
     deadline = time.monotonic() + commands.TIMEOUT_SECONDS
     while not list(folder.glob("checkpoint_*_8.pt")):
         assert started.poll() is None and time.monotonic() < deadline

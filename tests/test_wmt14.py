@@ -14,6 +14,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import statmt
 
@@ -531,8 +532,9 @@ def test_what_a_killed_step_made_before_is_still_removed(tmp_path):
     assert new.exists() and not old.exists()
 
 
-SLEEPER = """
+SLEEPER = f"""
 import sys, time
+{commands.HEAR_INTERRUPTIONS}
 from fairseq_sparsemixer.corpora import parallel
 
 def slow(chunk):
