@@ -18,8 +18,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, write_json
 from fairseq_sparsemixer.training.arms import DENSE, Arm, build_arm
 from fairseq_sparsemixer.training.logs import by_layer, read_log
-from fairseq_sparsemixer.training.process import STOP_SECONDS, copy_model_files, run_with_progress
-from fairseq_sparsemixer.training.process import progress as _progress
+from fairseq_sparsemixer.training.process import copy_model_files, run_with_progress
 
 HELP = "train, translate and score a small model on real text, in minutes on a CPU"
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -139,9 +138,7 @@ def _train(arm: Arm, folder: Path, configs: Path, args: argparse.Namespace) -> N
     ]
     started = time.monotonic()
     try:
-        run_with_progress(
-            command, folder / "train.log", describe=_progress, stop_seconds=STOP_SECONDS
-        )
+        run_with_progress(command, folder / "train.log")
         finished = True
     except BaseException:
         finished = False

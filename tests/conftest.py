@@ -5,6 +5,7 @@ import shutil
 import commands
 import pytest
 import small_run
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,15 @@ def shared(tmp_path_factory, request):
     if hasattr(request.config, "workerinput"):
         root = root.parent  # that of the session; each worker has a folder in it
     return commands.Shared(root / "shared")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def no_binary(monkeypatch):
     """Leave out fairseq-preprocess, which takes seconds to start; counts its calls."""
     calls = []
 
-    def build_binary(folder, languages):
+    def build_binary(folder, languages, workers):
         calls.append(folder)
         files.write_lines(folder / "bin" / "stub", ["binary"])
         return [folder / "bin" / "stub"], {}

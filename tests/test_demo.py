@@ -11,6 +11,7 @@ from fairseq_sparsemixer.corpora import prepare
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models import SwitchTransformerModel
 from fairseq_sparsemixer.moe import ROUTERS
+from fairseq_sparsemixer.training import process
 
 TINY = [
     "+model.encoder_embed_dim=16",
@@ -58,8 +59,8 @@ def test_demo_goes_on_where_it_stopped_and_does_nothing_twice(corpus, tmp_path, 
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(demo, "_progress", interrupt)
-            patch.setattr(demo, "STOP_SECONDS", 1)
+            patch.setattr(process, "progress", interrupt)
+            patch.setattr(process, "STOP_SECONDS", 1)
             run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -137,7 +138,7 @@ def test_progress_lines():
         '[2026-01-01 00:00:00,000][train_inner][INFO] - {"epoch": 1, "loss": "7.5", '
         '"balance_loss": "1.04", "min_expert_share": "0.21", "wps": "900", "num_updates": "25"}'
     )
-    assert demo._progress(line) == (
+    assert process.progress(line) == (
         "update 25  train loss 7.50  balance 1.04  smallest share of an expert 21 %  900 words/s"
     )
-    assert demo._progress("[x][fairseq_cli.train][INFO] - nothing") == ""
+    assert process.progress("[x][fairseq_cli.train][INFO] - nothing") == ""

@@ -16,13 +16,7 @@ from fairseq_sparsemixer.laboratory.estimators import (
 )
 from fairseq_sparsemixer.laboratory.measures import measure
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quadratic(h_MD, row_M):

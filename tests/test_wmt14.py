@@ -38,7 +38,7 @@ def server(monkeypatch):
 def quick(server, monkeypatch):
     """The server, where fairseq-preprocess (seconds each time) is left out."""
 
-    def build_binary(folder, *_):
+    def build_binary(folder, *_, **__):
         (folder / "bin").mkdir(exist_ok=True)
         (folder / "bin" / "made").write_text("")
         return [folder / "bin" / "made"], {}

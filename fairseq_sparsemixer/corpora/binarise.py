@@ -78,6 +78,11 @@ TextPath = Callable[[Path, str, str], Path]
 """Where the text of a split and language lies in a corpus' folder, such as :func:`raw_path`."""
 
 
+def paths_of(text_path: TextPath, folder: Path, languages: Languages) -> List[Path]:
+    """The files of every split in both languages."""
+    return [text_path(folder, split, language) for split in SPLITS for language in languages]
+
+
 def build_pieces(
     folder: Path,
     languages: Languages,

@@ -127,6 +127,11 @@ def obtain(remote: RemoteFile, folder: Path, checksums: Checksums, mirror: Optio
     return path
 
 
+def md5_of(path: Path) -> str:
+    """MD5 of a small file's bytes, in hexadecimal."""
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
 def _problem(remote: RemoteFile, path: Path, checksums: Checksums) -> str:
     """What is wrong with the bytes of ``path``; empty where nothing is known to be."""
     recorded = checksums.expected(remote.name)
@@ -135,7 +140,7 @@ def _problem(remote: RemoteFile, path: Path, checksums: Checksums) -> str:
         wrong = found != recorded
         return f"its SHA-256 is {found} and {checksums.path} has {recorded}" if wrong else ""
     if remote.md5 is not None:
-        found = hashlib.md5(path.read_bytes()).hexdigest()
+        found = md5_of(path)
         return f"its MD5 is {found} and sacreBLEU has {remote.md5}" if found != remote.md5 else ""
     return ""
 

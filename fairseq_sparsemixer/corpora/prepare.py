@@ -26,7 +26,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.corpora import bpe, homeassistant, moses, splitting, wmt14
-from fairseq_sparsemixer.corpora.binarise import SPLITS, Languages, raw_path
+from fairseq_sparsemixer.corpora.binarise import SPLITS, Languages, paths_of, raw_path
 from fairseq_sparsemixer.corpora.cleaning import Pair, clean
 from fairseq_sparsemixer.corpora.downloads import Checksums
 from fairseq_sparsemixer.corpora.stages import (
@@ -304,8 +304,8 @@ def prepare_raw_text(
         return [copy_path], {"copy_score": _describe(scores), "versions": _split_versions()}
 
     with steps_in(output, megabytes) as steps:
-        raw_paths = [raw_path(output, split, name) for split in SPLITS for name in languages]
-        checksums = _checksums_of(raw_dir, languages)
+        raw_paths = paths_of(raw_path, output, languages)
+        checksums = {name: sha256_of(raw_dir / name) for name in names}
         settings = {"version": __version__, "sha256": checksums}
         steps.run("copy-text", settings, [], copy_text)
         scored = steps.run("copy-score", {"version": __version__}, raw_paths, score)
@@ -350,7 +350,7 @@ def prepare_wmt14(
             package of the pipeline ``moses`` is missing.
     """
     languages = wmt14.LANGUAGES
-    raw_paths = [raw_path(output, split, name) for split in SPLITS for name in languages]
+    raw_paths = paths_of(raw_path, output, languages)
     if pipeline == "moses":
         # Missing packages are told before an hour of downloading.
         moses.tokenise("", languages[0])
@@ -366,9 +366,6 @@ def prepare_wmt14(
             cut = moses_steps(steps, languages, merges, workers)
             cut["versions"]["sacremoses"] = importlib.metadata.version("sacremoses")
         else:
-            texts = [
-                wmt14.clean_path(output, split, name) for split in SPLITS for name in languages
-            ]
             cleaning = steps.run(
                 "clean", made_with, raw_paths[:2], lambda: wmt14.clean_text(output, workers)
             )
@@ -376,10 +373,9 @@ def prepare_wmt14(
                 steps,
                 languages,
                 vocab_size,
-                texts,
-                text_path=wmt14.clean_path,
-                character_coverage=WMT14_COVERAGE,
-                workers=workers,
+                wmt14.clean_path,
+                WMT14_COVERAGE,
+                workers,
             )
         own_text = {"folder": str(raw_dir)}
         record = {
@@ -407,10 +403,11 @@ def _check_wmt14_folder(output: Path, pipeline: str, raw_dir: Optional[Path]) ->
         raise UserError(
             f"{output} was made by --pipeline {other}: name another folder with --output"
         )
-    for name, made_otherwise in (("extract", raw_dir is not None), ("copy-text", raw_dir is None)):
-        if made_otherwise and (output / ".steps" / f"{name}.json").exists():
-            of = "the archives" if raw_dir is not None else "--raw-dir"
-            raise UserError(f"{output} was made from {of}: name another folder with --output")
+    other_step, text = (
+        ("copy-text", "--raw-dir") if raw_dir is None else ("extract", "the archives")
+    )
+    if (output / ".steps" / f"{other_step}.json").exists():
+        raise UserError(f"{output} was made from {text}: name another folder with --output")
 
 
 WMT14_MEGABYTES = 10_000
@@ -431,8 +428,9 @@ def _wmt14_text(
     folder = steps.folder
     if raw_dir is not None:
         own = raw_dir
-        _check_raw_dir(own, folder, wmt14.LANGUAGES)
-        settings = {"version": __version__, "sha256": _checksums_of(own, wmt14.LANGUAGES)}
+        names = _check_raw_dir(own, folder, wmt14.LANGUAGES)
+        checksums_of_text = {name: sha256_of(own / name) for name in names}
+        settings = {"version": __version__, "sha256": checksums_of_text}
         return steps.run("copy-text", settings, [], lambda: wmt14.copy_text(folder, own))
     downloads = downloads or folder / "download"
     record = Checksums(checksums or downloads / "checksums.json")
@@ -461,11 +459,6 @@ def _check_raw_dir(raw_dir: Path, output: Path, languages: Languages) -> List[st
         if not (raw_dir / name).is_file():
             raise UserError(f"--raw-dir {raw_dir}: there is no file {name}")
     return names
-
-
-def _checksums_of(raw_dir: Path, languages: Languages) -> Dict[str, str]:
-    names = [f"{split}.{language}" for split in SPLITS for language in languages]
-    return {name: sha256_of(raw_dir / name) for name in names}
 
 
 def _split_step(
@@ -555,8 +548,7 @@ def _finish(
     scored: Dict[str, Any],
 ) -> Dict[str, Any]:
     """From ``raw/`` to ``bin/`` and ``record.json``."""
-    texts = [raw_path(steps.folder, split, name) for split in SPLITS for name in languages]
-    cut = sentencepiece_steps(steps, languages, vocab_size, texts)
+    cut = sentencepiece_steps(steps, languages, vocab_size)
     cut["versions"] = {**scored["versions"], **cut["versions"]}
     return write_record(steps, languages, {**record, "copy_score": scored["copy_score"]}, cut)
 

@@ -1,12 +1,19 @@
 """The stages that corpora share: a folder of resumable steps, and from text to ``bin/``."""
 
 import contextlib
+import functools
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.corpora import binarise, bpe
-from fairseq_sparsemixer.corpora.binarise import SPLITS, Languages
+from fairseq_sparsemixer.corpora.binarise import (
+    Languages,
+    TextPath,
+    paths_of,
+    piece_path,
+    raw_path,
+)
 from fairseq_sparsemixer.corpora.steps import Steps
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import report_full_disk, write_json
@@ -29,20 +36,30 @@ def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
 
 
 def sentencepiece_steps(
-    steps: Steps, languages: Languages, vocab_size: int, texts: List[Path], **options: Any
+    steps: Steps,
+    languages: Languages,
+    vocab_size: int,
+    text_path: TextPath = raw_path,
+    character_coverage: float = 1.0,
+    workers: Optional[int] = None,
 ) -> Dict[str, Any]:
-    """From text to ``spm/`` and ``bin/``; ``options`` are those of ``build_pieces``."""
+    """From text to ``spm/`` and ``bin/``; the arguments are those of ``binarise.build_pieces``."""
     folder = steps.folder
-    made_with = {"version": __version__, "languages": list(languages)}
     cut = steps.run(
         "sentencepiece",
-        {**made_with, "vocab_size": vocab_size},
-        texts,
-        lambda: binarise.build_pieces(folder, languages, vocab_size, **options),
+        {**_made_with(languages), "vocab_size": vocab_size},
+        paths_of(text_path, folder, languages),
+        lambda: binarise.build_pieces(
+            folder, languages, vocab_size, text_path, character_coverage, workers
+        ),
     )
-    encoded = [binarise.piece_path(folder, split, name) for split in SPLITS for name in languages]
-    encoded += [folder / "spm" / "spm.model", folder / "spm" / "dict.txt"]
-    steps.run("binarise", made_with, encoded, lambda: binarise.build_binary(folder, languages))
+    model_and_dictionary = [folder / "spm" / "spm.model", folder / "spm" / "dict.txt"]
+    steps.run(
+        "binarise",
+        _made_with(languages),
+        [*paths_of(piece_path, folder, languages), *model_and_dictionary],
+        lambda: binarise.build_binary(folder, languages, workers=workers),
+    )
     return cut
 
 
@@ -51,24 +68,24 @@ def moses_steps(
 ) -> Dict[str, Any]:
     """From ``tokens/`` to ``bpe/`` and ``bin/``."""
     folder = steps.folder
-    made_with = {"version": __version__, "languages": list(languages)}
-    tokens = [bpe.token_path(folder, split, name) for split in SPLITS for name in languages]
+    bpe_path = functools.partial(piece_path, pieces="bpe")
     cut = steps.run(
         "bpe",
-        {**made_with, "merges": merges},
-        tokens,
+        {**_made_with(languages), "merges": merges},
+        paths_of(bpe.token_path, folder, languages),
         lambda: bpe.build_pieces(folder, languages, merges, workers),
     )
-    encoded = [
-        binarise.piece_path(folder, split, name, "bpe") for split in SPLITS for name in languages
-    ]
     steps.run(
         "binarise",
-        made_with,
-        [*encoded, folder / "bpe" / "codes"],
+        _made_with(languages),
+        [*paths_of(bpe_path, folder, languages), folder / "bpe" / "codes"],
         lambda: binarise.build_binary(folder, languages, "bpe", ("codes", bpe.CODES_NAME), workers),
     )
     return cut
+
+
+def _made_with(languages: Languages) -> Dict[str, Any]:
+    return {"version": __version__, "languages": list(languages)}
 
 
 def write_record(

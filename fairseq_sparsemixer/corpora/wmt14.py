@@ -6,7 +6,6 @@ newstest2014 of 3003 sentences, which sacreBLEU calls ``wmt14/full``.
 """
 
 import contextlib
-import hashlib
 import itertools
 import re
 from collections import Counter
@@ -27,10 +26,16 @@ from typing import (
 
 from fairseq_sparsemixer.corpora import moses
 from fairseq_sparsemixer.corpora.archives import extract_members
-from fairseq_sparsemixer.corpora.binarise import SPLITS, count_lines, raw_path, useful_workers
+from fairseq_sparsemixer.corpora.binarise import (
+    SPLITS,
+    count_lines,
+    paths_of,
+    raw_path,
+    useful_workers,
+)
 from fairseq_sparsemixer.corpora.bpe import token_path
 from fairseq_sparsemixer.corpora.cleaning import Limits, drop_reason, normalise
-from fairseq_sparsemixer.corpora.downloads import Checksums, RemoteFile, obtain
+from fairseq_sparsemixer.corpora.downloads import Checksums, RemoteFile, md5_of, obtain
 from fairseq_sparsemixer.corpora.parallel import map_chunks
 from fairseq_sparsemixer.corpora.steps import StepResult
 from fairseq_sparsemixer.errors import UserError
@@ -149,10 +154,8 @@ def extract(
         pairs, dropped, also_held_out = _write_raw(
             folder, [texts[archive] for archive in sources[:-2]], texts[VALID], texts[TEST]
         )
-    test_path = downloads / TEST.remote.name
-    published = TEST.remote.md5
-    is_published = hashlib.md5(test_path.read_bytes()).hexdigest() == published
-    return _all_raw_paths(folder), {
+    is_published = md5_of(downloads / TEST.remote.name) == TEST.remote.md5
+    return paths_of(raw_path, folder, LANGUAGES), {
         "archives": {
             archive.remote.name: checksums.entries[archive.remote.name] for archive in sources
         },
@@ -176,7 +179,7 @@ def copy_text(folder: Path, raw_dir: Path) -> StepResult:
     pairs, dropped, also_held_out = _write_raw(
         folder, [texts["train"]], texts["valid"], texts["test"]
     )
-    return _all_raw_paths(folder), {
+    return paths_of(raw_path, folder, LANGUAGES), {
         "pairs": {"train": pairs[0]},
         "dropped": dropped,
         "held_out_sources": also_held_out,
@@ -202,10 +205,6 @@ def _write_raw(
 def _raw_paths(folder: Path, split: str) -> Tuple[Path, Path]:
     source, target = (raw_path(folder, split, language) for language in LANGUAGES)
     return source, target
-
-
-def _all_raw_paths(folder: Path) -> List[Path]:
-    return [path for split in SPLITS for path in _raw_paths(folder, split)]
 
 
 def _unpack(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from fairseq_sparsemixer.corpora import moses
+from fairseq_sparsemixer.corpora.stages import RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import (
@@ -235,11 +236,8 @@ def official_name(test_set: TestSet, translator: "Translator") -> Optional[Dict[
     """
     if test_set.corpus is None or test_set.name != "test":
         return None
-    record = test_set.corpus / "record.json"
-    if not record.is_file():
-        return None
     # Null where the archive was not the published one.
-    test = json.loads(record.read_text(encoding="utf-8")).get("test")
+    test = _read_record(test_set.corpus).get("test")
     if not test:
         return None
     langpair = f"{translator.source_lang}-{translator.target_lang}"
@@ -398,14 +396,18 @@ def copy_score(
     if copied.is_file():
         scores = scoring.score(read_lines(copied), references, official)
         return {"source": str(copied), "scores": scores}
-    record = test_set.corpus / "record.json"
-    if record.is_file():
-        recorded = json.loads(record.read_text(encoding="utf-8")).get("copy_score", {})
-        if test_set.name in recorded:
-            bleu, signature = (recorded[test_set.name][key] for key in ("bleu", "signature"))
-            scores = {"bleu": {"score": bleu, "signature": signature}}
-            return {"source": str(record), "scores": scores}
+    recorded = _read_record(test_set.corpus).get("copy_score", {})
+    if test_set.name in recorded:
+        bleu, signature = (recorded[test_set.name][key] for key in ("bleu", "signature"))
+        scores = {"bleu": {"score": bleu, "signature": signature}}
+        return {"source": str(test_set.corpus / RECORD), "scores": scores}
     return None
+
+
+def _read_record(corpus: Path) -> Dict[str, Any]:
+    """What ``prepare`` says of a corpus; empty where it says nothing."""
+    path = corpus / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def describe_checkpoints(translator: "Translator") -> List[Dict[str, Any]]:

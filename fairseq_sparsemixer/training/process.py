@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Iterator, List, Mapping, Optional, Sequence
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
@@ -55,8 +55,6 @@ def run_with_progress(
     command: Sequence[str],
     log_path: Path,
     *,
-    describe: Callable[[str], str] = progress,
-    stop_seconds: float = STOP_SECONDS,
     env: Optional[Mapping[str, str]] = None,
     keep_open: Sequence[int] = (),
 ) -> None:
@@ -65,8 +63,6 @@ def run_with_progress(
     Args:
         command: of the process.
         log_path: appended to, with all that the process prints.
-        describe: what the terminal shows for a line; nothing for an empty string.
-        stop_seconds: how long the process may take to end when this one is interrupted.
         env: its environment (default: this one's).
         keep_open: file descriptors that it inherits.
 
@@ -96,7 +92,7 @@ def run_with_progress(
                 log.flush()
                 if line.strip() and not line.startswith(_HYDRA_HINT):
                     last = line.strip()
-                text = describe(line)
+                text = progress(line)
                 if text:
                     # One line on a terminal, many in a file.
                     end = "\r" if sys.stdout.isatty() else "\n"
@@ -106,7 +102,7 @@ def run_with_progress(
             process.send_signal(signal.SIGINT)
             try:
                 # Reads on: a process that nobody reads from cannot end.
-                process.communicate(timeout=stop_seconds)
+                process.communicate(timeout=STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()  # started in the background it ignores SIGINT
             raise
