@@ -34,6 +34,8 @@ class Experts(nn.Module):
         num_experts: N.
         activation_fn: a name in ``ACTIVATIONS`` or a function from Tensor to Tensor.
         activation_dropout: probability of dropping an inner unit, after the activation.
+        recompute: whether backends that can do so compute the inner layer again in the backward
+            pass instead of keeping it.
 
     Raises:
         ValueError: for a size below 1, an unknown activation, or a probability outside [0, 1].
@@ -46,6 +48,7 @@ class Experts(nn.Module):
         num_experts: int,
         activation_fn: Union[str, Activation] = "relu",
         activation_dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if ffn_dim < 1:
@@ -61,6 +64,7 @@ class Experts(nn.Module):
             ACTIVATIONS[activation_fn] if isinstance(activation_fn, str) else activation_fn
         )
         self.activation_dropout = activation_dropout
+        self.recompute = recompute
         self.w1 = nn.Parameter(torch.empty(num_experts, ffn_dim, embed_dim))
         self.b1 = nn.Parameter(torch.empty(num_experts, ffn_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_dim))

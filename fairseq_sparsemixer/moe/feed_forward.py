@@ -35,6 +35,8 @@ class MoEFeedForward(nn.Module):
             training; what is kept is scaled by 1 / (1 - probability) (expert output masking of
             NLLB, arXiv 2207.04672).
         backend: "auto" or a name in :data:`fairseq_sparsemixer.moe.dispatch.BACKENDS`.
+        recompute: compute the experts' inner layers again in the backward pass instead of keeping
+            them: less memory, about a sixth more products.
         options: further arguments of the router (``bias``, ``init_scale``, ...).
 
     Raises:
@@ -54,6 +56,7 @@ class MoEFeedForward(nn.Module):
         activation_dropout: float = 0.0,
         output_masking: float = 0.0,
         backend: str = "auto",
+        recompute: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -73,7 +76,9 @@ class MoEFeedForward(nn.Module):
             jitter_eps=jitter_eps,
             **options,
         )
-        self.experts = Experts(embed_dim, ffn_dim, num_experts, activation_fn, activation_dropout)
+        self.experts = Experts(
+            embed_dim, ffn_dim, num_experts, activation_fn, activation_dropout, recompute
+        )
 
     def forward(
         self,
@@ -106,11 +111,13 @@ class MoEFeedForward(nn.Module):
         means, bias = router.expert_means, router.balance_bias
         observe = means.observe if learning and means is not None else None
         x_TD = x.reshape(-1, self.embed_dim)
-        y_TD = dispatch(x_TD, routing, self.experts, self.backend, observe)
-        if means is not None and routing.mean_gate is not None:
+        scale_D = router.output_scale
+        if means is None or routing.mean_gate is None:
+            y_TD = dispatch(x_TD, routing, self.experts, self.backend, observe, scale_D)
+        else:
+            y_TD = dispatch(x_TD, routing, self.experts, self.backend, observe)
             y_TD = means.add(y_TD, routing.mean_gate, x_TD)
-        if router.output_scale is not None:
-            y_TD = y_TD * router.output_scale.to(y_TD.dtype)
+            y_TD = y_TD if scale_D is None else y_TD * scale_D.to(y_TD.dtype)
         if learning and bias is not None:
             bias.observe(routing.chosen)
         return y_TD.view(x.shape), routing
