@@ -8,18 +8,16 @@ is what the forward pass keeps for the backward pass, and on a GPU also the allo
 """
 
 import argparse
-import platform
+import functools
 import statistics
-import time
-from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Dict, List
 
 import torch
-from fairseq.data import Dictionary
 from fairseq.models import build_model
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
+from benchmarks import measuring
+from benchmarks.models import RandomWords
 from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
     LabelSmoothedCrossEntropyWithRouting,
 )
@@ -33,15 +31,6 @@ EXTRA = {
     "sparsemixer-cv, linear": ("sparsemixer-cv", {"router_options": '{"prediction": "linear"}'})
 }
 """Further rows: name, router, settings."""
-
-
-class _Task:
-    """What a model and a criterion read of a task."""
-
-    def __init__(self) -> None:
-        self.source_dictionary = self.target_dictionary = Dictionary()
-        for number in range(VOCABULARY - len(self.source_dictionary)):
-            self.source_dictionary.add_symbol(f"w{number}")
 
 
 def _sample(tokens: int, length: int, device: str) -> Dict[str, Any]:
@@ -64,7 +53,7 @@ class _Arm:
     """One model and its optimiser."""
 
     def __init__(self, args: argparse.Namespace, router: str, settings: Dict[str, Any]) -> None:
-        kind, task = ROUTERS[router], _Task()
+        kind, task = ROUTERS[router], RandomWords(VOCABULARY)
         torch.manual_seed(0)
         model_settings = {
             "_name": args.arch,
@@ -110,16 +99,6 @@ class _Arm:
         return sum(kept.values())
 
 
-def _seconds(call: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def measure(args: argparse.Namespace) -> Dict[str, Any]:
     """Times (s) and bytes of every router, and what they were measured on."""
     names = list(ROUTERS) if args.routers == "all" else args.routers.split(",")
@@ -135,24 +114,23 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
             "top_k": arm.top_k,
             "computes_all_experts": ROUTERS[chosen[name][0]].computes_all_experts,
             "kept_bytes": arm.kept_bytes(sample),
-            "seconds": [],
         }
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             arm.step(sample)
             rows[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    for _ in tqdm(range(args.repetitions), unit=" rounds"):
-        for name, arm in arms.items():
-            rows[name]["seconds"].append(_seconds(lambda arm=arm: arm.step(sample), args.device))
-    cuda = args.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}"
+    steps = {
+        name: functools.partial(
+            measuring.wall_seconds, functools.partial(arm.step, sample), args.device
+        )
+        for name, arm in arms.items()
+    }
+    for name, seconds in measuring.take_turns(steps, args.repetitions).items():
+        rows[name]["seconds"] = seconds
     return {
         "settings": {key: value for key, value in vars(args).items() if key != "output"},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **measuring.machine(args.device),
         "routers": rows,
     }
 
@@ -198,14 +176,7 @@ def main() -> None:
     parser.add_argument(
         "--length", type=int, default=20, help="of each sentence (default: %(default)s)"
     )
-    parser.add_argument("--repetitions", type=int, default=20, help="default: %(default)s")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one",
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where results go")
+    measuring.add_arguments(parser)
     args = parser.parse_args()
     for name in [] if args.routers == "all" else args.routers.split(","):
         if name not in ROUTERS:
