@@ -28,7 +28,7 @@ setup(
         "sacrebleu>=2.3",
         "sentencepiece>=0.1.99",
         "scikit-learn>=1.0",
-        "torch>=1.13",
+        "torch>=2.4",
         "tqdm",
     ],
     extras_require={
@@ -44,9 +44,13 @@ setup(
             "subword-nmt",
             "tensorboardX",
             "transformers>=4.46",  # an independent SparseMixer-v2 to test against
+            # Its interpreter runs the kernels on a CPU.
+            "triton>=3.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
         "report": ["matplotlib", "tensorboardX"],
         "slurm": ["hydra-submitit-launcher"],
+        # PyTorch's CUDA builds for Linux bring the version that they were built for.
+        "triton": ["triton>=3.0; sys_platform == 'linux'"],
         "wmt": ["sacremoses>=0.2", "subword-nmt"],  # the pipeline `moses`
     },
     entry_points={"console_scripts": ["fairseq-sparsemixer=fairseq_sparsemixer.cli:main"]},

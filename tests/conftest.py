@@ -1,5 +1,9 @@
 """Fixtures of more than one test file."""
 
+import triton_interpreter  # noqa: F401  (before anything imports Triton)
+
+# isort: split
+
 import shutil
 
 import commands

@@ -19,7 +19,8 @@ from fairseq_sparsemixer.models import SwitchTransformerConfig, SwitchTransforme
 from fairseq_sparsemixer.models.architectures import ARCHITECTURES
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.layers import SwitchLayer
-from fairseq_sparsemixer.moe import ROUTERS, RoutingStatistics
+from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, RoutingStatistics
+from fairseq_sparsemixer.moe.backends import products
 
 SMALL = {
     "encoder_embed_dim": 16,
@@ -372,6 +373,7 @@ def test_router_settings_reach_the_router():
         router_init_scale=0.0,
         router_options='{"first_order_on_argmax": false}',
         moe_backend="loop",
+        moe_recompute=True,
     )
     moe = model.decoder.layers[2].moe
     assert moe.router.jitter_eps == 0.3
@@ -379,6 +381,24 @@ def test_router_settings_reach_the_router():
     assert moe.router.weight.abs().sum() == 0
     assert moe.router.first_order_on_argmax is False
     assert moe.backend == "loop"
+    assert moe.experts.recompute
+    assert not build().decoder.layers[2].moe.experts.recompute
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_laid_out_when_fairseq_prepares_to_translate(dtype, monkeypatch):
+    monkeypatch.setattr(products, "LEAST_WEIGHTS", 0)
+    model = build(moe_inference_dtype=dtype).eval()
+    sample = batch()
+    with torch.no_grad():
+        expected, _ = model(**sample)
+        model.prepare_for_inference_(OmegaConf.create({"generation": {"beam": 4}}))
+        packed = [m.experts.packed.dtype for m in model.modules() if isinstance(m, MoEFeedForward)]
+        assert packed == [getattr(torch, dtype)] * len(moe_layers(model))
+        logits, _ = model(**sample)
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+    assert (dtype == "float32") == torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +427,7 @@ def test_router_settings_reach_the_router():
         ({"router_options": "[]"}, "--router-options must be a JSON object"),
         ({"router_options": '{"x": 1}'}, "--router-options for --router sparsemixer: .*'x'"),
         ({"moe_backend": "fast"}, "--moe-backend: unknown backend 'fast'; choose from auto"),
+        ({"moe_inference_dtype": "int8"}, "--moe-inference-dtype must be float32 or bfloat16"),
         ({"nonsense": 1}, "model settings: .*nonsense"),
     ],
 )

@@ -18,9 +18,14 @@ from fairseq_sparsemixer.moe import (
     load_balance_loss,
     z_loss,
 )
-from fairseq_sparsemixer.moe.dispatch import BACKENDS, dispatch
+from fairseq_sparsemixer.moe.dispatch import BACKENDS, OBSTACLES, dispatch
 
-BACKEND_NAMES = sorted(BACKENDS)
+CPU = torch.device("cpu")
+BACKEND_NAMES = sorted(
+    name
+    for name in BACKENDS
+    if name not in OBSTACLES or OBSTACLES[name](CPU, torch.float32) is None
+)
 
 
 class FixedRouter(Router):
@@ -125,7 +130,7 @@ def test_non_contiguous_input(router):
 @pytest.mark.parametrize("num_experts", [1, 3])
 @pytest.mark.parametrize("tokens", [0, 1, 8])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend", [name for name in BACKEND_NAMES if name != "triton"])  # slow
 def test_every_parameter_gets_a_gradient(router, num_experts, tokens, padded, backend):
     """Zero where an expert got no token: data-parallel training waits for all gradients."""
     torch.manual_seed(0)

@@ -141,7 +141,7 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         statistics = RoutingStatistics.unpack(packed_LX)
         if self.routing_loss == "released":
             return self.balance_weight * statistics.sampling_load_balance_loss.sum()
-        total_size = packed_LX.new_tensor(float(sample_size))
+        total_size = packed_LX.new_full((), float(sample_size))
         workers = 1
         if training and self.balance_scope == "all-workers":
             workers = distributed_utils.get_data_parallel_world_size()

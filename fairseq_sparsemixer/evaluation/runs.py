@@ -190,7 +190,12 @@ _PARTS = {
     "checkpoint": ("finetune_from_model",),
 }
 """What else decides how a model trains. The rest says where files are, or what is logged."""
-_WITHOUT_EFFECT = ("optimization.stop_time_hours", "model.moe_backend")
+_WITHOUT_EFFECT = (
+    "optimization.stop_time_hours",
+    "model.moe_backend",
+    "model.moe_recompute",
+    "model.moe_inference_dtype",
+)
 
 
 def read_settings(config: Dict[str, Any]) -> Dict[str, Any]:

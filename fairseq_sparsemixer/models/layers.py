@@ -69,6 +69,7 @@ class SwitchLayer(nn.Module):
             activation_dropout=float(dropout),
             output_masking=experts.output_masking,
             backend=experts.backend,
+            recompute=experts.recompute,
             **experts.router_options,
         )
         return self._feed_forward
@@ -76,6 +77,10 @@ class SwitchLayer(nn.Module):
     def build_fc2(self, *_: Any) -> nn.Module:
         """Nothing is left to do."""
         return nn.Identity()
+
+    def make_generation_fast_(self, **_: Any) -> None:
+        """Called by fairseq's generate, interactive and from_pretrained before they translate."""
+        self.moe.prepare_for_inference(self.cfg.experts.inference_dtype)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         # fairseq's layers are (length, batch, width), their masks (batch, length).

@@ -128,9 +128,10 @@ class ExpertMeans(_Adaptation):
 
     @torch.no_grad()
     def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
-        """Add rows to the sums: inputs, their experts, and these experts' outputs."""
+        """Add rows to the sums: inputs, their experts (-1 for none), and these experts' outputs."""
         self.token_count += count_tokens(expert_S, len(self.mean))
-        self.output_sum.index_add_(0, expert_S, out_SD.float())
+        sums = torch.zeros(len(self.mean) + 1, out_SD.shape[1], device=out_SD.device)
+        self.output_sum += sums.index_add_(0, expert_S + 1, out_SD.float())[1:]
 
     def sums(self) -> List[Tensor]:
         """Token counts and output sums."""
@@ -158,7 +159,8 @@ class ExpertLines(_Adaptation):
     """Predicts an expert's output by a ridge regression on its input, m_i(x) = A_i [x, 1].
 
     Fitted to the tokens that the expert got, older ones counting less, and solved anew every
-    ``SOLVE_EVERY`` updates.
+    ``SOLVE_EVERY`` updates. Waits for the device in each training batch, so a layer that uses it
+    cannot be captured in a CUDA graph.
 
     Args:
         num_experts: N.
@@ -198,7 +200,7 @@ class ExpertLines(_Adaptation):
 
     @torch.no_grad()
     def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
-        """Add rows to the sums: inputs, their experts, and these experts' outputs."""
+        """Add rows to the sums: inputs, their experts (-1 for none), and these experts' outputs."""
         x_SD, out_SD = _with_one(x_SD.float()), out_SD.float()
         for i in range(len(self.gram)):
             own = expert_S == i

@@ -6,9 +6,10 @@ Dropless: no expert has a capacity and no token is dropped. Shape suffixes: see
 
 from typing import Callable, Dict, Optional
 
+import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.backends import Observer
+from fairseq_sparsemixer.moe.backends import Observer, grouped, triton_experts
 from fairseq_sparsemixer.moe.backends.loop import loop
 from fairseq_sparsemixer.moe.backends.sorted import sorted_experts
 from fairseq_sparsemixer.moe.experts import Experts
@@ -19,15 +20,33 @@ Backend = Callable[[Tensor, Routing, Experts, Optional[Tensor], Optional[Observe
 
 BACKENDS: Dict[str, Backend] = {
     "sorted": sorted_experts,
+    "grouped": grouped.grouped,
+    "triton": triton_experts.triton_experts,
     "loop": loop,
 }
 """The backends by name; ``"auto"`` takes the one that suits the input."""
+
+OBSTACLES: Dict[str, Callable[[torch.device, torch.dtype], Optional[str]]] = {
+    "grouped": grouped.obstacle,
+    "triton": triton_experts.obstacle,
+}
+"""(device, dtype) -> why a backend cannot serve such an input, None if it can; backends that serve
+every input are not listed."""
 
 
 def check_backend(name: str) -> None:
     """Raise ValueError unless ``name`` is "auto" or one of :data:`BACKENDS`."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from auto, {', '.join(BACKENDS)}")
+
+
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """What ``"auto"`` stands for: on a GPU the first that never waits for it, else ``"sorted"``."""
+    if device.type == "cuda":
+        for name in ("triton", "grouped"):
+            if OBSTACLES[name](device, dtype) is None:
+                return name
+    return "sorted"
 
 
 def dispatch(
@@ -49,6 +68,19 @@ def dispatch(
         backend: "auto" or a name in :data:`BACKENDS`.
         observe: see :data:`~fairseq_sparsemixer.moe.backends.Observer`.
         scale_D: the learned output scale omega; None for 1.
+
+    Raises:
+        ValueError: the backend cannot serve the device or the dtype of x.
     """
-    run = BACKENDS["sorted" if backend == "auto" else backend]
-    return run(x_TD, routing, experts, scale_D, observe).to(x_TD.dtype)
+    device, dtype = x_TD.device, x_TD.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if backend == "auto":
+        backend = backend_for(device, dtype)
+    elif backend in OBSTACLES:
+        obstacle = OBSTACLES[backend](device, dtype)
+        if obstacle is not None:
+            raise ValueError(
+                f"backend {backend!r} {obstacle}, not {dtype} on {device.type}: choose 'auto'"
+            )
+    return BACKENDS[backend](x_TD, routing, experts, scale_D, observe).to(x_TD.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.adaptation import AllReduce
+from fairseq_sparsemixer.moe.backends.products import PackedWeights
 from fairseq_sparsemixer.moe.dispatch import check_backend, dispatch
 from fairseq_sparsemixer.moe.experts import Activation, Experts
 from fairseq_sparsemixer.moe.routing import Routing, build_router
@@ -121,6 +122,22 @@ class MoEFeedForward(nn.Module):
         if learning and bias is not None:
             bias.observe(routing.chosen)
         return y_TD.view(x.shape), routing
+
+    def prepare_for_inference(self, dtype: torch.dtype = torch.float32) -> None:
+        """Lay the experts' weights out for decoding on a CPU; elsewhere this changes nothing.
+
+        Products of a few rows get about 1.7 times as fast; the memory of the experts' weights
+        doubles. Used by forward passes without gradient, until a parameter changes.
+
+        Args:
+            dtype: float32, or bfloat16 to read half as much: faster, and results rounded to 8 bits.
+
+        Raises:
+            ValueError: for another dtype.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype}")
+        self.experts.packed = PackedWeights.of(self.experts, dtype)
 
     def end_update(self, all_reduce: Optional[AllReduce] = None) -> None:
         """Adapt the balance bias and the running means; see :meth:`Router.end_update`."""

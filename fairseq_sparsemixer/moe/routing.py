@@ -3,10 +3,11 @@
 Shape suffixes: see :mod:`fairseq_sparsemixer.moe`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional, Type, Union
+from typing import Any, Callable, ContextManager, Dict, NamedTuple, Optional, Type, Union
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +191,7 @@ class Router(nn.Module):
         Raises:
             ValueError: the router needs token_ids and there are none.
         """
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             x_TD = x.reshape(-1, self.embed_dim).float()
             return self.route(
                 self.logits(x_TD),
@@ -258,6 +259,13 @@ class Router(nn.Module):
             f"{self.embed_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"jitter_eps={self.jitter_eps}, bias={self.bias is not None}"
         )
+
+
+def _without_autocast(device_type: str) -> ContextManager[Any]:
+    # Entering torch's context takes longer than routing one token.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def one_hot(index_TK: Tensor, like_TN: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ in a layer, which costs nothing on a CPU and much on a GPU.
 
 import dataclasses
 import itertools
-from typing import Any, List, Optional, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.backends import Observer
-from fairseq_sparsemixer.moe.backends.memory import fresh_like
+from fairseq_sparsemixer.moe.backends.memory import GRADIENTS
+from fairseq_sparsemixer.moe.backends.products import linear, rows_to_compute
+from fairseq_sparsemixer.moe.backends.slots import operands
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.routing import Routing
 
@@ -30,93 +32,100 @@ def sorted_experts(
     observe: Optional[Observer],
 ) -> Tensor:
     """(T, D); see :func:`fairseq_sparsemixer.moe.dispatch.dispatch`."""
-    order = _Order.of(routing, experts.num_experts)
-    values = [x_TD, experts.w1, experts.b1, experts.w2, experts.b2]
-    if torch.is_autocast_enabled(x_TD.device.type):
-        dtype = torch.get_autocast_dtype(x_TD.device.type)
-        values = [value.to(dtype) for value in values]
-    gate_S = routing.gate.reshape(-1)
-    inputs = [value for value in (gate_S, scale_D, *values) if value is not None]
-    if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
-        return _Mixture.apply(order, experts, observe, gate_S, scale_D, *values)
-    return _forward(order, experts, observe, None, gate_S, scale_D, *values)
+    order = _Order.of(routing, experts.num_experts, x_TD.dtype)
+    inputs: List[Any] = [routing.gate.reshape(-1, 1), scale_D, *operands(x_TD, experts)]
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+        return _Mixture.apply(order, experts, observe, *inputs)
+    packed = experts.packed
+    if packed is not None and packed.fits(experts):
+        inputs[2:] = [x_TD.to(packed.dtype), packed.w1, packed.b1, packed.w2, packed.b2]
+    return _forward(order, experts, observe, None, *inputs)
 
 
 @dataclasses.dataclass
 class _Order:
-    """Which slots, and so which tokens, belong to which expert."""
+    """Which slots, and so which tokens, belong to which expert.
 
-    used: List[Tuple[int, slice]]
-    """The experts that have slots, and their part of the sorted slots."""
-    slot_S: Optional[Tensor]
-    """(S,) the slots sorted by expert; None where they are sorted as they come."""
-    token_S: Optional[Tensor]
-    """(S,) the tokens of these; None likewise."""
+    An expert's rows may reach into those of the next one, whose results are then cut off: see
+    :func:`~fairseq_sparsemixer.moe.backends.products.rows_to_compute`.
+    """
+
+    used: List[int]
+    """The experts that have slots."""
+    counts: List[int]
+    """How many slots each of these has."""
     top_k: int
+    dtype: torch.dtype
+    """Of the layer's input and output; the products may be in another."""
     writes_all: bool
     """Whether each token has exactly one slot, so that each row of the output is written once."""
+    slot_S: Optional[Tensor] = None
+    """(S,) the slots sorted by expert; None for a single one."""
+    token_S: Optional[Tensor] = None
+    """(S,) the tokens of these; None likewise."""
 
     @classmethod
-    def of(cls, routing: Routing, num_experts: int) -> "_Order":
+    def of(cls, routing: Routing, num_experts: int, dtype: torch.dtype) -> "_Order":
         """Sort the slots of one layer."""
-        num_tokens, top_k = routing.expert_index.shape
-        expert_S = routing.expert_index.reshape(-1)
+        index_TK = routing.expert_index
+        top_k = index_TK.shape[1]
+        if index_TK.numel() == 1 and (only := index_TK.item()) >= 0:
+            return cls([int(only)], [1], top_k, dtype, writes_all=True)
+        expert_S = index_TK.reshape(-1)
         # Padding and empty slots have index -1: they sort to the front and are cut off there.
-        empty, *counts = torch.bincount(expert_S + 1, minlength=num_experts + 1).tolist()
-        used, start = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                used.append((expert, slice(start, start + count)))
-                start += count
-        writes_all = top_k == 1 and not empty
-        if writes_all and len(used) == 1:  # one token, or all of one mind
-            return cls(used, None, None, top_k, writes_all)
+        empty, *all_counts = torch.bincount(expert_S + 1, minlength=num_experts + 1).tolist()
+        used = [expert for expert, count in enumerate(all_counts) if count]
+        counts = [all_counts[expert] for expert in used]
         slot_S = expert_S.argsort(stable=True)[empty:]
         token_S = slot_S if top_k == 1 else slot_S.div(top_k, rounding_mode="floor")
-        return cls(used, slot_S, token_S, top_k, writes_all)
+        return cls(used, counts, top_k, dtype, top_k == 1 and not empty, slot_S, token_S)
 
-    def tokens(self, value_TX: Tensor) -> Tensor:
-        """(S, ...): the rows of the slots' tokens."""
-        return value_TX if self.token_S is None else value_TX.index_select(0, self.token_S)
+    def tokens_of_each(self, value_TX: Tensor) -> Sequence[Tensor]:
+        """For each used expert (>= S_i, X): the rows of its tokens."""
+        return self._of_each(value_TX, self.token_S)
 
-    def slots(self, value_S: Tensor) -> Tensor:
-        """(S,): the values of the sorted slots."""
-        return value_S if self.slot_S is None else value_S.index_select(0, self.slot_S)
+    def slots_of_each(self, value_SX: Tensor) -> Sequence[Tensor]:
+        """For each used expert (>= S_i, X): the values of its slots."""
+        return self._of_each(value_SX, self.slot_S)
 
-    def put_slots(self, value_S: Tensor, rows: slice, part_S: Tensor) -> None:
-        """Write the values of some sorted slots back to where they came from."""
-        value_S[rows if self.slot_S is None else self.slot_S[rows]] = part_S.to(value_S.dtype)
+    def _of_each(self, value: Tensor, index_S: Optional[Tensor]) -> Sequence[Tensor]:
+        if index_S is None:
+            return [value]
+        starts = [0, *itertools.accumulate(self.counts)]
+        stops = [start + rows_to_compute(n) for start, n in zip(starts, self.counts)]
+        # Behind the last expert's rows comes the first row again, as often as needed.
+        behind = max(stops, default=0) - len(index_S)
+        if behind > 0:
+            index_S = torch.cat([index_S, index_S[:1].expand(behind)])
+        sorted_SX = value.index_select(0, index_S)
+        return [sorted_SX[start:stop] for start, stop in zip(starts, stops)]
 
-    def output_like(self, x_TD: Tensor) -> Tensor:
-        """(T, D) to :meth:`put` rows in; sums of several experts are formed in float32."""
-        if self.writes_all:
-            return torch.empty_like(x_TD)
-        dtype = x_TD.dtype if self.top_k == 1 else torch.float32
-        return torch.zeros_like(x_TD, dtype=dtype)
+    def tokens_from_each(self, like_TD: Tensor, values: Iterable[Tensor]) -> Tensor:
+        """(T, D): for each token the sum of its rows in what each used expert has, (>= S_i, D).
 
-    def put(self, y_TD: Tensor, rows: slice, value_SD: Tensor) -> None:
-        """Write or add the values of some sorted slots to the rows of their tokens."""
-        value_SD = value_SD.to(y_TD.dtype)
+        In the layer's dtype, or float32 where several experts are summed up. The values are taken
+        one by one, so that they are still in the cache if an iterator computes them.
+        """
+        dtype = self.dtype if self.top_k == 1 else torch.promote_types(self.dtype, torch.float32)
+        values = (value.to(dtype) for value in values)
         if self.token_S is None:
-            y_TD.copy_(value_SD)
-        elif self.top_k == 1:
-            y_TD.index_copy_(0, self.token_S[rows], value_SD)
-        else:
-            y_TD.index_add_(0, self.token_S[rows], value_SD)
+            (only,) = values
+            return only
+        y_TD = (torch.empty_like if self.writes_all else torch.zeros_like)(like_TD, dtype=dtype)
+        put = y_TD.index_copy_ if self.top_k == 1 else y_TD.index_add_
+        for value, token_i in zip(values, self.token_S.split(self.counts)):
+            put(0, token_i, value[: len(token_i)])
+        return y_TD
 
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _linear(x: Tensor, w: Tensor, b: Optional[Tensor], relu: bool = False) -> Tensor:
-    """x w^T + b, and ReLU if asked for; outside of autograd."""
-    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
-        # oneDNN, which torch's compiler uses here, is up to 1.6 times as fast as the BLAS behind
-        # F.linear on a few hundred rows, and on many no slower.
-        name = "relu" if relu else "none"
-        return torch.ops.mkldnn._linear_pointwise(x, w, b, name, [], "")
-    y = F.linear(x, w, b)
-    return y.relu_() if relu else y
+    def slots_from_each(self, like_SX: Tensor, values: Iterable[Tensor]) -> Tensor:
+        """(T K, X): undoes :meth:`slots_of_each`, 0 in slots without an expert."""
+        if self.slot_S is None:
+            (only,) = values
+            return only.to(like_SX.dtype)
+        y_SX = torch.zeros_like(like_SX)
+        for value, slot_i in zip(values, self.slot_S.split(self.counts)):
+            y_SX.index_copy_(0, slot_i, value.to(like_SX.dtype))
+        return y_SX
 
 
 class _Inner:
@@ -133,7 +142,7 @@ class _Inner:
 
     def linear(self, x: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
         """(S_i, F): before the activation, or after it where that is ReLU."""
-        return _linear(x, w1, b1, relu=self.relu)
+        return linear(x, w1, b1, relu=self.relu)
 
     def mask(self, inner: Tensor) -> Optional[Tensor]:
         """(S_i, F) bool: the units that dropout leaves; None where it leaves all."""
@@ -152,9 +161,7 @@ class _Inner:
 
             def backward(grad: Tensor) -> Tensor:
                 grad = grad if mask is None else self._drop(grad, mask)
-                return torch.ops.aten.threshold_backward.grad_input(
-                    grad, inner, 0, grad_input=grad
-                )
+                return torch.ops.aten.threshold_backward.grad_input(grad, inner, 0, grad_input=grad)
 
             return self.activate(inner, mask), backward
         with torch.enable_grad():
@@ -171,7 +178,7 @@ def _forward(
     experts: Experts,
     observe: Optional[Observer],
     kept: Optional[List[Optional[Tensor]]],
-    gate_S: Tensor,
+    gate_S1: Tensor,
     scale_D: Optional[Tensor],
     x_TD: Tensor,
     w1: Tensor,
@@ -185,20 +192,23 @@ def _forward(
     is to be computed again), dropout mask (None without dropout) and output.
     """
     inner = _Inner(experts)
-    x_SD, gate_S1 = order.tokens(x_TD), order.slots(gate_S).unsqueeze(-1)
-    y_TD = order.output_like(x_TD)
-    for i, rows in order.used:
-        x_i = x_SD[rows]
-        inner_i = inner.linear(x_i, w1[i], b1[i])
-        mask_i = inner.mask(inner_i)
-        out_i = _linear(inner.activate(inner_i, mask_i), w2[i], b2[i])
-        if observe is not None:
-            observe(x_i, torch.full((len(x_i),), i, device=x_i.device), out_i)
-        if kept is not None:
-            kept += [None if experts.recompute else inner_i, mask_i, out_i]
-        y_i = out_i * gate_S1[rows]
-        order.put(y_TD, rows, y_i if scale_D is None else y_i * scale_D)
-    return y_TD
+
+    def outputs() -> Iterator[Tensor]:
+        parts = zip(
+            order.used, order.counts, order.tokens_of_each(x_TD), order.slots_of_each(gate_S1)
+        )
+        for i, n, x_i, gate_i in parts:
+            inner_i = inner.linear(x_i, w1[i], b1[i])
+            mask_i = inner.mask(inner_i)
+            out_i = linear(inner.activate(inner_i, mask_i), w2[i], b2[i])
+            if observe is not None:
+                observe(x_i[:n], torch.full((n,), i, device=x_i.device), out_i[:n])
+            if kept is not None:
+                kept.extend([None if experts.recompute else inner_i, mask_i, out_i])
+            y_i = out_i * gate_i
+            yield y_i if scale_D is None else y_i * scale_D
+
+    return order.tokens_from_each(x_TD, outputs())
 
 
 class _Mixture(torch.autograd.Function):
@@ -218,47 +228,56 @@ class _Mixture(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> Any:  # type: ignore[override]
         order, inner, saved = ctx.order, ctx.inner, ctx.saved_tensors
-        (gate_S, scale_D, x_TD, *weights), kept = saved[:7], saved[7:]
+        (gate_S1, scale_D, x_TD, *weights), kept = saved[:7], saved[7:]
         wants_gate, wants_scale, wants_x, *wants_weights = ctx.needs_input_grad[3:]
         w1, b1, w2, _ = weights
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        d_gate_S = torch.zeros_like(gate_S) if wants_gate else None
+        d_gates: List[Tensor] = []
         d_scale_D = torch.zeros_like(scale_D, dtype=wide) if wants_scale else None
-        d_x_TD = order.output_like(x_TD) if wants_x else None
-        d_weights = [fresh_like(value) for value in weights] if any(wants_weights) else None
-        x_SD, gate_S1 = order.tokens(x_TD), order.slots(gate_S).unsqueeze(-1)
-        grad_SD = order.tokens(grad_TD)
-        for n, (i, rows) in enumerate(order.used):
-            inner_i, mask_i, out_i = kept[3 * n : 3 * n + 3]
-            x_i, gate_i, grad_i = x_SD[rows], gate_S1[rows], grad_SD[rows].to(wide)
-            if wants_gate or wants_scale:
-                dot_i = grad_i * out_i
-                if d_scale_D is not None:
-                    d_scale_D += (dot_i * gate_i).sum(0)
-                if d_gate_S is not None:
-                    d_gate_i = (dot_i if scale_D is None else dot_i * scale_D).sum(-1)
-                    order.put_slots(d_gate_S, rows, d_gate_i)
-            d_out_i = grad_i * gate_i
-            d_out_i = (d_out_i if scale_D is None else d_out_i * scale_D).to(x_i.dtype)
-            if inner_i is None:
-                inner_i = inner.linear(x_i, w1[i], b1[i])
-            after_i, to_inner = inner.activate_with_gradient(inner_i, mask_i)
-            d_inner_i = to_inner(_linear(d_out_i, w2[i].t(), None))
-            if d_weights is not None:
-                d_w1, d_b1, d_w2, d_b2 = (value[i] for value in d_weights)
-                torch.mm(d_out_i.t(), after_i, out=d_w2)
-                torch.sum(d_out_i, 0, out=d_b2)
-                torch.mm(d_inner_i.t(), x_i, out=d_w1)
-                torch.sum(d_inner_i, 0, out=d_b1)
-            if d_x_TD is not None:
-                order.put(d_x_TD, rows, _linear(d_inner_i, w1[i].t(), None))
+        d_weights = (
+            [GRADIENTS.empty_like(value) for value in weights] if any(wants_weights) else None
+        )
+
+        def input_gradients() -> Iterator[Tensor]:
+            parts = zip(
+                order.used,
+                order.counts,
+                order.tokens_of_each(x_TD),
+                order.slots_of_each(gate_S1),
+                order.tokens_of_each(grad_TD),
+                *(kept[k::3] for k in range(3)),
+            )
+            for i, n, x_i, gate_i, grad_i, inner_i, mask_i, out_i in parts:
+                grad_i = grad_i.to(wide)
+                if wants_gate or wants_scale:
+                    dot_i = (grad_i * out_i)[:n]
+                    d_gate_i = dot_i if scale_D is None else dot_i * scale_D
+                    d_gates.append(d_gate_i.sum(-1, keepdim=True))
+                    if d_scale_D is not None:
+                        d_scale_D.add_((dot_i * gate_i[:n]).sum(0))
+                d_out_i = grad_i * gate_i
+                d_out_i = (d_out_i if scale_D is None else d_out_i * scale_D).to(x_i.dtype)
+                if inner_i is None:
+                    inner_i = inner.linear(x_i, w1[i], b1[i])
+                after_i, to_inner = inner.activate_with_gradient(inner_i, mask_i)
+                d_inner_i = to_inner(linear(d_out_i, w2[i].t()))
+                if d_weights is not None:
+                    d_w1, d_b1, d_w2, d_b2 = (value[i] for value in d_weights)
+                    torch.mm(d_inner_i[:n].t(), x_i[:n], out=d_w1)
+                    torch.sum(d_inner_i[:n], 0, out=d_b1)
+                    torch.mm(d_out_i[:n].t(), after_i[:n], out=d_w2)
+                    torch.sum(d_out_i[:n], 0, out=d_b2)
+                yield linear(d_inner_i, w1[i].t())
+
+        d_x_TD = order.tokens_from_each(x_TD, input_gradients()).to(x_TD.dtype)
         if d_weights is not None:
-            unused = set(range(len(w1))).difference(i for i, _ in order.used)
-            for value, i in itertools.product(d_weights, unused):
-                value[i].zero_()
+            for unused in set(range(len(w1))).difference(order.used):
+                for value in d_weights:
+                    value[unused].zero_()
         return (
-            *(None, None, None, d_gate_S),
+            *(None, None, None),
+            order.slots_from_each(gate_S1, d_gates) if wants_gate else None,
             None if d_scale_D is None else d_scale_D.to(scale_D.dtype),
-            None if d_x_TD is None else d_x_TD.to(x_TD.dtype),
-            *(d_weights or [None] * 4),
+            d_x_TD if wants_x else None,
+            *([None] * 4 if d_weights is None else d_weights),
         )

@@ -33,7 +33,7 @@ class ExpertChoiceRouter(Router):
         probs_TN = logits_TN.softmax(dim=-1)
         score_TN = probs_TN.detach()
         if context.padding_mask is None:
-            tokens = score_TN.new_tensor(float(len(score_TN)))
+            tokens = score_TN.new_full((), len(score_TN))
         else:
             score_TN = score_TN.masked_fill(context.padding_mask.unsqueeze(-1), -1.0)
             tokens = (~context.padding_mask).sum()

@@ -7,11 +7,13 @@ for a random evaluation point m, by scaling the gate in the forward pass and not
 pass.
 """
 
-from typing import Any, Callable, Dict, List, Optional, Union
+import math
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.moe import fused_router
 from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
 from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
 
@@ -23,10 +25,13 @@ def unreachable(logits_TN: Tensor, jitter_eps: float) -> Tensor:
     mask of arXiv 2310.00811). Written without the division, which is 0/0 for logits of zero; the
     arg-max is never masked.
     """
-    with torch.no_grad():
-        max_T1 = logits_TN.amax(dim=-1, keepdim=True)
-        scale_TN = torch.maximum(logits_TN.abs(), max_T1)
-        return (max_T1 - logits_TN) > 2 * jitter_eps * scale_TN
+    logits_TN = logits_TN.detach()
+    return logits_TN < _reach(logits_TN, logits_TN.amax(dim=-1, keepdim=True), jitter_eps)
+
+
+def _reach(logits_TN: Tensor, max_T1: Tensor, jitter_eps: float) -> Tensor:
+    """(T, N): the least that each logit must be to become the largest by jitter."""
+    return torch.sub(max_T1, torch.maximum(logits_TN.abs(), max_T1), alpha=2 * jitter_eps)
 
 
 def sample(logits_TN: Tensor) -> Tensor:
@@ -60,35 +65,57 @@ class _SparseMixerBase(Router):
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
         logits_TN = self.biased(logits_TN)
-        left_TN = logits_TN
-        indices: List[Tensor] = []
-        gates: List[Tensor] = []
-        distributions: List[Tensor] = []
-        for _ in range(self.top_k):
-            masked_TN = left_TN.masked_fill(unreachable(left_TN, self.jitter_eps), float("-inf"))
-            masked_TN = masked_TN / self.temperature
-            probs_TN = masked_TN.softmax(dim=-1)
-            best_T1 = left_TN.argmax(dim=-1, keepdim=True)
-            index_T1 = sample(masked_TN) if self.training else best_T1
-            gate_T1 = probs_TN.gather(-1, index_T1)
-            if self.training:
-                point_T1 = self.evaluation_point(gate_T1, is_best=index_T1 == best_T1)
-                gate_T1 = scale_gradient(gate_T1, forward=point_T1, backward=self.gradient_scale)
+        estimator = self.fused_estimator()
+        if estimator is not None and fused_router.serves(logits_TN):
+            index_T1, gate_T1, probs_TN, masked_TN = fused_router.choose(estimator, logits_TN)
+            return Routing(index_T1, gate_T1, logits_TN, probs_TN, masked_TN)
+        index_T1, gate_T1, probs_TN = self._draw(logits_TN)
+        indices, gates, left_TN = [index_T1], [gate_T1], logits_TN
+        while len(indices) < self.top_k:
+            left_TN = left_TN.scatter(-1, indices[-1], float("-inf"))
+            index_T1, gate_T1, _ = self._draw(left_TN)
             indices.append(index_T1)
             gates.append(gate_T1)
-            distributions.append(probs_TN)
-            left_TN = left_TN.scatter(-1, index_T1, float("-inf"))
         return Routing(
-            expert_index=torch.cat(indices, dim=-1),
-            gate=torch.cat(gates, dim=-1),
+            expert_index=torch.cat(indices, dim=-1) if len(indices) > 1 else index_T1,
+            gate=torch.cat(gates, dim=-1) if len(gates) > 1 else gate_T1,
             logits=logits_TN,
             probs=logits_TN.softmax(dim=-1),
-            sampling_probs=distributions[0],
+            sampling_probs=probs_TN,
         )
+
+    def _draw(self, left_TN: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """One of the experts that are left: its (T, 1) index and gate, and the (T, N) p~."""
+        detached_TN = left_TN.detach()
+        max_T1, best_T1 = detached_TN.max(dim=-1, keepdim=True)
+        reach_TN = _reach(detached_TN, max_T1, self.jitter_eps)
+        masked_TN = left_TN.masked_fill(detached_TN < reach_TN, -math.inf)
+        if self.temperature != 1:
+            masked_TN = masked_TN / self.temperature
+        probs_TN = masked_TN.softmax(dim=-1)
+        if not self.training:
+            return best_T1, probs_TN.gather(-1, best_T1), probs_TN
+        index_T1 = sample(masked_TN)
+        gate_T1 = probs_TN.gather(-1, index_T1)
+        point_T1 = self.evaluation_point(gate_T1, is_best=index_T1 == best_T1)
+        gate_T1 = scale_gradient(gate_T1, forward=point_T1, backward=self.gradient_scale)
+        return index_T1, gate_T1, probs_TN
 
     def evaluation_point(self, gate_T1: Tensor, is_best: Tensor) -> Tensor:
         """(T, 1): the factor m of the gate in the forward pass."""
         raise NotImplementedError
+
+    def fused_estimator(self) -> Optional[fused_router.Estimator]:
+        """What :meth:`select` computes, for the kernels that do the same; None for what has none.
+
+        A subclass that changes :meth:`evaluation_point` changes this too.
+        """
+        if self.top_k > 1:
+            return None
+        estimator = fused_router.Estimator(self.jitter_eps, self.temperature)
+        if not self.training:
+            return estimator
+        return estimator._replace(sampled=True, gradient_scale=self.gradient_scale)
 
 
 class _TwoPoints(_SparseMixerBase):
@@ -112,7 +139,16 @@ class _TwoPoints(_SparseMixerBase):
 
     def other_point(self, gate_T1: Tensor) -> Tensor:
         """(T, 1) or (): m where it is not 1."""
-        return gate_T1.new_tensor(self.point)
+        return gate_T1.new_full((), self.point)
+
+    def fused_estimator(self) -> Optional[fused_router.Estimator]:
+        """See :class:`_SparseMixerBase`."""
+        estimator = super().fused_estimator()
+        if estimator is None or not self.training:
+            return estimator
+        return estimator._replace(
+            points=(self.chance_of_full, self.point), full_on_best=self.first_order_on_argmax
+        )
 
 
 @register_router("sparsemixer-1st")
@@ -175,6 +211,10 @@ class SparseMixerRouter(_TwoPoints):
         if self.quadrature == "midpoint":
             return super().other_point(gate_T1)
         return torch.rand_like(gate_T1)
+
+    def fused_estimator(self) -> Optional[fused_router.Estimator]:
+        """See :class:`_SparseMixerBase`."""
+        return super().fused_estimator() if self.quadrature == "midpoint" else None
 
 
 PREDICTIONS: Dict[str, Callable[..., Union[ExpertMeans, ExpertLines]]] = {

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_sparsemixer.moe import fused_router
 from fairseq_sparsemixer.moe.adaptation import ExpertMeans
 from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
+
+ESTIMATOR = fused_router.Estimator()
+"""Of ``topk`` with K = 1."""
 
 
 @register_router("topk")
@@ -44,6 +48,9 @@ class TopKRouter(Router):
         if self.training and self.jitter_eps > 0:
             eps = self.jitter_eps
             logits_TN = logits_TN * logits_TN.new_empty(logits_TN.shape).uniform_(1 - eps, 1 + eps)
+        if self.top_k == 1 and self.balance_bias is None and fused_router.serves(logits_TN):
+            index_T1, gate_T1, probs_TN, _ = fused_router.choose(ESTIMATOR, logits_TN)
+            return Routing(index_T1, gate_T1, logits_TN, probs_TN, probs_TN)
         probs_TN = logits_TN.softmax(dim=-1)
         index_TK = self.biased(logits_TN).topk(self.top_k, dim=-1).indices
         gate_TK = probs_TN.gather(-1, index_TK)

@@ -1,0 +1,104 @@
+"""Matrix products on a CPU that are faster than those behind torch.nn.functional.linear.
+
+oneDNN's product is what torch's compiler uses on CPUs; torch has it from 2.0 on, outside of its
+documented interface, so that everything here works without it too.
+"""
+
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_sparsemixer.moe.experts import Experts
+
+
+def _operator(name: str) -> Optional[Any]:
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, name):
+        return getattr(torch.ops.mkldnn, name).default
+    return None
+
+
+_LINEAR = _operator("_linear_pointwise")
+_PACK = _operator("_reorder_linear_weight")
+
+PACKED_FOR_ROWS = 64
+"""The layouts for 8 to 512 rows are alike; that for a single row is slower with more."""
+
+
+LEAST_WEIGHTS = 2**17
+"""A product of oneDNN takes some 30 us to begin with, so that smaller weights are better off in
+torch.nn.functional.linear."""
+
+
+def rows_to_compute(rows: int) -> int:
+    """How many rows to compute where ``rows`` are wanted.
+
+    oneDNN compiles a program for each number of rows that it meets, which takes a millisecond, and
+    keeps a thousand of them. The number of an expert's tokens is another one in every batch, so
+    that without steps most products would be compiled anew.
+    """
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    step = 8 if rows <= 128 else 16 if rows <= 512 else 64
+    return -(-rows // step) * step
+
+
+def linear(x: Tensor, w: Tensor, b: Optional[Tensor] = None, relu: bool = False) -> Tensor:
+    """(S, O): x w^T + b, then ReLU if asked for; without a gradient.
+
+    Args:
+        x: (S, I).
+        w: (O, I), maybe packed, in the dtype of x.
+        b: (O,).
+        relu: whether to apply ReLU.
+    """
+    if _LINEAR is not None and (w.is_mkldnn or _is_large(w)):
+        return _LINEAR(x, w, b, "relu" if relu else "none", [], "")
+    y = F.linear(x, w, b)
+    return y.relu_() if relu else y
+
+
+def _is_large(w: Tensor) -> bool:
+    return w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= LEAST_WEIGHTS
+
+
+class PackedWeights:
+    """The weights of a layer's experts in oneDNN's own layout.
+
+    A product with few rows, as in decoding, otherwise spends most of its time on bringing the
+    weights into that layout. Copies and pickles as None: torch cannot write such tensors, and they
+    are made from the parameters in no time.
+
+    Args:
+        experts: with float32 weights on a CPU.
+        dtype: float32, or bfloat16 to read half as much, with results rounded to 8 bits.
+    """
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.w1, self.w2 = (self._packed(w) for w in (experts.w1, experts.w2))
+        self.b1, self.b2 = (b.detach().to(dtype) for b in (experts.b1, experts.b2))
+        self._made_from = _identity(experts)
+
+    def _packed(self, w: Tensor) -> List[Tensor]:
+        assert _PACK is not None
+        return [_PACK(one, PACKED_FOR_ROWS) for one in w.detach().to(self.dtype)]
+
+    @classmethod
+    def of(cls, experts: Experts, dtype: torch.dtype) -> "Optional[PackedWeights]":
+        """Packed weights, or None where nothing is to be gained: on a GPU, for small experts."""
+        if _LINEAR is None or _PACK is None or not _is_large(experts.w1[0]):
+            return None
+        return cls(experts, dtype)
+
+    def fits(self, experts: Experts) -> bool:
+        """Whether the parameters are still those that were packed."""
+        return self._made_from == _identity(experts)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(None), ()
+
+
+def _identity(experts: Experts) -> List[Tuple[int, int]]:
+    return [(p.data_ptr(), p._version) for p in experts.parameters()]

@@ -1,0 +1,183 @@
+"""The routers that choose one expert, from logits to gate in one kernel, and one for the way back.
+
+What a router says in plain PyTorch stays the definition, and serves everything else: this is the
+same arithmetic with the same random numbers, drawn by PyTorch in the same order, so that the same
+seed gives the same experts and gates (of logits that are equal the first is the largest; PyTorch's
+top-k may take another).
+"""
+
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairseq_sparsemixer.moe.operators import operator
+
+try:
+    import triton
+
+    from fairseq_sparsemixer.moe import router_kernels as kernels
+except ImportError:
+    triton = None
+
+DEVICES = ("cuda",)
+"""Types of the devices whose tensors are served."""
+
+
+def serves(logits_TN: Tensor) -> bool:
+    """Whether logits are where these kernels run."""
+    return triton is not None and logits_TN.device.type in DEVICES
+
+
+class Estimator(NamedTuple):
+    """How the gate follows from the logits."""
+
+    jitter_eps: Optional[float] = None
+    """eps of SparseMixer's mask; None masks nothing."""
+    temperature: float = 1.0
+    """Of the masked distribution."""
+    sampled: bool = False
+    """Whether the expert is drawn; else it has the largest logit."""
+    points: Tuple[float, float] = (1.0, 1.0)
+    """The chance that the gate's factor m is 1, and the other m."""
+    full_on_best: bool = False
+    """Whether m is always 1 where the expert has the largest logit."""
+    gradient_scale: float = 1.0
+    """Times the gradient at the gate, the gradient that reaches the probability behind it."""
+
+
+def choose(estimator: Estimator, logits_TN: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(T, 1) expert and gate; (T, N) softmax of all logits, and the one that the gate is from."""
+    noise_TN = uniform_T1 = None
+    if estimator.sampled:
+        noise_TN = torch.empty_like(logits_TN, memory_format=torch.contiguous_format).exponential_()
+        if estimator.points != (1.0, 1.0):
+            uniform_T1 = torch.rand_like(logits_TN[:, :1])
+    index_T1, gate_T1, probs_TN, masked_TN = _Choice.apply(
+        estimator, logits_TN, noise_TN, uniform_T1
+    )
+    return index_T1, gate_T1, probs_TN, probs_TN if estimator.jitter_eps is None else masked_TN
+
+
+class _Choice(torch.autograd.Function):
+    """Expert, gate and distributions; the last has no cell where nothing is masked."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        estimator: Estimator,
+        logits_TN: Tensor,
+        noise_TN: Optional[Tensor],
+        uniform_T1: Optional[Tensor],
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        index_T1, gate_T1, probs_TN, masked_TN = route(
+            logits_TN,
+            noise_TN,
+            uniform_T1,
+            estimator.jitter_eps,
+            estimator.temperature,
+            *estimator.points,
+            estimator.full_on_best,
+        )
+        ctx.estimator = estimator
+        ctx.save_for_backward(index_T1, probs_TN, masked_TN)
+        ctx.mark_non_differentiable(index_T1)
+        return index_T1, gate_T1, probs_TN, masked_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, _: Any, d_gate_T1: Tensor, d_probs_TN: Tensor, d_masked_TN: Tensor
+    ) -> Any:
+        estimator = ctx.estimator
+        index_T1, probs_TN, masked_TN = ctx.saved_tensors
+        d_logits_TN = route_backward(
+            *(index_T1, probs_TN, masked_TN, d_gate_T1, d_probs_TN, d_masked_TN),
+            temperature=estimator.temperature,
+            gradient_scale=estimator.gradient_scale,
+        )
+        return None, d_logits_TN, None, None
+
+
+CELLS = 2048
+"""Logits that one program works on."""
+
+
+def _blocks(num_experts: int) -> Tuple[int, int]:
+    block_n = triton.next_power_of_2(num_experts)
+    return max(1, CELLS // block_n), block_n
+
+
+def _route_like(
+    logits: Tensor, noise: Any, uniform: Any, jitter_eps: Optional[float], *_: Any
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = logits.shape
+    gate = logits.new_empty(num_tokens, 1)
+    probs = logits.new_empty(num_tokens, num_experts)
+    masked = logits.new_empty(0) if jitter_eps is None else torch.empty_like(probs)
+    return torch.empty_like(gate, dtype=torch.int64), gate, probs, masked
+
+
+@operator(_route_like)
+def route(
+    logits: Tensor,
+    noise: Optional[Tensor],
+    uniform: Optional[Tensor],
+    jitter_eps: Optional[float],
+    temperature: float,
+    chance: float,
+    point: float,
+    full_on_best: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :class:`Estimator` and :func:`choose`.
+
+    Args:
+        logits: (T, N) float32.
+        noise: (T, N) drawn from the exponential distribution; without it the largest is taken.
+        uniform: (T, 1) drawn from U(0, 1); without it m is 1.
+    """
+    index, gate, probs, masked = _route_like(logits, noise, uniform, jitter_eps)
+    num_tokens, num_experts = logits.shape
+    block_t, block_n = _blocks(num_experts)
+    with torch.cuda.device_of(logits):
+        kernels.route_kernel[(triton.cdiv(num_tokens, block_t),)](
+            *(logits.contiguous(), noise, uniform, index, gate, probs),
+            None if jitter_eps is None else masked,
+            *(num_tokens, num_experts, 2 * (jitter_eps or 0.0), temperature, chance, point),
+            FULL_ON_BEST=full_on_best,
+            BLOCK_T=block_t,
+            BLOCK_N=block_n,
+        )
+    return index, gate, probs, masked
+
+
+def _route_backward_like(index: Any, probs: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(probs)
+
+
+@operator(_route_backward_like)
+def route_backward(
+    index: Tensor,
+    probs: Tensor,
+    masked: Tensor,
+    d_gate: Tensor,
+    d_probs: Tensor,
+    d_masked: Tensor,
+    temperature: float,
+    gradient_scale: float,
+) -> Tensor:
+    """(T, N): the gradient of the logits; ``masked`` and its gradient may have no cell."""
+    d_logits = _route_backward_like(index, probs)
+    (num_tokens, num_experts), is_masked = probs.shape, masked.dim() == 2
+    block_t, block_n = _blocks(num_experts)
+    with torch.cuda.device_of(probs):
+        kernels.route_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
+            *(index, probs, masked if is_masked else None),
+            *(d_gate.contiguous(), d_probs.contiguous()),
+            d_masked.contiguous() if is_masked else None,
+            *(d_logits, num_tokens, num_experts, temperature, gradient_scale),
+            BLOCK_T=block_t,
+            BLOCK_N=block_n,
+        )
+    return d_logits

@@ -1,0 +1,103 @@
+"""Triton kernels of :mod:`fairseq_sparsemixer.moe.fused_router`."""
+
+# mypy: allow-untyped-defs
+# Types of a kernel's arguments are made up by Triton for each call.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _softmax(z):
+    """Of each row; cells outside of the matrix hold -inf and get 0."""
+    exponential = tl.exp(z - tl.max(z, 1)[:, None])
+    return exponential / tl.sum(exponential, 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def route_kernel(
+    z_ptr,  # (T, N)
+    noise_ptr,  # (T, N) drawn from the exponential distribution; None to take the largest
+    uniform_ptr,  # (T,) drawn from U(0, 1); None where m is 1
+    index_ptr,  # (T,)
+    gate_ptr,  # (T,)
+    probs_ptr,  # (T, N)
+    masked_probs_ptr,  # (T, N), None for routers that mask nothing
+    num_tokens,
+    num_experts,
+    jitter,  # 2 eps of the mask
+    temperature,
+    chance,  # of m = 1
+    point,  # the other m
+    FULL_ON_BEST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Mask, distributions, draw and gate of BLOCK_T tokens; BLOCK_N is no less than N."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    column = tl.arange(0, BLOCK_N)
+    is_token = token < num_tokens
+    is_cell = is_token[:, None] & (column < num_experts)[None, :]
+    cell = token[:, None] * num_experts + column[None, :]
+    z = tl.load(z_ptr + cell, mask=is_cell, other=float("-inf"))
+    best = tl.argmax(z, 1)
+    probs = _softmax(z)
+    tl.store(probs_ptr + cell, probs, mask=is_cell)
+    kept = z
+    if masked_probs_ptr is not None:
+        top = tl.max(z, 1)[:, None]
+        reach = top - jitter * tl.maximum(tl.abs(z), top)
+        kept = tl.where(z < reach, float("-inf"), z) / temperature
+        probs = _softmax(kept)
+        tl.store(masked_probs_ptr + cell, probs, mask=is_cell)
+    index = best
+    if noise_ptr is not None:
+        noise = tl.load(noise_ptr + cell, mask=is_cell, other=1.0)
+        index = tl.argmax(kept - tl.log(tl.maximum(noise, 1.1754944e-38)), 1)
+    # Not a number is no reason to leave the matrix.
+    index = tl.minimum(index, num_experts - 1)
+    gate = tl.sum(tl.where(column[None, :] == index[:, None], probs, 0.0), 1)
+    if uniform_ptr is not None:
+        full = tl.load(uniform_ptr + token, mask=is_token, other=0.0) < chance
+        if FULL_ON_BEST:
+            full = full | (index == best)
+        gate = tl.where(full, gate, gate * point)
+    tl.store(index_ptr + token, index, mask=is_token)
+    tl.store(gate_ptr + token, gate, mask=is_token)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def route_backward_kernel(
+    index_ptr,  # (T,)
+    probs_ptr,  # (T, N)
+    masked_probs_ptr,  # (T, N) or None
+    d_gate_ptr,  # (T,)
+    d_probs_ptr,  # (T, N)
+    d_masked_probs_ptr,  # (T, N) or None
+    d_z_ptr,  # (T, N)
+    num_tokens,
+    num_experts,
+    temperature,
+    gradient_scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The gradient of the logits of BLOCK_T tokens."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    column = tl.arange(0, BLOCK_N)
+    is_token = token < num_tokens
+    is_cell = is_token[:, None] & (column < num_experts)[None, :]
+    cell = token[:, None] * num_experts + column[None, :]
+    index = tl.load(index_ptr + token, mask=is_token, other=0)
+    d_gate = tl.load(d_gate_ptr + token, mask=is_token, other=0.0) * gradient_scale
+    d_chosen = tl.where(column[None, :] == index[:, None], d_gate[:, None], 0.0)
+    probs = tl.load(probs_ptr + cell, mask=is_cell, other=0.0)
+    d_probs = tl.load(d_probs_ptr + cell, mask=is_cell, other=0.0)
+    if masked_probs_ptr is None:
+        d_probs += d_chosen
+    d_z = probs * (d_probs - tl.sum(probs * d_probs, 1)[:, None])
+    if masked_probs_ptr is not None:
+        masked = tl.load(masked_probs_ptr + cell, mask=is_cell, other=0.0)
+        d_masked = tl.load(d_masked_probs_ptr + cell, mask=is_cell, other=0.0) + d_chosen
+        d_z += masked * (d_masked - tl.sum(masked * d_masked, 1)[:, None]) / temperature
+    tl.store(d_z_ptr + cell, d_z, mask=is_cell)

@@ -1,0 +1,241 @@
+"""What only a GPU can show: dtypes, no waiting, CUDA graphs and compiled layers."""
+
+import pytest
+import torch
+
+from fairseq_sparsemixer.moe import (
+    ROUTERS,
+    MoEFeedForward,
+    RoutingStatistics,
+    fused_router,
+    load_balance_loss,
+    z_loss,
+)
+from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CUDA = torch.device("cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+ROUTER_NAMES = sorted(name for name in ROUTERS if not ROUTERS[name].needs_token_ids)
+ONE_EXPERT = ["sparsemixer", "sparsemixer-1st", "sparsemixer-v2", "switch", "switch-omega"]
+
+
+def make_layer(backend, dtype=torch.bfloat16, router="sparsemixer", num_experts=5, **options):
+    obstacle = OBSTACLES[backend](CUDA, dtype) if backend in OBSTACLES else None
+    if obstacle is not None:
+        pytest.skip(f"backend {backend!r} {obstacle}")
+    torch.manual_seed(0)
+    sizes = options.pop("sizes", (64, 96))
+    options.setdefault("top_k", ROUTERS[router].min_top_k)
+    return MoEFeedForward(*sizes, num_experts, router=router, backend=backend, **options).to(
+        CUDA, dtype
+    )
+
+
+def make_batch(tokens=300, dtype=torch.bfloat16, embed_dim=64):
+    torch.manual_seed(1)
+    x = torch.randn(tokens, embed_dim, device=CUDA, dtype=dtype)
+    return x, torch.arange(tokens, device=CUDA) % 7 == 3
+
+
+def step(layer, x, mask):
+    """Forward and backward with all that training reads; gradients are left in the parameters."""
+    y, routing = layer(x, mask)
+    packed = RoutingStatistics.from_routing(routing).pack()
+    loss = y.float().square().sum() + load_balance_loss(routing) + z_loss(routing)
+    loss.backward()
+    return y, packed
+
+
+def results(layer, x, mask):
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(2)
+    y, packed = step(layer, leaf, mask)
+    return {
+        "y": y.detach(),
+        "packed": packed.detach(),
+        "x": leaf.grad,
+        **{name: p.grad.clone() for name, p in layer.named_parameters()},
+    }
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        wanted = expected[name]
+        size = wanted.float().abs().max().item() if wanted.numel() else 0.0
+        torch.testing.assert_close(
+            value,
+            wanted,
+            rtol=tolerance,
+            atol=tolerance * max(1.0, size),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [
+        (300, {}),
+        (3000, {"sizes": (512, 2048), "num_experts": 8}),
+        (300, {"router": "topk", "top_k": 3}),
+        (300, {"activation_fn": "gelu"}),
+        (300, {"recompute": True}),
+        (300, {"sizes": (18, 22)}),
+        (300, {"num_experts": 1}),
+        (1, {}),
+        (0, {}),
+    ],
+)
+def test_all_dtypes_equal_the_loop(backend, dtype, tokens, options):
+    embed_dim = options.get("sizes", (64,))[0]
+    x, mask = make_batch(tokens, dtype, embed_dim)
+    actual = results(make_layer(backend, dtype, **options), x, mask)
+    expected = results(make_layer("loop", dtype, **options), x, mask)
+    assert_close(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_honoured(allowed):
+    layer = make_layer("triton", torch.float32, router="hash")
+    x, _ = make_batch(dtype=torch.float32)
+    ids = torch.arange(len(x), device=CUDA)
+    layer(x, None, ids)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        y, _ = layer(x, None, ids)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    layer.backend = "sorted"
+    exact, _ = layer.double()(x.double(), None, ids)
+    error = (y - exact).abs().max().item()
+    assert 1e-5 < error < 1e-2 if allowed else error < 1e-5
+
+
+@pytest.mark.parametrize("router", ONE_EXPERT)
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_routers_equal_the_plain_ones(router, training, monkeypatch):
+    layer = make_layer("sorted", torch.float32, router).train(training)
+    batch = make_batch(dtype=torch.float32)
+    fused = results(layer, *batch)
+    monkeypatch.setattr(fused_router, "DEVICES", ())
+    assert_close(fused, results(layer, *batch), 1e-5)
+
+
+@pytest.mark.parametrize("router", ONE_EXPERT)
+def test_logits_that_are_no_numbers_choose_an_expert_all_the_same(router):
+    layer = make_layer("triton", router=router)
+    y, routing = layer(torch.full((9, 64), torch.nan, device=CUDA, dtype=torch.bfloat16))
+    assert ((routing.expert_index >= 0) & (routing.expert_index < 5)).all()
+    assert y.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("router", ROUTER_NAMES)
+def test_nothing_waits_for_the_device(backend, router):
+    layer, (x, mask) = make_layer(backend, router=router, activation_dropout=0.1), make_batch()
+    step(layer, x.requires_grad_(), mask)  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(layer, x, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("options", [{}, {"activation_dropout": 0.3, "activation_fn": "gelu"}])
+def test_a_captured_step_is_the_step(backend, options):
+    """Replayed on another batch: its experts get other numbers of tokens than were captured."""
+    layer = make_layer(backend, **options).eval()
+    (x, mask), other = make_batch(), make_batch()[0].flip(0) * 2
+    static_x = x.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(layer, static_x, mask)
+            layer.zero_grad(set_to_none=True)
+            static_x.grad = None
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, packed = step(layer, static_x, mask)
+    with torch.no_grad():
+        static_x.copy_(other)
+    graph.replay()
+    replayed = {
+        "y": y.detach().clone(),
+        "packed": packed.detach().clone(),
+        "x": static_x.grad.clone(),
+        **{name: p.grad.clone() for name, p in layer.named_parameters()},
+    }
+    assert_close(replayed, results(layer, other, mask), 1e-3)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_a_captured_step_draws_new_random_numbers(backend):
+    layer = make_layer(backend, activation_dropout=0.5)
+    x, mask = make_batch()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        layer(x, mask)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y, routing = layer(x, mask)
+    graph.replay()
+    first = y.clone(), routing.expert_index.clone()
+    graph.replay()
+    assert not torch.equal(first[0], y)
+    assert not torch.equal(first[1], routing.expert_index)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("router", ["sparsemixer", "switch", "gshard"])
+def test_compiles_in_one_piece(backend, router):
+    layer, (x, mask) = make_layer(backend, router=router).eval(), make_batch()
+    expected = results(layer, x, mask)
+
+    @torch.compile(fullgraph=True)
+    def forward(x, mask):
+        y, routing = layer(x, mask)
+        packed = RoutingStatistics.from_routing(routing).pack()
+        return y, packed, load_balance_loss(routing) + z_loss(routing)
+
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y, packed, losses = forward(leaf, mask)
+    (y.float().square().sum() + losses).backward()
+    actual = {
+        "y": y.detach(),
+        "packed": packed.detach(),
+        "x": leaf.grad,
+        **{name: p.grad for name, p in layer.named_parameters()},
+    }
+    assert_close(actual, expected, 3e-2)
+
+
+def test_same_input_same_bits():
+    layer, batch = make_layer("triton", router="topk", top_k=2), make_batch()
+    first, second = results(layer, *batch), results(layer, *batch)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_auto_takes_a_backend_that_serves(dtype):
+    name = backend_for(CUDA, dtype)
+    assert name == "sorted" or OBSTACLES[name](CUDA, dtype) is None
+    layer = make_layer("auto", dtype)
+    y, _ = layer(*make_batch(dtype=dtype))
+    assert y.isfinite().all()

@@ -1,0 +1,458 @@
+"""The backends "grouped" and "triton": what they compute, and that they never wait for a device.
+
+Kernels run in Triton's interpreter. What only a GPU can show is in test_moe_gpu.py.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference_routers import ids
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from fairseq_sparsemixer.moe import (
+    ROUTERS,
+    MoEFeedForward,
+    Routing,
+    RoutingStatistics,
+    load_balance_loss,
+    z_loss,
+)
+from fairseq_sparsemixer.moe.backends import triton_experts
+from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for, dispatch
+from fairseq_sparsemixer.moe.experts import Experts
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+def usable(name):
+    reason = OBSTACLES[name](CPU, FLOAT) if not torch.cuda.is_available() else "are for the CPU"
+    return pytest.param(
+        name, marks=pytest.mark.skipif(reason is not None, reason=f"backend {name!r} {reason}")
+    )
+
+
+BACKENDS = [usable("grouped"), usable("triton")]
+needs_triton = pytest.mark.skipif(triton_experts.triton is None, reason="Triton is not installed")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles in each direction although everything is small: the interpreter is slow."""
+    monkeypatch.setattr(triton_experts, "BLOCK", 16)
+
+
+@pytest.fixture
+def nan_memory():
+    """What is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_routing(tokens, num_experts, top_k=1, padding=0.0, one_expert=False):
+    index = torch.rand(tokens, num_experts).argsort(-1)[:, :top_k]
+    if one_expert:
+        index = torch.arange(top_k).expand(tokens, top_k).clone()
+    index[torch.rand(tokens) < padding] = -1
+    index[torch.rand(tokens, top_k) < padding / 2] = -1
+    gate = torch.rand(tokens, top_k).masked_fill(index < 0, 0.0).requires_grad_()
+    probs = torch.rand(tokens, num_experts)
+    return Routing(index, gate, probs, probs, probs)
+
+
+def outputs_and_gradients(backend, routing, experts, x, scale, weight):
+    y = dispatch(x, routing, experts, backend, None, scale)
+    leaves = {"x": x, "gate": routing.gate, **dict(experts.named_parameters())}
+    if scale is not None:
+        leaves["omega"] = scale
+    gradients = torch.autograd.grad(y, list(leaves.values()), weight)
+    return {"y": y.detach(), **dict(zip(leaves, gradients))}
+
+
+def assert_close(actual, expected, tolerance):
+    for name, value in actual.items():
+        wanted = expected[name]
+        size = wanted.float().abs().max().item() if wanted.numel() else 0
+        torch.testing.assert_close(
+            value,
+            wanted,
+            rtol=tolerance,
+            atol=tolerance * max(1, size),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+CASES = {
+    "mixed": {"tokens": 37, "num_experts": 3, "padding": 0.3},
+    "many experts": {"tokens": 24, "num_experts": 9, "padding": 0.1},
+    "one expert of three": {"tokens": 37, "num_experts": 3, "one_expert": True},
+    "the only expert": {"tokens": 19, "num_experts": 1, "padding": 0.2},
+    "one token": {"tokens": 1, "num_experts": 3},
+    "no token": {"tokens": 0, "num_experts": 3},
+    "all padding": {"tokens": 5, "num_experts": 3, "padding": 1.0},
+    "two of five": {"tokens": 20, "num_experts": 5, "top_k": 2, "padding": 0.2},
+    "three of three": {"tokens": 9, "num_experts": 3, "top_k": 3},
+    "gelu": {"tokens": 20, "num_experts": 3, "padding": 0.2, "activation_fn": "gelu"},
+    "linear": {"tokens": 9, "num_experts": 2, "activation_fn": "linear"},
+    "no omega": {"tokens": 9, "num_experts": 2, "omega": False},
+    "multiples of 16": {"tokens": 32, "num_experts": 2, "embed_dim": 32, "ffn_dim": 48},
+}
+PRECISE = [(name, FLOAT) for name in CASES]
+ROUGH = [(name, dtype) for name in ("two of five", "gelu") for dtype in (HALF, BFLOAT)]
+TOLERANCE = {FLOAT: 2e-6, HALF: 4e-3, BFLOAT: 3e-2}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("case", "dtype"), PRECISE + ROUGH)
+def test_outputs_and_gradients_are_those_of_the_loop(backend, case, dtype, nan_memory):
+    torch.manual_seed(1)
+    options = dict(CASES[case])
+    embed_dim, ffn_dim = options.pop("embed_dim", 18), options.pop("ffn_dim", 22)
+    activation_fn, omega = options.pop("activation_fn", "relu"), options.pop("omega", True)
+    routing = random_routing(**options)
+    experts = Experts(embed_dim, ffn_dim, options["num_experts"], activation_fn).to(dtype)
+    tokens = options["tokens"]
+    x = torch.randn(tokens, embed_dim, dtype=dtype)
+    weight = torch.randn(tokens, embed_dim, dtype=dtype)
+    scale = torch.randn(embed_dim, dtype=dtype).requires_grad_() if omega else None
+    expected = outputs_and_gradients(
+        "loop", routing, experts, x.clone().requires_grad_(), scale, weight
+    )
+    # What stands in rows of padding must not matter at all.
+    x[(routing.expert_index < 0).all(-1)] = float("nan")
+    actual = outputs_and_gradients(backend, routing, experts, x.requires_grad_(), scale, weight)
+    assert_close(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend):
+    """x and the gradient of y as they come: transposed, or one number for all."""
+    torch.manual_seed(0)
+    experts, routing = Experts(6, 10, 3), random_routing(8, 3)
+    x = torch.randn(6, 8).t().requires_grad_()
+    weight = torch.ones(1, 1).expand(8, 6)
+    assert not x.is_contiguous()
+    actual, expected = (
+        outputs_and_gradients(name, routing, experts, x, None, weight) for name in (backend, "loop")
+    )
+    assert_close(actual, expected, 2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation_fn", ["relu", "gelu"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_goes_through_the_dropout_of_the_forward(backend, activation_fn, recompute):
+    """The slope in a random direction of all inputs, with the same mask at all points."""
+    torch.manual_seed(0)
+    layer = Experts(6, 10, 2)
+    routing = random_routing(12, 2, top_k=2, padding=0.1)
+    x, scale = torch.randn(12, 6), torch.randn(6)
+    leaves = [x, scale, routing.gate.data, *(p.data for p in layer.parameters())]
+    directions = [torch.randn_like(leaf) for leaf in leaves]
+    weight = torch.randn(12, 6)
+
+    def loss(step):
+        moved = [leaf + step * way for leaf, way in zip(leaves, directions)]
+        moved = [leaf.requires_grad_() for leaf in moved]
+        experts = Experts(6, 10, 2, activation_fn, 0.4, recompute)
+        for name, value in zip(("w1", "b1", "w2", "b2"), moved[3:]):
+            delattr(experts, name)
+            setattr(experts, name, value)
+        torch.manual_seed(5)
+        there = Routing(routing.expert_index, moved[2], *(3 * [routing.probs]))
+        y = dispatch(moved[0], there, experts, backend, None, moved[1])
+        return (y * weight).sum(), moved
+
+    value, moved = loss(0.0)
+    gradients = torch.autograd.grad(value, moved)
+    slope = sum((g * way).sum() for g, way in zip(gradients, directions))
+    step = 1e-3
+    measured = (loss(step)[0] - loss(-step)[0]) / (2 * step)
+    assert slope.item() == pytest.approx(measured.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation_fn", ["relu", "gelu"])
+def test_recomputing_changes_nothing(backend, activation_fn):
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        experts, routing = Experts(6, 10, 3, activation_fn, 0.5, recompute), random_routing(9, 3)
+        x, weight = torch.randn(9, 6).requires_grad_(), torch.randn(9, 6)
+        torch.manual_seed(1)
+        results.append(outputs_and_gradients(backend, routing, experts, x, None, weight))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputing_keeps_no_inner_layer(backend, recompute):
+    experts, routing = Experts(6, 10, 3, "relu", 0.0, recompute), random_routing(9, 3)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        dispatch(torch.randn(9, 6), routing, experts, backend)
+    assert kept
+    assert ((9, 10) in kept) == (not recompute)
+
+
+@pytest.mark.parametrize("backend", [usable("triton")])
+def test_dropout_leaves_its_share_and_scales_it_up(backend):
+    torch.manual_seed(0)
+    slots, end = 64, torch.tensor([40, 60], dtype=torch.int32)
+    a, w, bias = torch.rand(slots, 8), torch.rand(2, 64, 8), torch.rand(2, 64)
+
+    def product(seed, kept_share=0.3, relu=True):
+        return triton_experts.sorted_product(a, None, w, bias, seed, None, end, kept_share, relu)
+
+    whole = product(None)
+    dropped = product(torch.tensor([7]))
+    kept = dropped > 0
+    assert kept[:60].float().mean().item() == pytest.approx(0.3, abs=0.02)
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.3)
+    assert (dropped[60:] == 0).all()
+    assert torch.equal(dropped, product(torch.tensor([7])))
+    assert not torch.equal(dropped, product(torch.tensor([8])))
+    assert (product(torch.tensor([7]), kept_share=0.0) == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prediction", ["mean", "linear"])
+def test_running_means_are_those_of_the_loop(backend, prediction, nan_memory):
+    torch.manual_seed(0)
+    x, mask = torch.randn(20, 6), torch.rand(20) < 0.3
+    sums = []
+    for name in (backend, "loop"):
+        torch.manual_seed(1)
+        layer = MoEFeedForward(
+            6, 10, 3, router="sparsemixer-cv", prediction=prediction, backend=name
+        )
+        layer(x, mask)
+        sums.append(layer.router.expert_means.sums())
+    torch.testing.assert_close(*sums)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_without_gradients(backend):
+    torch.manual_seed(0)
+    layer = MoEFeedForward(6, 10, 3, backend=backend, activation_dropout=0.5).eval()
+    x = torch.randn(9, 6)
+    with_gradient, _ = layer(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x)[0], with_gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    torch.manual_seed(0)
+    layer = MoEFeedForward(32, 64, 4, backend=backend).eval()
+    x = torch.randn(20, 32)
+    with torch.autocast("cpu", dtype=BFLOAT):
+        y, _ = layer(x)
+    assert y.dtype == FLOAT
+    torch.testing.assert_close(y, layer(x)[0], rtol=0.02, atol=0.02)
+    y.sum().backward()
+    assert all(p.grad.dtype == FLOAT for p in layer.experts.parameters())
+
+
+# --- which backend ---
+
+
+def test_auto_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(triton_experts, "kernels", type("Kernels", (), {"INTERPRETED": False}))
+    monkeypatch.setattr(triton_experts, "triton", object())
+
+    def chosen(capability, dtype):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return backend_for(CUDA, dtype)
+
+    assert {chosen(c, d) for c in ((8, 0), (9, 0)) for d in (HALF, BFLOAT, FLOAT)} == {"triton"}
+    assert chosen((7, 0), HALF) == "sorted"
+    assert chosen((9, 0), torch.float64) == "sorted"
+    assert backend_for(CPU, FLOAT) == "sorted"
+    monkeypatch.setattr(triton_experts, "triton", None)
+    assert chosen((9, 0), BFLOAT) == "grouped"
+    assert chosen((9, 0), HALF) == "sorted"
+    assert chosen((8, 0), BFLOAT) == "sorted"
+
+
+def test_what_a_backend_cannot_serve_is_refused(monkeypatch):
+    x = torch.randn(3, 6)
+
+    def message(backend, dtype=FLOAT):
+        layer = MoEFeedForward(6, 10, 2, backend=backend).to(dtype)
+        with pytest.raises(ValueError, match=f"backend '{backend}' .*: choose 'auto'") as error:
+            layer(x.to(dtype))
+        return str(error.value)
+
+    assert "takes bfloat16, float16 or float32, not torch.float64" in message(
+        "grouped", torch.float64
+    )
+    monkeypatch.delattr(F, "grouped_mm")
+    assert "needs torch.nn.functional.grouped_mm" in message("grouped")
+    monkeypatch.setattr(triton_experts, "triton", None)
+    assert "needs Triton (pip install" in message("triton")
+
+
+@needs_triton
+def test_triton_needs_a_gpu_unless_it_is_interpreted():
+    code = (
+        "import torch; from fairseq_sparsemixer.moe import MoEFeedForward\n"
+        "MoEFeedForward(6, 10, 2)(torch.randn(3, 6))\n"
+        "MoEFeedForward(6, 10, 2, backend='triton')(torch.randn(3, 6))"
+    )
+    result = run_compiled(code)
+    assert "ValueError: backend 'triton' needs a GPU, not torch.float32 on cpu" in result.stderr
+
+
+def test_without_triton_all_else_works():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from fairseq_sparsemixer.moe import MoEFeedForward\n"
+        "y, _ = MoEFeedForward(6, 10, 2)(torch.randn(3, 6)); print(tuple(y.shape))"
+    )
+    result = run_compiled(code)
+    assert result.stdout.strip() == "(3, 6)", result.stderr
+
+
+def run_compiled(code):
+    """Run Python where Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+
+
+def test_tf32_is_allowed_as_for_other_products():
+    assert triton_experts._precision(FLOAT) == "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert [triton_experts._precision(dtype) for dtype in (FLOAT, HALF)] == ["tf32", "ieee"]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+# --- no waiting for the device ---
+
+
+def layer_with(router, backend, **options):
+    top_k = ROUTERS[router].min_top_k
+    return MoEFeedForward(16, 32, 4, router=router, top_k=top_k, backend=backend, **options)
+
+
+def run_layer(layer, state, x, mask, **more):
+    """(T, D) output and everything that training reads beside it."""
+    y, routing = torch.func.functional_call(layer, state, (x, mask), more)
+    losses = load_balance_loss(routing) + z_loss(routing)
+    return y, RoutingStatistics.from_routing(routing).pack(), losses
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_router_waits_for_the_device(router, padded, monkeypatch):
+    """Tensors without values: whatever asks for one, or for a size that depends on one, fails."""
+
+    def copied_from_the_host(*args, **kwargs):
+        raise AssertionError("a number that is copied to the device waits for it: use new_full")
+
+    monkeypatch.setattr(torch, "tensor", copied_from_the_host)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", copied_from_the_host)
+    layer = layer_with(router, "grouped", activation_dropout=0.1, output_masking=0.1).to(BFLOAT)
+    with FakeTensorMode() as mode:
+        state = {name: mode.from_tensor(v) for name, v in layer.state_dict(keep_vars=True).items()}
+        x = torch.randn(9, 16, dtype=BFLOAT, requires_grad=True)
+        mask = torch.zeros(9, dtype=torch.bool) if padded else None
+        y, packed, losses = run_layer(layer, state, x, mask, **ids(router, torch.arange(9)))
+        leaves = [x, *(value for value in state.values() if value.requires_grad)]
+        assert len(leaves) == 1 + len(list(layer.parameters()))
+        loss = y.float().sum() + packed.sum() + losses
+        gradients = torch.autograd.grad(loss, leaves)
+        assert [g.shape for g in gradients] == [leaf.shape for leaf in leaves]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation_fn": "gelu", "activation_dropout": 0.3, "recompute": True},
+    ],
+    ids=["relu", "gelu"],
+)
+def test_compiles_in_one_piece(backend, options):
+    """Forward and backward as torch.compile sees them, on the backend that runs them unchanged."""
+    torch.manual_seed(0)
+    # PyTorch's own rule for shapes of grouped_mm knows bfloat16 alone.
+    layer = layer_with("sparsemixer", backend, **options).to(BFLOAT)
+    x, mask = torch.randn(9, 16, dtype=BFLOAT), torch.arange(9) > 6
+
+    def run(function):
+        torch.manual_seed(1)
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y, packed, losses = function(layer, {}, leaf, mask)
+        (y.float().square().sum() + losses).backward()
+        return [y, packed, losses, leaf.grad, *(p.grad for p in layer.parameters())]
+
+    compiled = torch.compile(run_layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(compiled), run(run_layer))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fairseq_sparsemixer.moe import router_kernels
+from fairseq_sparsemixer.moe.backends import triton_kernels as kernels
+
+TYPES = {"a_row_ptr": "*i64", "slot_ptr": "*i64", "seed_ptr": "*i64", "end_ptr": "*i32",
+         "index_ptr": "*i64", "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_scale_ptr": "*fp32"}
+FLOATS = ("kept_share", "jitter", "temperature", "chance", "point", "gradient_scale")
+NOT_MULTIPLES = ("num_slots", "num_tokens", "num_experts", "top_k")
+
+
+def compile(kernel, dtype, constants):
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = TYPES.get(name, "*" + dtype)
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if signature[name] in ("i32", "*" + dtype) and name not in NOT_MULTIPLES:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    has = [word for word in ("wgmma", "cp.async") if word in code.asm["ptx"]]
+    print(kernel.__name__, code.metadata.shared, *has)
+
+
+BLOCKS = {"PRECISION": "ieee", "BLOCK_O": 128}
+ROUTER = {"BLOCK_T": 256, "BLOCK_N": 8}
+compile(kernels.product_kernel, "bf16", {
+    **BLOCKS, "RELU": True, "GROUPS": 16, "BLOCK_S": 128, "BLOCK_I": 64, "active_ptr": None,
+    "a_stride_depth": 1, "w_stride_depth": 1})
+compile(kernels.weight_gradient_kernel, "bf16", {
+    **BLOCKS, "BLOCK_S": 64, "BLOCK_I": 128, "a_stride_depth": 1})
+compile(kernels.weigh_backward_kernel, "bf16", {
+    "BLOCK_S": 16, "BLOCK_D": 256, "grad_stride_width": 1})
+compile(router_kernels.route_kernel, "fp32", {**ROUTER, "FULL_ON_BEST": True})
+compile(router_kernels.route_backward_kernel, "fp32", ROUTER)
+"""
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu():
+    """For Hopper, without one: tensor cores and asynchronous copies are used, memory suffices."""
+    result = run_compiled(COMPILE)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 5, result.stderr
+    assert all(int(shared) <= 99 * 1024 for _, shared, *_ in lines)  # the least, of capability 8.6
+    for _, _, *has in lines[:2]:
+        assert has == ["wgmma", "cp.async"]

@@ -1,0 +1,351 @@
+"""The backend for CPUs: its gradient, what it keeps, and its weights for inference."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fairseq_sparsemixer.moe import Experts, MoEFeedForward, Routing
+from fairseq_sparsemixer.moe.backends import products
+from fairseq_sparsemixer.moe.backends import sorted as sorted_backend
+from fairseq_sparsemixer.moe.backends.memory import HUGE_PAGE, Recycler
+from fairseq_sparsemixer.moe.backends.products import PackedWeights, linear, rows_to_compute
+from fairseq_sparsemixer.moe.dispatch import dispatch
+
+ACTIVATIONS = ["relu", "gelu", "silu", "tanh", "linear"]
+CASES = {
+    "no token": [],
+    "one token": [2],
+    "one expert": [1] * 7,
+    "one expert and padding": [1, -1, 1, 1],
+    "all padding": [-1, -1],
+    "mixed": [4, 0, -1, 2, 2, 4, 0, 0, 1],
+}
+"""The expert of each token, of five."""
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Small products go through oneDNN too."""
+    monkeypatch.setattr(products, "LEAST_WEIGHTS", 0)
+
+
+def routing_for(index_TK, gate_TK, num_experts):
+    nothing = torch.zeros(len(index_TK), num_experts)
+    return Routing(index_TK, gate_TK, nothing, nothing, nothing)
+
+
+def case_index(case, top_k):
+    first = torch.tensor(CASES[case], dtype=torch.long)
+    columns = [torch.where(first < 0, -1, (first + k) % 5) for k in range(top_k)]
+    return torch.stack(columns, dim=-1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradient_is_that_of_finite_differences(case, top_k, activation, recompute):
+    torch.manual_seed(0)
+    experts = Experts(3, 5, 5, activation, recompute=recompute).double()
+    index = case_index(case, top_k)
+    gate = torch.rand(index.shape, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(len(index), 3, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def run(x, gate, scale, *_):
+        return dispatch(x, routing_for(index, gate, 5), experts, "sorted", scale_D=scale)
+
+    inputs = (x, gate, scale, *experts.parameters())
+    assert torch.autograd.gradcheck(run, inputs, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_experts,embed_dim,ffn_dim", [(3, 17, 29), (5, 32, 64), (1, 8, 8)])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("least_weights", [0, products.LEAST_WEIGHTS])
+def test_equals_the_loop_in_every_dtype(
+    dtype, num_experts, embed_dim, ffn_dim, top_k, least_weights, monkeypatch
+):
+    """d not a multiple of 16, N no power of two, input that is not contiguous."""
+    monkeypatch.setattr(products, "LEAST_WEIGHTS", least_weights)
+    torch.manual_seed(1)
+    top_k = min(top_k, num_experts)
+    experts = Experts(embed_dim, ffn_dim, num_experts).to(dtype)
+    index = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(40)])
+    x = torch.randn(embed_dim, 40, dtype=dtype).t()
+    weight = torch.randn(40, embed_dim)
+    results = []
+    for backend in ("sorted", "loop"):
+        x = x.detach().requires_grad_()
+        gate = torch.linspace(0.1, 1, index.numel()).view(index.shape).requires_grad_()
+        scale = torch.linspace(0.5, 2, embed_dim).to(dtype).requires_grad_()
+        y = dispatch(x, routing_for(index, gate, num_experts), experts, backend, scale_D=scale)
+        leaves = [x, gate, scale, *experts.parameters()]
+        gradients = torch.autograd.grad((y.float() * weight).sum(), leaves)
+        results.append([y, *gradients])
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for value, wanted in zip(*results):
+        assert value.dtype == wanted.dtype
+        error = (value - wanted).float().norm() / wanted.float().norm().clamp_min(1e-6)
+        assert error < tolerance
+
+
+def test_frozen_parts_get_no_gradient():
+    torch.manual_seed(0)
+    layer = MoEFeedForward(6, 10, 4)
+    x = torch.randn(9, 6, requires_grad=True)
+    full = torch.autograd.grad(_seeded_loss(layer, x), [x, layer.experts.b2])
+    layer.experts.requires_grad_(False)
+    layer.router.requires_grad_(False)
+    (x_only,) = torch.autograd.grad(_seeded_loss(layer, x), [x])
+    layer.experts.b2.requires_grad_()
+    (b2_only,) = torch.autograd.grad(_seeded_loss(layer, x.detach()), [layer.experts.b2])
+    torch.testing.assert_close([x_only, b2_only], list(full))
+
+
+def _seeded_loss(layer, x):
+    torch.manual_seed(5)
+    return layer(x)[0].square().sum()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_leaves_the_same_units_in_both_passes(activation, recompute, monkeypatch):
+    torch.manual_seed(0)
+    experts = Experts(6, 40, 3, activation, activation_dropout=0.25, recompute=recompute)
+    masks = {}
+    draw = sorted_backend._Inner.mask
+
+    def recorded(self, inner):
+        mask = draw(self, inner)
+        masks[len(masks)] = mask
+        return mask
+
+    monkeypatch.setattr(sorted_backend._Inner, "mask", recorded)
+    index = torch.tensor([0, 1, 2, 1, 0, 2, 2, 2]).unsqueeze(-1)
+    x = torch.randn(8, 6, requires_grad=True)
+    gate = torch.rand(8, 1, requires_grad=True)
+    y = dispatch(x, routing_for(index, gate, 3), experts, "sorted")
+    expected = torch.zeros_like(y)
+    function = getattr(F, activation)
+    for i in range(3):
+        tokens = (index[:, 0] == i).nonzero()[:, 0]
+        inner = function(F.linear(x[tokens], experts.w1[i], experts.b1[i])) * masks[i] / 0.75
+        out = F.linear(inner, experts.w2[i], experts.b2[i])
+        expected = expected.index_add(0, tokens, out * gate[tokens])
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    leaves = [x, gate, *experts.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad((y * weight).sum(), leaves),
+        torch.autograd.grad((expected * weight).sum(), leaves),
+    )
+    assert len(masks) == 3  # not drawn anew in the backward pass
+    dropped = 1 - torch.cat(list(masks.values())).float().mean().item()
+    assert 0.15 < dropped < 0.35
+
+
+def test_dropping_everything_gives_the_bias():
+    layer = MoEFeedForward(6, 10, 1, router="switch", activation_dropout=1.0)
+    x = torch.randn(4, 6, requires_grad=True)
+    y, routing = layer(x)
+    torch.testing.assert_close(y, routing.gate * layer.experts.b2[0])
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    assert (layer.experts.w1.grad == 0).all()
+
+
+def test_autocast_has_the_gradient_of_float32_within_bfloat16():
+    torch.manual_seed(0)
+    layer = MoEFeedForward(32, 64, 4).eval()
+    x = torch.randn(50, 32, requires_grad=True)
+    weight = torch.randn(50, 32)
+    leaves = [x, *layer.experts.parameters(), layer.router.output_scale]
+    expected = torch.autograd.grad((layer(x)[0] * weight).sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = layer(x)
+    for value, wanted in zip(torch.autograd.grad((y * weight).sum(), leaves), expected):
+        assert value.dtype == torch.float32
+        assert (value - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_recomputing_keeps_less_and_changes_nothing():
+    kept, results = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layer = MoEFeedForward(16, 256, 4, activation_dropout=0.1, recompute=recompute)
+        x = torch.randn(60, 16, requires_grad=True)
+        sizes = {}
+
+        def pack(value, sizes=sizes):
+            sizes[value.data_ptr()] = value.nbytes
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            y, _ = layer(x)
+        kept.append(sum(sizes.values()))
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    assert kept[0] - kept[1] >= 60 * 256 * 4
+    for value, wanted in zip(*results):
+        assert torch.equal(value, wanted)
+
+
+def test_second_derivatives_are_refused():
+    layer = MoEFeedForward(4, 8, 2)
+    x = torch.randn(3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 70])
+@pytest.mark.parametrize("sizes", [(17, 29, 3), (64, 128, 8)])
+@pytest.mark.usefixtures("onednn")
+def test_inference_weights_give_the_same(dtype, tolerance, tokens, sizes):
+    torch.manual_seed(0)
+    layer = MoEFeedForward(*sizes).eval()
+    x = torch.randn(tokens, sizes[0])
+    expected, _ = layer(x)
+    layer.prepare_for_inference(dtype)
+    assert layer.experts.packed.w1[0].is_mkldnn
+    with torch.no_grad():
+        y, _ = layer(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_inference_weights_serve_only_where_they_fit():
+    torch.manual_seed(0)
+    layer = MoEFeedForward(8, 16, 3).eval()
+    x = torch.randn(5, 8)
+    layer.prepare_for_inference(torch.bfloat16)
+    with torch.no_grad():
+        rounded, _ = layer(x)
+    with_gradient, _ = layer(x)
+    assert not torch.equal(rounded, with_gradient)
+    layer.experts.packed, packed = None, layer.experts.packed
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], with_gradient)
+        layer.experts.packed = packed
+        layer.experts.w2.mul_(2)  # a parameter changes, as in training or loading
+        changed, _ = layer(x)
+        layer.experts.packed = None
+        assert torch.equal(layer(x)[0], changed)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_inference_weights_are_left_out_of_copies():
+    layer = MoEFeedForward(8, 16, 3).eval()
+    layer.prepare_for_inference()
+    assert isinstance(layer.experts.packed, PackedWeights)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.experts.packed is None
+        x = torch.randn(5, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(other(x)[0], layer(x)[0])
+    with pytest.raises(ValueError, match=r"torch\.float32 or torch\.bfloat16, not torch\.int8"):
+        layer.prepare_for_inference(torch.int8)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_nothing_is_packed_without_onednn(monkeypatch):
+    torch.manual_seed(0)
+    layer = MoEFeedForward(8, 16, 3).eval()
+    x = torch.randn(5, 8)
+    expected, _ = layer(x)
+    monkeypatch.setattr(products, "_LINEAR", None)
+    layer.prepare_for_inference()
+    assert layer.experts.packed is None
+    torch.testing.assert_close(layer(x)[0], expected)
+    torch.testing.assert_close(
+        linear(x, torch.ones(2, 8), torch.tensor([-100.0, 100.0]), relu=True)[:, 0], torch.zeros(5)
+    )
+
+
+LARGE = (3, HUGE_PAGE // 4)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 5), LARGE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradient_memory_is_as_asked_for(shape, dtype):
+    value = torch.empty(shape, dtype=dtype)
+    fresh = Recycler().empty_like(value)
+    assert (fresh.shape, fresh.dtype) == (value.shape, value.dtype)
+    assert fresh.is_contiguous()
+    fresh.fill_(1)  # all of it may be written
+    assert (fresh == 1).all()
+
+
+def test_gradient_memory_is_used_again_once_nobody_has_it():
+    recycler = Recycler()
+    like = torch.empty(LARGE)
+
+    def place_after(hold):
+        """Where the next memory lies, with something of the last still held."""
+        first = recycler.empty_like(like)
+        place, held = first.data_ptr(), hold(first)
+        del first
+        second = recycler.empty_like(like)
+        assert held is None or second.data_ptr() != place
+        return second.data_ptr() == place
+
+    assert place_after(lambda value: None)
+    assert not place_after(lambda value: value[1:])
+    assert not place_after(lambda value: value.detach())
+    assert not place_after(lambda value: value.numpy())
+    assert not place_after(lambda value: value.untyped_storage())
+    recycler.empty_like(torch.empty(4, HUGE_PAGE))  # fits nothing: what is unused is given back
+    assert len(recycler._blocks) == 1
+
+
+def test_gradients_that_are_kept_stay_as_they_are():
+    torch.manual_seed(0)
+    layer = MoEFeedForward(256, 1024, 3)
+    w1 = layer.experts.w1
+    assert w1.nbytes >= HUGE_PAGE
+    x = torch.randn(20, 256)
+    seen = []
+    for step in range(4):
+        w1.grad = None
+        layer(x * step)[0].sum().backward()
+        seen.append((w1.grad, w1.grad.clone()))
+    for _ in range(3):  # accumulated: the second gradient is memory that only autograd has
+        layer(x)[0].sum().backward()
+    for kept, copy_ in seen[:-1]:
+        assert torch.equal(kept, copy_)
+    assert not torch.equal(*seen[-1])
+
+
+def test_rows_come_in_few_sizes():
+    """Each size is a program that oneDNN compiles once and keeps, of a thousand."""
+    sizes = {rows_to_compute(rows) for rows in range(1, 4097)}
+    assert 4 * len(sizes) < 1000
+    for rows in range(1, 4097):
+        assert rows <= rows_to_compute(rows) <= max(rows + 15, 1.13 * rows)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_other_experts_leave_no_trace(case):
+    """Rows are computed beyond an expert's own; infinite ones must not reach it."""
+    torch.manual_seed(0)
+    experts = Experts(6, 10, 5)
+    index = case_index(case, 1)
+    gate = torch.rand(index.shape)
+    clean = torch.randn(len(index), 6)
+    weight = torch.randn(len(index), 6)
+    for spoilt in range(5):
+        own = index[:, 0] != spoilt
+        x = torch.where(own.unsqueeze(-1), clean, float("inf")).requires_grad_()
+        y = dispatch(x, routing_for(index, gate, 5), experts, "sorted")
+        (grad,) = torch.autograd.grad(y, x, weight)
+        x_clean = clean.clone().requires_grad_()
+        expected = dispatch(x_clean, routing_for(index, gate, 5), experts, "loop")
+        (wanted,) = torch.autograd.grad(expected, x_clean, weight)
+        torch.testing.assert_close(y[own], expected[own])
+        torch.testing.assert_close(grad[own], wanted[own])
