@@ -9,7 +9,8 @@ included; a beam of four computes four times as many.
 
 The models are untrained and repeat words, more than a translation does. So that experts differ,
 each sentence begins with a random word, and the routers are balanced; ``experts`` says how many
-different ones a decoder layer calls in one step.
+different ones a decoder layer calls in one step. All models are prepared as ``fairseq-generate``
+does it, which lays the experts' weights out for oneDNN and leaves dense layers as they are.
 """
 
 import argparse

@@ -5,14 +5,15 @@
   python -m benchmarks.layer --table layer.json       # the tables again
 
 ``dense`` is fairseq's feed-forward network of the same width and inner width, on the same tokens.
-``dense, oneDNN`` is the same network with that library called for its products, where torch lets it
-be called (on a CPU, float32, forward). ``loop over modules`` is a Switch layer as it is first
-written: a list of dense networks, each run on the tokens that chose it.
+``dense, oneDNN`` is the dense layer that one could have: that library is called for the products
+that the layer with experts gives to it, where torch lets it be called (on a CPU, float32). ``loop
+over modules`` is a Switch layer as it is first written: a list of dense networks, each run on the
+tokens that chose it.
 
 Forward is evaluation, without gradient. Forward + backward is training, from an upstream gradient
-fixed beforehand; every gradient is dropped before a step and allocated by it. A sample is the mean
-of as many steps in a row as take 20 ms, 100 at most. They see the same tokens: weights that fit
-into the processor's caches stay there.
+fixed beforehand; every gradient is dropped before a step, which has to find memory for it (experts
+on a CPU use that of the step before). A sample is the mean of as many steps in a row as take 20 ms,
+100 at most. They see the same tokens: weights that fit into the processor's caches stay there.
 
 Peak memory is that of a forward and backward pass, the weights and their gradients not counted.
 ``weights (ms)`` is the time that it takes to read, from memory, the weights of all experts that
@@ -23,7 +24,7 @@ import argparse
 import functools
 import itertools
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ DENSE, ONEDNN, LOOP = "dense", "dense, oneDNN", "loop over modules"
 SAMPLE_SECONDS = 0.02
 MOST_CALLS = 100
 WARM_UP_STEPS = 3
+SETTINGS = ("router", "backend", "recompute", "inference_dtype")
+"""Of a layer with experts, in its row."""
 
 
 class Case(NamedTuple):
@@ -89,7 +92,7 @@ class Dense(nn.Module):
 
 
 class OneDNNDense(nn.Module):
-    """The forward pass of a dense network through oneDNN, the activation fused."""
+    """A dense network through oneDNN, the activation fused."""
 
     def __init__(self, dense: Dense) -> None:
         super().__init__()
@@ -97,10 +100,40 @@ class OneDNNDense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
-        linear = torch.ops.mkldnn._linear_pointwise
         fc1, fc2 = self.dense.fc1, self.dense.fc2
-        hidden = linear(x, fc1.weight, fc1.bias, "relu", [], "")
-        return linear(hidden, fc2.weight, fc2.bias, "none", [], "")
+        arguments = (x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        if torch.is_grad_enabled():
+            return _OneDNNDense.apply(*arguments)
+        return _onednn_dense(*arguments)[0]
+
+
+def _onednn(x: Tensor, w: Tensor, b: Optional[Tensor] = None, activation: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, activation, [], "")
+
+
+def _onednn_dense(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """(T, D) and the inner layer (T, F)."""
+    hidden = _onednn(x, w1, b1, "relu")
+    return _onednn(hidden, w2, b2), hidden
+
+
+class _OneDNNDense(torch.autograd.Function):
+    """The products of forward and backward pass that the layer with experts gives to oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        y, hidden = _onednn_dense(x, w1, b1, w2, b2)
+        ctx.save_for_backward(x, w1, w2, hidden)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, w1, w2, hidden = ctx.saved_tensors
+        d_hidden = _onednn(grad, w2.t()).masked_fill_(hidden <= 0, 0.0)
+        d_x = _onednn(d_hidden, w1.t())
+        return d_x, d_hidden.t() @ x, d_hidden.sum(0), grad.t() @ hidden, grad.sum(0)
 
 
 class LoopOverModules(nn.Module):
@@ -168,34 +201,49 @@ class _Arm:
 
 
 def _build(
-    case: Case, router: str, backend: str = "auto", recompute: bool = False
+    case: Case,
+    router: str,
+    backend: str = "auto",
+    recompute: bool = False,
+    inference_dtype: Optional[str] = None,
 ) -> MoEFeedForward:
     torch.manual_seed(0)  # routers with the same weights choose the same experts
-    return MoEFeedForward(
+    layer = MoEFeedForward(
         *(case.embed_dim, case.ffn_dim, case.num_experts),
         router=router,
         top_k=ROUTERS[router].min_top_k,
         backend=backend,
         recompute=recompute,
     )
+    if inference_dtype is not None:
+        layer.prepare_for_inference(getattr(torch, inference_dtype))
+    return layer
 
 
 def _arms(case: Case, args: argparse.Namespace) -> Dict[str, _Arm]:
     dense = Dense(case.embed_dim, case.ffn_dim)
     arms = {DENSE: _Arm(dense)}
-    if (args.device, case.dtype, case.mode) == ("cpu", "float32", FORWARD) and has_onednn():
+    if (args.device, case.dtype) == ("cpu", "float32") and has_onednn():
         arms[ONEDNN] = _Arm(OneDNNDense(dense))
     arms[LOOP] = _Arm(LoopOverModules(_build(case, "switch")))
-    for router, backend, recompute in itertools.product(
-        args.router, args.backend, (False, True) if args.recompute else (False,)
+    laid_out = args.laid_out and (args.device, case.dtype, case.mode) == ("cpu", "float32", FORWARD)
+    for router, backend, recompute, inference_dtype in itertools.product(
+        args.router,
+        args.backend,
+        (False, True) if args.recompute and case.mode == BACKWARD else (False,),
+        (None, "float32", "bfloat16") if laid_out else (None,),
     ):
         name = router
         name += f", {backend}" if len(args.backend) > 1 else ""
         name += ", recompute" if recompute else ""
-        arms[name] = _Arm(
-            _build(case, router, backend, recompute),
-            **{"router": router, "backend": backend, "recompute": recompute},
-        )
+        name += f", laid out, {inference_dtype}" if inference_dtype else ""
+        settings: Dict[str, Any] = {
+            "router": router,
+            "backend": backend,
+            "recompute": recompute,
+            "inference_dtype": inference_dtype,
+        }
+        arms[name] = _Arm(_build(case, **settings), **settings)
     return arms
 
 
@@ -312,7 +360,7 @@ def _switch_beside(row: Record, rows: List[Record]) -> Optional[Record]:
     """The row of ``switch`` that differs from a layer's in the router alone."""
     same = {**row, "router": "switch"}
     for other in rows:
-        if all(other.get(key) == same.get(key) for key in ("router", "backend", "recompute")):
+        if all(other.get(key) == same.get(key) for key in SETTINGS):
             return other
     return None
 
@@ -357,6 +405,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--recompute",
         action="store_true",
         help="also with the experts' inner layer computed again in the backward pass",
+    )
+    parser.add_argument(
+        "--laid-out",
+        action="store_true",
+        help="also with weights laid out for inference (CPU, float32, forward)",
     )
     measuring.add_arguments(parser)
     return parser

@@ -168,15 +168,16 @@ def peak_bytes(step: Callable[[], Any], weights: Iterable[Tensor], device: str) 
     (workspaces of a BLAS).
 
     Args:
-        step: leaves the gradients of ``weights``, if it computes them, in newly allocated memory.
+        step: leaves the gradients of ``weights``, if it computes them, where nothing else was.
         weights: the parameters whose gradients are left out.
         device: "cpu" or "cuda".
     """
     allocations = (_cuda_allocations if device == "cuda" else _cpu_allocations)(step)
     gradients = {w.grad.untyped_storage().data_ptr() for w in weights if w.grad is not None}
-    # An address may have held other things before: what came there last is the gradient.
+    # An address may have held other things before: what came there last is the gradient. One that
+    # was not allocated in this step lies in memory that an earlier one had for the same purpose.
     last = {address: i for i, (address, size) in enumerate(allocations) if size > 0}
-    left_out = {last[address] for address in gradients}
+    left_out = {last[address] for address in gradients if address in last}
     held: Dict[int, int] = {}
     now = peak = 0
     for i, (address, size) in enumerate(allocations):

@@ -46,9 +46,8 @@ def test_cost_of_a_layer(tmp_path):
     arguments = ("--tokens", 40, "--num-experts", 2, 4, "--size", "8,16")
     more = ("--router", "sparsemixer", "--backend", "auto", "loop", "--recompute")
     results, printed = run("layer", output, *arguments, *more)
-    # Two backends, with and without recompute, beside the yardsticks, of which oneDNN is one in
-    # the forward pass alone.
-    assert len(results["rows"]) == 2 * (4 + 3) + 2 * (4 + 2)
+    # Two backends beside three yardsticks, with and without recompute where that matters.
+    assert len(results["rows"]) == 2 * (3 + 2) + 2 * (3 + 4)
     for row in results["rows"]:
         assert len(row["seconds"]) == 2 and 1 <= row["calls"] <= layer.MOST_CALLS
         if row["mode"] == layer.BACKWARD:
@@ -61,7 +60,7 @@ def test_cost_of_a_layer(tmp_path):
     again = commands.run("benchmarks.layer", "--table", output, output, cwd=commands.PACKAGE.parent)
     machine, tables = printed.split("\n\n", 1)
     assert again.stdout == f"{machine}\n\n{tables}{tables}"
-    assert tables.count("\n| sparsemixer, loop, recompute ") == 4
+    assert tables.count("\n| sparsemixer, loop, recompute ") == 2
 
 
 def test_without_settings_a_layer_is_measured_in_the_default_cases():
@@ -78,6 +77,19 @@ def test_yardsticks_compute_what_the_layer_computes():
     if layer.has_onednn():
         with torch.no_grad():
             torch.testing.assert_close(layer.OneDNNDense(dense)(x), dense(x))
+        x.requires_grad_()
+        gradients = [
+            torch.autograd.grad(module(x).square().sum(), [x, *dense.parameters()])
+            for module in (dense, layer.OneDNNDense(dense))
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+def test_a_layer_laid_out_for_inference(tmp_path):
+    settings = ("--mode", "forward", "--tokens", 4, "--num-experts", 2, "--size", "256,512")
+    results, _ = run("layer", tmp_path / "layer.json", *settings, "--laid-out")
+    arms = [row["arm"] for row in results["rows"] if row.get("router") == "switch"]
+    assert arms == ["switch", "switch, laid out, float32", "switch, laid out, bfloat16"]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -460,3 +461,18 @@ def test_config_defaults_are_those_of_fairseq():
     ours = SwitchTransformerConfig()
     assert ours.max_source_positions == TransformerConfig().max_source_positions
     assert ours.encoder_embed_dim is None, "left to the architecture"
+
+
+def test_one_model_in_several_threads():
+    model = build().eval()
+    batches = [batch(lengths=((n, 2), (3 + n, 4)), seed=n) for n in range(1, 5)]
+    with torch.no_grad():
+        expected = [model(**sample)[0] for sample in batches]
+
+    def wrong(number):
+        with torch.no_grad():
+            results = [model(**batches[number])[0] for _ in range(40)]
+        return sum(not torch.allclose(value, expected[number], atol=1e-5) for value in results)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(wrong, range(4))) == [0] * 4

@@ -131,6 +131,28 @@ def test_fused_routers_equal_the_plain_ones(router, training, monkeypatch):
     assert_close(fused, results(layer, *batch), 1e-5)
 
 
+@pytest.mark.parametrize("router", ROUTER_NAMES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_fused_statistics_equal_the_plain_ones(router, padded, monkeypatch):
+    layer, (x, mask) = make_layer("sorted", torch.float32, router), make_batch(5000, torch.float32)
+    torch.manual_seed(2)
+    routing = layer.router(x, mask if padded else None)
+
+    def sums_and_gradient():
+        sums = RoutingStatistics.from_routing(routing)
+        packed, loss = sums.pack(), load_balance_loss(routing) + z_loss(routing)
+        loss = loss + sums.importance_loss + (packed * torch.arange(23, device=CUDA)).sum() / 5000
+        if not loss.requires_grad:
+            return {"packed": packed}
+        leaf = layer.router.weight
+        return {"packed": packed, "d": torch.autograd.grad(loss, leaf, retain_graph=True)[0]}
+
+    fused = sums_and_gradient()
+    assert torch.equal(fused["packed"], sums_and_gradient()["packed"])
+    monkeypatch.setattr(fused_router, "DEVICES", ())
+    assert_close(fused, sums_and_gradient(), 1e-4)
+
+
 @pytest.mark.parametrize("router", ONE_EXPERT)
 def test_logits_that_are_no_numbers_choose_an_expert_all_the_same(router):
     layer = make_layer("triton", router=router)

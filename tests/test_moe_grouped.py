@@ -407,13 +407,14 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fairseq_sparsemixer.moe import router_kernels
+from fairseq_sparsemixer.moe import router_kernels, statistics_kernels
 from fairseq_sparsemixer.moe.backends import triton_kernels as kernels
 
 TYPES = {"a_row_ptr": "*i64", "slot_ptr": "*i64", "seed_ptr": "*i64", "end_ptr": "*i32",
-         "index_ptr": "*i64", "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_scale_ptr": "*fp32"}
+         "index_ptr": "*i64", "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_scale_ptr": "*fp32",
+         "padding_ptr": "*i1"}
 FLOATS = ("kept_share", "jitter", "temperature", "chance", "point", "gradient_scale")
-NOT_MULTIPLES = ("num_slots", "num_tokens", "num_experts", "top_k")
+NOT_MULTIPLES = ("num_slots", "num_tokens", "num_experts", "top_k", "index_stride_token")
 
 
 def compile(kernel, dtype, constants):
@@ -444,6 +445,8 @@ compile(kernels.weigh_backward_kernel, "bf16", {
     "BLOCK_S": 16, "BLOCK_D": 256, "grad_stride_width": 1})
 compile(router_kernels.route_kernel, "fp32", {**ROUTER, "FULL_ON_BEST": True})
 compile(router_kernels.route_backward_kernel, "fp32", ROUTER)
+compile(statistics_kernels.sum_tokens_kernel, "fp32", {**ROUTER, "index_stride_slot": 1})
+compile(statistics_kernels.sum_tokens_backward_kernel, "fp32", ROUTER)
 """
 
 
@@ -452,7 +455,7 @@ def test_kernels_compile_for_a_gpu():
     """For Hopper, without one: tensor cores and asynchronous copies are used, memory suffices."""
     result = run_compiled(COMPILE)
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) == 5, result.stderr
+    assert len(lines) == 7, result.stderr
     assert all(int(shared) <= 99 * 1024 for _, shared, *_ in lines)  # the least, of capability 8.6
     for _, _, *has in lines[:2]:
         assert has == ["wgmma", "cp.async"]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ CASES = {
 def onednn(monkeypatch):
     """Small products go through oneDNN too."""
     monkeypatch.setattr(products, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(products, "LEAST_PRODUCTS", 0)
 
 
 def routing_for(index_TK, gate_TK, num_experts):
@@ -65,12 +67,13 @@ def test_gradient_is_that_of_finite_differences(case, top_k, activation, recompu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_experts,embed_dim,ffn_dim", [(3, 17, 29), (5, 32, 64), (1, 8, 8)])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("least_weights", [0, products.LEAST_WEIGHTS])
+@pytest.mark.parametrize("with_onednn", [False, True])
 def test_equals_the_loop_in_every_dtype(
-    dtype, num_experts, embed_dim, ffn_dim, top_k, least_weights, monkeypatch
+    dtype, num_experts, embed_dim, ffn_dim, top_k, with_onednn, request
 ):
     """d not a multiple of 16, N no power of two, input that is not contiguous."""
-    monkeypatch.setattr(products, "LEAST_WEIGHTS", least_weights)
+    if with_onednn:
+        request.getfixturevalue("onednn")
     torch.manual_seed(1)
     top_k = min(top_k, num_experts)
     experts = Experts(embed_dim, ffn_dim, num_experts).to(dtype)
@@ -196,9 +199,32 @@ def test_recomputing_keeps_less_and_changes_nothing():
 def test_second_derivatives_are_refused():
     layer = MoEFeedForward(4, 8, 2)
     x = torch.randn(3, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), [x], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="cannot be differentiated again: use backend 'loop'"):
+        torch.autograd.grad(layer(x)[0].square().sum(), [x], create_graph=True)
+
+
+def test_backward_under_autocast():
+    torch.manual_seed(0)
+    layer = MoEFeedForward(8, 16, 3, router="switch")
+    x = torch.randn(9, 8)
+    gradients = []
+    for autocast in (False, True):
+        torch.manual_seed(1)
+        loss = layer(x)[0].square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            gradients.append(torch.autograd.grad(loss, list(layer.experts.parameters())))
+    assert all(map(torch.equal, *gradients))
+
+
+def test_an_activation_with_parameters_is_trained():
+    torch.manual_seed(0)
+    activation = torch.nn.PReLU()
+    layer = MoEFeedForward(6, 10, 3, activation_fn=activation)
+    layer(torch.randn(5, 6))[0].sum().backward()
+    assert activation.weight.grad.abs() > 0
+    layer.backend = "sorted"
+    with pytest.raises(ValueError, match="not a Module: choose 'auto' or 'loop'"):
+        layer(torch.randn(5, 6))
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -234,8 +260,20 @@ def test_inference_weights_serve_only_where_they_fit():
         layer.experts.packed = packed
         layer.experts.w2.mul_(2)  # a parameter changes, as in training or loading
         changed, _ = layer(x)
-        layer.experts.packed = None
+        assert layer.experts.packed is None
         assert torch.equal(layer(x)[0], changed)
+    layer.prepare_for_inference()
+    layer.train()  # optimizers may write where torch does not count
+    assert layer.experts.packed is None
+
+
+@pytest.mark.usefixtures("onednn")
+def test_models_made_in_inference_mode_are_not_packed():
+    with torch.inference_mode():
+        layer = MoEFeedForward(8, 16, 3).eval()
+        layer.prepare_for_inference()
+        assert layer.experts.packed is None
+        assert layer(torch.randn(2, 8))[0].isfinite().all()
 
 
 @pytest.mark.usefixtures("onednn")
@@ -301,6 +339,28 @@ def test_gradient_memory_is_used_again_once_nobody_has_it():
     assert not place_after(lambda value: value.untyped_storage())
     recycler.empty_like(torch.empty(4, HUGE_PAGE))  # fits nothing: what is unused is given back
     assert len(recycler._blocks) == 1
+
+
+def test_memory_that_other_processes_may_use_is_not_used_again():
+    recycler = Recycler()
+    like = torch.empty(LARGE)
+    recycler.empty_like(like).share_memory_()
+    assert not recycler.empty_like(like).is_shared()
+
+
+def test_gradient_memory_in_several_threads():
+    recycler = Recycler()
+
+    def wrong(number):
+        count = 0
+        for step in range(300):
+            value = recycler.empty_like(torch.empty(1 + (step + number) % 3, HUGE_PAGE // 4))
+            value[:, :8] = number
+            count += int((value[:, :8] != number).any())
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(wrong, range(4))) == [0] * 4
 
 
 def test_gradients_that_are_kept_stay_as_they_are():

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -734,3 +735,15 @@ def test_job_starts_every_node_and_is_handed_in_again(tmp_path):
     finally:
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_training_on_a_cpu_keeps_the_memory_that_it_releases(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    names = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+    log = tmp_path / "log"
+    code = f"import os; print([os.environ.get(name) for name in {names}])"
+    process.run_with_progress([sys.executable, "-c", code], log)
+    assert log.read_text() == f"{[None if gpu else '0', '5']}\n"  # the user's own setting stays

@@ -6,6 +6,7 @@ mixture and the rest are identities, so that no forward has to be copied.
 
 import functools
 import logging
+import threading
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -20,6 +21,22 @@ from torch import Tensor, nn
 from fairseq_sparsemixer.moe import MoEFeedForward, RoutingStatistics
 
 logger = logging.getLogger(__name__)
+
+
+class _Call(threading.local):
+    """What one forward pass of a layer hands to its feed-forward network; each thread has its own.
+
+    Copies and pickles as a fresh one.
+    """
+
+    padding_mask: Optional[Tensor] = None
+    """(batch, length)."""
+    with_statistics = True
+    routing_sums: Optional[Tensor] = None
+    """What comes back: (3 + 4N,)."""
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _Call, ()
 
 
 class SwitchLayer(nn.Module):
@@ -48,9 +65,7 @@ class SwitchLayer(nn.Module):
         self.activation_dropout_module = nn.Identity()
         self.routing_statistics = None
         self.token_ids: Optional[Tensor] = None
-        self._padding_mask: Optional[Tensor] = None
-        self._routing_sums: Optional[Tensor] = None
-        self._with_statistics = True
+        self._call = _Call()
 
     def build_fc1(self, input_dim: int, output_dim: int, *_: Any) -> Callable[[Tensor], Tensor]:
         """The mixture, kept as ``moe``; what fairseq calls as ``fc1`` is a method."""
@@ -84,22 +99,24 @@ class SwitchLayer(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         # fairseq's layers are (length, batch, width), their masks (batch, length).
-        mask = None if self._padding_mask is None else self._padding_mask.t()
+        call = self._call
+        mask = None if call.padding_mask is None else call.padding_mask.t()
         y, routing = self.moe(x, mask, self.token_ids)
-        if self._with_statistics:
-            self._routing_sums = RoutingStatistics.from_routing(routing).pack()
+        if call.with_statistics:
+            call.routing_sums = RoutingStatistics.from_routing(routing).pack()
         return y
 
     def _run(
         self, padding_mask: Optional[Tensor], with_statistics: bool, *args: Any, **kwargs: Any
     ) -> Tuple:
         """fairseq's forward, with the routing statistics (or None) appended to its outputs."""
-        self._padding_mask, self._with_statistics = padding_mask, with_statistics
+        call = self._call
+        call.padding_mask, call.with_statistics = padding_mask, with_statistics
         try:
             outputs = super().forward(*args, **kwargs)
-            sums = self._routing_sums
+            sums = call.routing_sums
         finally:
-            self._padding_mask = self._routing_sums = None
+            call.padding_mask = call.routing_sums = None
         return (*outputs, sums) if isinstance(outputs, tuple) else (outputs, sums)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

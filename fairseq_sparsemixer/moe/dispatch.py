@@ -7,7 +7,7 @@ Dropless: no expert has a capacity and no token is dropped. Shape suffixes: see
 from typing import Callable, Dict, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.backends import Observer, grouped, triton_experts
 from fairseq_sparsemixer.moe.backends.loop import loop
@@ -70,13 +70,19 @@ def dispatch(
         scale_D: the learned output scale omega; None for 1.
 
     Raises:
-        ValueError: the backend cannot serve the device or the dtype of x.
+        ValueError: the backend cannot serve the device or the dtype of x, or the activation.
     """
     device, dtype = x_TD.device, x_TD.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
+    stateful = isinstance(experts.activation_fn, nn.Module)
+    if stateful and backend not in ("auto", "loop"):
+        raise ValueError(
+            f"backend {backend!r} takes an activation that is a function, not a Module: "
+            "choose 'auto' or 'loop'"
+        )
     if backend == "auto":
-        backend = backend_for(device, dtype)
+        backend = "loop" if stateful else backend_for(device, dtype)
     elif backend in OBSTACLES:
         obstacle = OBSTACLES[backend](device, dtype)
         if obstacle is not None:

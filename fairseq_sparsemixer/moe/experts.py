@@ -35,7 +35,9 @@ class Experts(nn.Module):
         embed_dim: D.
         ffn_dim: F.
         num_experts: N.
-        activation_fn: a name in ``ACTIVATIONS`` or a function from Tensor to Tensor.
+        activation_fn: a name in ``ACTIVATIONS`` or a function from Tensor to Tensor, not in place
+            and the same in each call. A Module, which may be anything else, is served by the
+            backend ``loop`` alone.
         activation_dropout: probability of dropping an inner unit, after the activation.
         recompute: whether backends that can do so compute the inner layer again in the backward
             pass instead of keeping it.
@@ -75,6 +77,12 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_dim))
         self.b2 = nn.Parameter(torch.empty(num_experts, embed_dim))
         self.reset_parameters()
+
+    def train(self, mode: bool = True) -> "Experts":
+        """See :meth:`torch.nn.Module.train`; training makes what was packed out of date."""
+        if mode:
+            self.packed = None
+        return super().train(mode)
 
     def reset_parameters(self) -> None:
         """Initialise each expert as two :class:`torch.nn.Linear`, as fairseq's dense layer is."""

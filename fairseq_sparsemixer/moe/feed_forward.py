@@ -29,7 +29,8 @@ class MoEFeedForward(nn.Module):
         router: a name in :data:`~fairseq_sparsemixer.moe.ROUTERS`.
         top_k: experts of each token.
         jitter_eps: see the router's docstring.
-        activation_fn: a name ("relu", "gelu", ...) or a function from Tensor to Tensor.
+        activation_fn: a name ("relu", "gelu", ...) or a function from Tensor to Tensor; see
+            :class:`~fairseq_sparsemixer.moe.Experts`.
         activation_dropout: probability of dropping an inner unit ("expert dropout" in arXiv
             2101.03961).
         output_masking: probability of leaving out an expert's whole output for a token in
@@ -107,7 +108,7 @@ class MoEFeedForward(nn.Module):
         if self.output_masking > 0:
             gate = F.dropout(routing.gate, self.output_masking, self.training)
             routing = dataclasses.replace(routing, gate=gate)
-        # Under activation checkpointing the forward runs twice, once without gradient.
+        # Under fairseq's activation checkpointing the forward runs twice, once without gradient.
         learning = self.observing and self.training and torch.is_grad_enabled()
         means, bias = router.expert_means, router.balance_bias
         observe = means.observe if learning and means is not None else None
@@ -127,7 +128,8 @@ class MoEFeedForward(nn.Module):
         """Lay the experts' weights out for decoding on a CPU; elsewhere this changes nothing.
 
         Products of a few rows get about 1.7 times as fast; the memory of the experts' weights
-        doubles. Used by forward passes without gradient, until a parameter changes.
+        doubles. Used by forward passes without gradient, until the layer is set to
+        training or a parameter changes (but not through its ``data``).
 
         Args:
             dtype: float32, or bfloat16 to read half as much: faster, and results rounded to 8 bits.

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fairseq_sparsemixer.moe.operators import operator
+from fairseq_sparsemixer.moe.operators import once_differentiable, operator
 
 try:
     import triton
@@ -104,7 +103,8 @@ CELLS = 2048
 """Logits that one program works on."""
 
 
-def _blocks(num_experts: int) -> Tuple[int, int]:
+def blocks(num_experts: int) -> Tuple[int, int]:
+    """Rows and columns of the part of a (T, N) matrix that one program works on."""
     block_n = triton.next_power_of_2(num_experts)
     return max(1, CELLS // block_n), block_n
 
@@ -139,7 +139,7 @@ def route(
     """
     index, gate, probs, masked = _route_like(logits, noise, uniform, jitter_eps)
     num_tokens, num_experts = logits.shape
-    block_t, block_n = _blocks(num_experts)
+    block_t, block_n = blocks(num_experts)
     with torch.cuda.device_of(logits):
         kernels.route_kernel[(triton.cdiv(num_tokens, block_t),)](
             *(logits.contiguous(), noise, uniform, index, gate, probs),
@@ -170,7 +170,7 @@ def route_backward(
     """(T, N): the gradient of the logits; ``masked`` and its gradient may have no cell."""
     d_logits = _route_backward_like(index, probs)
     (num_tokens, num_experts), is_masked = probs.shape, masked.dim() == 2
-    block_t, block_n = _blocks(num_experts)
+    block_t, block_n = blocks(num_experts)
     with torch.cuda.device_of(probs):
         kernels.route_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
             *(index, probs, masked if is_masked else None),

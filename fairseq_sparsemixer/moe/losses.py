@@ -8,6 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe import fused_router, fused_statistics
 from fairseq_sparsemixer.moe.adaptation import count_tokens
 from fairseq_sparsemixer.moe.routing import Routing
 
@@ -37,6 +38,11 @@ class RoutingStatistics:
     @classmethod
     def from_routing(cls, routing: Routing) -> "RoutingStatistics":
         """The sums of one layer."""
+        if fused_router.serves(routing.logits):
+            sums = cls.unpack(fused_statistics.pack(routing))
+            sums.tokens, sums.entropy = sums.tokens.detach(), sums.entropy.detach()
+            sums.expert_tokens = sums.expert_tokens.detach()
+            return sums
         if routing.padding_mask is None:
             keep_T1 = torch.ones_like(routing.gate[:, :1])
         else:

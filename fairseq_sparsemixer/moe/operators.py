@@ -1,5 +1,6 @@
 """Functions as operators of PyTorch, which ``torch.compile`` calls without looking into them."""
 
+import functools
 from typing import Any, Callable, List, TypeVar
 
 import torch
@@ -32,3 +33,23 @@ def operator(like: Callable[..., Any]) -> Callable[[Function], Function]:
         return getattr(torch.ops.fairseq_sparsemixer, name).default
 
     return register
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a backward function that autograd must not differentiate again.
+
+    PyTorch's own one is passed by where a second gradient is asked for some inputs only, and then
+    leaves the experts' part out without a word.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a gradient of the experts cannot be differentiated again: use backend 'loop', on "
+                "a CPU"
+            )
+        with torch.no_grad():
+            return backward(ctx, *gradients)
+
+    return checked

@@ -191,7 +191,7 @@ class Router(nn.Module):
         Raises:
             ValueError: the router needs token_ids and there are none.
         """
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             x_TD = x.reshape(-1, self.embed_dim).float()
             return self.route(
                 self.logits(x_TD),
@@ -261,7 +261,8 @@ class Router(nn.Module):
         )
 
 
-def _without_autocast(device_type: str) -> ContextManager[Any]:
+def without_autocast(device_type: str) -> ContextManager[Any]:
+    """Context in which products keep the dtype of what they are given."""
     # Entering torch's context takes longer than routing one token.
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -46,8 +46,13 @@ class Recycler:
         """A block of that size that nobody uses; all unused blocks are dropped if there is none."""
         unused: List[torch.UntypedStorage] = []
         for _ in range(len(self._blocks)):
-            # popleft is atomic: no two threads get the same block.
-            block = self._blocks.popleft()
+            try:
+                # Atomic: no two threads get the same block. Others may have taken the rest.
+                block = self._blocks.popleft()
+            except IndexError:
+                break
+            if block.is_shared():
+                continue  # other processes may use it, and are not counted
             if _use_count(block._cdata) > 1 or sys.getrefcount(block) > 2:
                 self._blocks.append(block)
             elif block.nbytes() == nbytes:

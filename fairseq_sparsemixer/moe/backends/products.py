@@ -4,6 +4,7 @@ oneDNN's product is what torch's compiler uses on CPUs; torch has it from 2.0 on
 documented interface, so that everything here works without it too.
 """
 
+import logging
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.experts import Experts
+
+logger = logging.getLogger(__name__)
 
 
 def _operator(name: str) -> Optional[Any]:
@@ -27,8 +30,9 @@ PACKED_FOR_ROWS = 64
 
 
 LEAST_WEIGHTS = 2**17
-"""A product of oneDNN takes some 30 us to begin with, so that smaller weights are better off in
-torch.nn.functional.linear."""
+LEAST_PRODUCTS = 2**20
+"""A product of oneDNN takes some 30 us to begin with, so that one with smaller weights, or with
+fewer multiplications, is better off in torch.nn.functional.linear."""
 
 
 def rows_to_compute(rows: int) -> int:
@@ -53,7 +57,9 @@ def linear(x: Tensor, w: Tensor, b: Optional[Tensor] = None, relu: bool = False)
         b: (O,).
         relu: whether to apply ReLU.
     """
-    if _LINEAR is not None and (w.is_mkldnn or _is_large(w)):
+    large = _is_large(w) and len(x) * w.numel() >= LEAST_PRODUCTS and x.dtype == w.dtype
+    if w.is_mkldnn or (large and _LINEAR is not None and torch.backends.mkldnn.enabled):
+        assert _LINEAR is not None
         return _LINEAR(x, w, b, "relu" if relu else "none", [], "")
     y = F.linear(x, w, b)
     return y.relu_() if relu else y
@@ -79,7 +85,7 @@ class PackedWeights:
         self.dtype = dtype
         self.w1, self.w2 = (self._packed(w) for w in (experts.w1, experts.w2))
         self.b1, self.b2 = (b.detach().to(dtype) for b in (experts.b1, experts.b2))
-        self._made_from = _identity(experts)
+        self._made_from = [(p.detach(), p._version) for p in experts.parameters()]
 
     def _packed(self, w: Tensor) -> List[Tensor]:
         assert _PACK is not None
@@ -87,18 +93,28 @@ class PackedWeights:
 
     @classmethod
     def of(cls, experts: Experts, dtype: torch.dtype) -> "Optional[PackedWeights]":
-        """Packed weights, or None where nothing is to be gained: on a GPU, for small experts."""
-        if _LINEAR is None or _PACK is None or not _is_large(experts.w1[0]):
+        """Packed weights, or None where nothing is to be gained: on a GPU, for small experts.
+
+        Nor are parameters packed that were made in inference mode: torch does not tell when these
+        change.
+        """
+        w = experts.w1
+        if _LINEAR is None or _PACK is None or not _is_large(w[0]) or w.is_inference():
             return None
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            logger.warning("this CPU has no products of bfloat16: the experts stay in float32")
+            dtype = torch.float32
         return cls(experts, dtype)
 
     def fits(self, experts: Experts) -> bool:
-        """Whether the parameters are still those that were packed."""
-        return self._made_from == _identity(experts)
+        """Whether the parameters are still those that were packed.
+
+        A change through ``parameter.data`` is not seen.
+        """
+        return all(
+            now.data_ptr() == then.data_ptr() and now._version == version
+            for now, (then, version) in zip(experts.parameters(), self._made_from)
+        )
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return type(None), ()
-
-
-def _identity(experts: Experts) -> List[Tuple[int, int]]:
-    return [(p.data_ptr(), p._version) for p in experts.parameters()]

@@ -13,7 +13,6 @@ from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.backends import Observer
@@ -21,7 +20,8 @@ from fairseq_sparsemixer.moe.backends.memory import GRADIENTS
 from fairseq_sparsemixer.moe.backends.products import linear, rows_to_compute
 from fairseq_sparsemixer.moe.backends.slots import operands
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.moe.routing import Routing
+from fairseq_sparsemixer.moe.operators import once_differentiable
+from fairseq_sparsemixer.moe.routing import Routing, without_autocast
 
 
 def sorted_experts(
@@ -37,7 +37,9 @@ def sorted_experts(
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
         return _Mixture.apply(order, experts, observe, *inputs)
     packed = experts.packed
-    if packed is not None and packed.fits(experts):
+    if packed is not None and not packed.fits(experts):
+        packed = experts.packed = None
+    if packed is not None:
         inputs[2:] = [x_TD.to(packed.dtype), packed.w1, packed.b1, packed.w2, packed.b2]
     return _forward(order, experts, observe, None, *inputs)
 
@@ -227,57 +229,61 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> Any:  # type: ignore[override]
-        order, inner, saved = ctx.order, ctx.inner, ctx.saved_tensors
-        (gate_S1, scale_D, x_TD, *weights), kept = saved[:7], saved[7:]
-        wants_gate, wants_scale, wants_x, *wants_weights = ctx.needs_input_grad[3:]
-        w1, b1, w2, _ = weights
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        d_gates: List[Tensor] = []
-        d_scale_D = torch.zeros_like(scale_D, dtype=wide) if wants_scale else None
-        d_weights = (
-            [GRADIENTS.empty_like(value) for value in weights] if any(wants_weights) else None
-        )
+        with without_autocast(grad_TD.device.type):
+            return _backward(ctx, grad_TD)
 
-        def input_gradients() -> Iterator[Tensor]:
-            parts = zip(
-                order.used,
-                order.counts,
-                order.tokens_of_each(x_TD),
-                order.slots_of_each(gate_S1),
-                order.tokens_of_each(grad_TD),
-                *(kept[k::3] for k in range(3)),
-            )
-            for i, n, x_i, gate_i, grad_i, inner_i, mask_i, out_i in parts:
-                grad_i = grad_i.to(wide)
-                if wants_gate or wants_scale:
-                    dot_i = (grad_i * out_i)[:n]
-                    d_gate_i = dot_i if scale_D is None else dot_i * scale_D
-                    d_gates.append(d_gate_i.sum(-1, keepdim=True))
-                    if d_scale_D is not None:
-                        d_scale_D.add_((dot_i * gate_i[:n]).sum(0))
-                d_out_i = grad_i * gate_i
-                d_out_i = (d_out_i if scale_D is None else d_out_i * scale_D).to(x_i.dtype)
-                if inner_i is None:
-                    inner_i = inner.linear(x_i, w1[i], b1[i])
-                after_i, to_inner = inner.activate_with_gradient(inner_i, mask_i)
-                d_inner_i = to_inner(linear(d_out_i, w2[i].t()))
-                if d_weights is not None:
-                    d_w1, d_b1, d_w2, d_b2 = (value[i] for value in d_weights)
-                    torch.mm(d_inner_i[:n].t(), x_i[:n], out=d_w1)
-                    torch.sum(d_inner_i[:n], 0, out=d_b1)
-                    torch.mm(d_out_i[:n].t(), after_i[:n], out=d_w2)
-                    torch.sum(d_out_i[:n], 0, out=d_b2)
-                yield linear(d_inner_i, w1[i].t())
 
-        d_x_TD = order.tokens_from_each(x_TD, input_gradients()).to(x_TD.dtype)
-        if d_weights is not None:
-            for unused in set(range(len(w1))).difference(order.used):
-                for value in d_weights:
-                    value[unused].zero_()
-        return (
-            *(None, None, None),
-            order.slots_from_each(gate_S1, d_gates) if wants_gate else None,
-            None if d_scale_D is None else d_scale_D.to(scale_D.dtype),
-            d_x_TD if wants_x else None,
-            *([None] * 4 if d_weights is None else d_weights),
+def _backward(ctx: Any, grad_TD: Tensor) -> Any:
+    """The gradients of all arguments of :class:`_Mixture`."""
+    order, inner, saved = ctx.order, ctx.inner, ctx.saved_tensors
+    (gate_S1, scale_D, x_TD, *weights), kept = saved[:7], saved[7:]
+    wants_gate, wants_scale, wants_x, *wants_weights = ctx.needs_input_grad[3:]
+    w1, b1, w2, _ = weights
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    d_gates: List[Tensor] = []
+    d_scale_D = torch.zeros_like(scale_D, dtype=wide) if wants_scale else None
+    d_weights = [GRADIENTS.empty_like(value) for value in weights] if any(wants_weights) else None
+
+    def input_gradients() -> Iterator[Tensor]:
+        parts = zip(
+            order.used,
+            order.counts,
+            order.tokens_of_each(x_TD),
+            order.slots_of_each(gate_S1),
+            order.tokens_of_each(grad_TD),
+            *(kept[k::3] for k in range(3)),
         )
+        for i, n, x_i, gate_i, grad_i, inner_i, mask_i, out_i in parts:
+            grad_i = grad_i.to(wide)
+            if wants_gate or wants_scale:
+                dot_i = (grad_i * out_i)[:n]
+                d_gate_i = dot_i if scale_D is None else dot_i * scale_D
+                d_gates.append(d_gate_i.sum(-1, keepdim=True))
+                if d_scale_D is not None:
+                    d_scale_D.add_((dot_i * gate_i[:n]).sum(0))
+            d_out_i = grad_i * gate_i
+            d_out_i = (d_out_i if scale_D is None else d_out_i * scale_D).to(x_i.dtype)
+            if inner_i is None:
+                inner_i = inner.linear(x_i, w1[i], b1[i])
+            after_i, to_inner = inner.activate_with_gradient(inner_i, mask_i)
+            d_inner_i = to_inner(linear(d_out_i, w2[i].t()))
+            if d_weights is not None:
+                d_w1, d_b1, d_w2, d_b2 = (value[i] for value in d_weights)
+                torch.mm(d_inner_i[:n].t(), x_i[:n], out=d_w1)
+                torch.sum(d_inner_i[:n], 0, out=d_b1)
+                torch.mm(d_out_i[:n].t(), after_i[:n], out=d_w2)
+                torch.sum(d_out_i[:n], 0, out=d_b2)
+            yield linear(d_inner_i, w1[i].t())
+
+    d_x_TD = order.tokens_from_each(x_TD, input_gradients()).to(x_TD.dtype)
+    if d_weights is not None:
+        for unused in set(range(len(w1))).difference(order.used):
+            for value in d_weights:
+                value[unused].zero_()
+    return (
+        *(None, None, None),
+        order.slots_from_each(gate_S1, d_gates) if wants_gate else None,
+        None if d_scale_D is None else d_scale_D.to(scale_D.dtype),
+        d_x_TD if wants_x else None,
+        *([None] * 4 if d_weights is None else d_weights),
+    )

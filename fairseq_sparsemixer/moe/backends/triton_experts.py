@@ -11,13 +11,12 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.backends.slots import Slots, operands
 from fairseq_sparsemixer.moe.experts import Activation, Experts
-from fairseq_sparsemixer.moe.operators import operator
+from fairseq_sparsemixer.moe.operators import once_differentiable, operator
 from fairseq_sparsemixer.moe.routing import Routing
 
 try:
