@@ -44,7 +44,7 @@ def rows_to_compute(rows: int) -> int:
     """
     if rows <= 8:
         return 1 << (rows - 1).bit_length()
-    step = 8 if rows <= 128 else 16 if rows <= 512 else 64
+    step = 4 if rows <= 256 else 16 if rows <= 512 else 64
     return -(-rows // step) * step
 
 

@@ -32,15 +32,19 @@ def sorted_experts(
     observe: Optional[Observer],
 ) -> Tensor:
     """(T, D); see :func:`fairseq_sparsemixer.moe.dispatch.dispatch`."""
-    order = _Order.of(routing, experts.num_experts, x_TD.dtype)
-    inputs: List[Any] = [routing.gate.reshape(-1, 1), scale_D, *operands(x_TD, experts)]
+    index_TK, gate_TK = routing.expert_index, routing.gate
+    inputs: List[Any] = [gate_TK.reshape(-1, 1), scale_D, *operands(x_TD, experts)]
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+        order = _Order.of(index_TK, experts.num_experts, x_TD.dtype)
         return _Mixture.apply(order, experts, observe, *inputs)
     packed = experts.packed
     if packed is not None and not packed.fits(experts):
         packed = experts.packed = None
     if packed is not None:
         inputs[2:] = [x_TD.to(packed.dtype), packed.w1, packed.b1, packed.w2, packed.b2]
+    if index_TK.numel() == 1 and observe is None and (expert := index_TK.item()) >= 0:
+        return _one_slot(int(expert), experts, *inputs)
+    order = _Order.of(index_TK, experts.num_experts, x_TD.dtype)
     return _forward(order, experts, observe, None, *inputs)
 
 
@@ -61,18 +65,15 @@ class _Order:
     """Of the layer's input and output; the products may be in another."""
     writes_all: bool
     """Whether each token has exactly one slot, so that each row of the output is written once."""
-    slot_S: Optional[Tensor] = None
-    """(S,) the slots sorted by expert; None for a single one."""
-    token_S: Optional[Tensor] = None
-    """(S,) the tokens of these; None likewise."""
+    slot_S: Tensor
+    """(S,) the slots sorted by expert."""
+    token_S: Tensor
+    """(S,) the tokens of these."""
 
     @classmethod
-    def of(cls, routing: Routing, num_experts: int, dtype: torch.dtype) -> "_Order":
-        """Sort the slots of one layer."""
-        index_TK = routing.expert_index
+    def of(cls, index_TK: Tensor, num_experts: int, dtype: torch.dtype) -> "_Order":
+        """Sort the slots of one layer by their experts."""
         top_k = index_TK.shape[1]
-        if index_TK.numel() == 1 and (only := index_TK.item()) >= 0:
-            return cls([int(only)], [1], top_k, dtype, writes_all=True)
         expert_S = index_TK.reshape(-1)
         # Padding and empty slots have index -1: they sort to the front and are cut off there.
         empty, *all_counts = torch.bincount(expert_S + 1, minlength=num_experts + 1).tolist()
@@ -90,9 +91,7 @@ class _Order:
         """For each used expert (>= S_i, X): the values of its slots."""
         return self._of_each(value_SX, self.slot_S)
 
-    def _of_each(self, value: Tensor, index_S: Optional[Tensor]) -> Sequence[Tensor]:
-        if index_S is None:
-            return [value]
+    def _of_each(self, value: Tensor, index_S: Tensor) -> Sequence[Tensor]:
         starts = [0, *itertools.accumulate(self.counts)]
         stops = [start + rows_to_compute(n) for start, n in zip(starts, self.counts)]
         # Behind the last expert's rows comes the first row again, as often as needed.
@@ -109,21 +108,14 @@ class _Order:
         one by one, so that they are still in the cache if an iterator computes them.
         """
         dtype = self.dtype if self.top_k == 1 else torch.promote_types(self.dtype, torch.float32)
-        values = (value.to(dtype) for value in values)
-        if self.token_S is None:
-            (only,) = values
-            return only
         y_TD = (torch.empty_like if self.writes_all else torch.zeros_like)(like_TD, dtype=dtype)
         put = y_TD.index_copy_ if self.top_k == 1 else y_TD.index_add_
         for value, token_i in zip(values, self.token_S.split(self.counts)):
-            put(0, token_i, value[: len(token_i)])
+            put(0, token_i, value[: len(token_i)].to(dtype))
         return y_TD
 
     def slots_from_each(self, like_SX: Tensor, values: Iterable[Tensor]) -> Tensor:
         """(T K, X): undoes :meth:`slots_of_each`, 0 in slots without an expert."""
-        if self.slot_S is None:
-            (only,) = values
-            return only.to(like_SX.dtype)
         y_SX = torch.zeros_like(like_SX)
         for value, slot_i in zip(values, self.slot_S.split(self.counts)):
             y_SX.index_copy_(0, slot_i, value.to(like_SX.dtype))
@@ -211,6 +203,24 @@ def _forward(
             yield y_i if scale_D is None else y_i * scale_D
 
     return order.tokens_from_each(x_TD, outputs())
+
+
+def _one_slot(
+    i: int,
+    experts: Experts,
+    gate_S1: Tensor,
+    scale_D: Optional[Tensor],
+    x_TD: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> Tensor:
+    """(1, D): :func:`_forward` of a single token, in a decoder for one, where each step counts."""
+    inner = _Inner(experts)
+    inner_i = inner.linear(x_TD, w1[i], b1[i])
+    y_i = linear(inner.activate(inner_i, inner.mask(inner_i)), w2[i], b2[i]) * gate_S1
+    return y_i if scale_D is None else y_i * scale_D
 
 
 class _Mixture(torch.autograd.Function):
