@@ -276,7 +276,8 @@ def test_search_flags_reach_the_search(translator):
     assert [t.score for t in greedy] != [t.score for t in wide]
     # A score is the log-probability over length ** lenpen: longer output is favoured.
     long = translator.translate(lines, beam=8, lenpen=4.0)
-    assert sum(map(len, texts(long))) >= sum(map(len, texts(wide)))
+    words = [sum(len(text.split()) for text in texts(found)) for found in (long, wide)]
+    assert words[0] >= words[1]
     assert [t.score for t in long] != [t.score for t in wide]
     with pytest.raises(UserError, match="--beam 0"):
         translator.translate(lines, beam=0)
