@@ -69,3 +69,18 @@ def assert_same_gradients(module, loss, reference_loss, inputs, *, allow_unused=
     for value, wanted in zip(actual, expected):
         value = torch.zeros_like(wanted) if value is None else value
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+
+
+def assert_all_close(actual, expected, tolerance):
+    """Of two dictionaries of tensors, within ``tolerance`` of each one's largest value."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        wanted = expected[name]
+        size = wanted.float().abs().max().item() if wanted.numel() else 0.0
+        torch.testing.assert_close(
+            value,
+            wanted,
+            rtol=tolerance,
+            atol=tolerance * max(1.0, size),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )

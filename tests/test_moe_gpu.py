@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference import assert_all_close
 
 from fairseq_sparsemixer.moe import (
     ROUTERS,
@@ -65,20 +66,6 @@ def results(layer, x, mask):
     }
 
 
-def assert_close(actual, expected, tolerance):
-    assert actual.keys() == expected.keys()
-    for name, value in actual.items():
-        wanted = expected[name]
-        size = wanted.float().abs().max().item() if wanted.numel() else 0.0
-        torch.testing.assert_close(
-            value,
-            wanted,
-            rtol=tolerance,
-            atol=tolerance * max(1.0, size),
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -100,7 +87,7 @@ def test_all_dtypes_equal_the_loop(backend, dtype, tokens, options):
     x, mask = make_batch(tokens, dtype, embed_dim)
     actual = results(make_layer(backend, dtype, **options), x, mask)
     expected = results(make_layer("loop", dtype, **options), x, mask)
-    assert_close(actual, expected, TOLERANCE[dtype])
+    assert_all_close(actual, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -128,7 +115,7 @@ def test_fused_routers_equal_the_plain_ones(router, training, monkeypatch):
     batch = make_batch(dtype=torch.float32)
     fused = results(layer, *batch)
     monkeypatch.setattr(fused_router, "DEVICES", ())
-    assert_close(fused, results(layer, *batch), 1e-5)
+    assert_all_close(fused, results(layer, *batch), 1e-5)
 
 
 @pytest.mark.parametrize("router", ROUTER_NAMES)
@@ -150,7 +137,7 @@ def test_fused_statistics_equal_the_plain_ones(router, padded, monkeypatch):
     fused = sums_and_gradient()
     assert torch.equal(fused["packed"], sums_and_gradient()["packed"])
     monkeypatch.setattr(fused_router, "DEVICES", ())
-    assert_close(fused, sums_and_gradient(), 1e-4)
+    assert_all_close(fused, sums_and_gradient(), 1e-4)
 
 
 @pytest.mark.parametrize("router", ONE_EXPERT)
@@ -201,7 +188,7 @@ def test_a_captured_step_is_the_step(backend, options):
         "x": static_x.grad.clone(),
         **{name: p.grad.clone() for name, p in layer.named_parameters()},
     }
-    assert_close(replayed, results(layer, other, mask), 1e-3)
+    assert_all_close(replayed, results(layer, other, mask), 1e-3)
 
 
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
@@ -245,7 +232,7 @@ def test_compiles_in_one_piece(backend, router):
         "x": leaf.grad,
         **{name: p.grad for name, p in layer.named_parameters()},
     }
-    assert_close(actual, expected, 3e-2)
+    assert_all_close(actual, expected, 3e-2)
 
 
 def test_same_input_same_bits():

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from reference import assert_all_close
 from reference_routers import ids
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -75,19 +76,6 @@ def outputs_and_gradients(backend, routing, experts, x, scale, weight):
     return {"y": y.detach(), **dict(zip(leaves, gradients))}
 
 
-def assert_close(actual, expected, tolerance):
-    for name, value in actual.items():
-        wanted = expected[name]
-        size = wanted.float().abs().max().item() if wanted.numel() else 0
-        torch.testing.assert_close(
-            value,
-            wanted,
-            rtol=tolerance,
-            atol=tolerance * max(1, size),
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
 CASES = {
     "mixed": {"tokens": 37, "num_experts": 3, "padding": 0.3},
     "many experts": {"tokens": 24, "num_experts": 9, "padding": 0.1},
@@ -127,7 +115,7 @@ def test_outputs_and_gradients_are_those_of_the_loop(backend, case, dtype, nan_m
     # What stands in rows of padding must not matter at all.
     x[(routing.expert_index < 0).all(-1)] = float("nan")
     actual = outputs_and_gradients(backend, routing, experts, x.requires_grad_(), scale, weight)
-    assert_close(actual, expected, TOLERANCE[dtype])
+    assert_all_close(actual, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -141,7 +129,7 @@ def test_any_strides(backend):
     actual, expected = (
         outputs_and_gradients(name, routing, experts, x, None, weight) for name in (backend, "loop")
     )
-    assert_close(actual, expected, 2e-6)
+    assert_all_close(actual, expected, 2e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -78,6 +78,16 @@ class Experts(nn.Module):
         self.b2 = nn.Parameter(torch.empty(num_experts, embed_dim))
         self.reset_parameters()
 
+    @property
+    def is_relu(self) -> bool:
+        """Whether the activation is ReLU, which can be part of a product."""
+        return self.activation_fn in (F.relu, torch.relu)
+
+    @property
+    def kept_share(self) -> float:
+        """The share of the inner units that dropout leaves."""
+        return 1 - self.activation_dropout * self.training
+
     def train(self, mode: bool = True) -> "Experts":
         """See :meth:`torch.nn.Module.train`; training makes what was packed out of date."""
         if mode:

@@ -56,7 +56,7 @@ def grouped(
     # the gradient of x.
     x_TKD = torch.where(used_TK1, x_TD.unsqueeze(1), 0)
     x_SD = _Reorder.apply(x_TKD.flatten(0, 1), slots.slot_S, inverse_S)
-    kept_share = 1 - experts.activation_dropout * experts.training
+    kept_share = experts.kept_share
     mask_SF = None
     if kept_share < 1:
         mask_SF = x_SD.new_empty(len(x_SD), w1.shape[1], dtype=torch.bool).bernoulli_(kept_share)

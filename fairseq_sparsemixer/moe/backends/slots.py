@@ -13,6 +13,11 @@ from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.routing import Routing
 
 
+def tokens_of(slot_S: Tensor, top_k: int) -> Tensor:
+    """(S,) int64: the token of each slot; slot t K + k is the k-th of token t."""
+    return slot_S if top_k == 1 else slot_S.div(top_k, rounding_mode="floor")
+
+
 class Slots(NamedTuple):
     """All slots, sorted by expert; of one expert in the order of their tokens."""
 
@@ -37,9 +42,7 @@ class Slots(NamedTuple):
     @property
     def token_S(self) -> Tensor:
         """(S,) int64: the token of each slot."""
-        if self.top_k == 1:
-            return self.slot_S
-        return self.slot_S.div(self.top_k, rounding_mode="floor")
+        return tokens_of(self.slot_S, self.top_k)
 
     @property
     def observed_S(self) -> Tensor:

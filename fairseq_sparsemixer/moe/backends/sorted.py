@@ -13,12 +13,11 @@ from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.backends.memory import GRADIENTS
 from fairseq_sparsemixer.moe.backends.products import linear, rows_to_compute
-from fairseq_sparsemixer.moe.backends.slots import operands
+from fairseq_sparsemixer.moe.backends.slots import operands, tokens_of
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.operators import once_differentiable
 from fairseq_sparsemixer.moe.routing import Routing, without_autocast
@@ -80,7 +79,7 @@ class _Order:
         used = [expert for expert, count in enumerate(all_counts) if count]
         counts = [all_counts[expert] for expert in used]
         slot_S = expert_S.argsort(stable=True)[empty:]
-        token_S = slot_S if top_k == 1 else slot_S.div(top_k, rounding_mode="floor")
+        token_S = tokens_of(slot_S, top_k)
         return cls(used, counts, top_k, dtype, top_k == 1 and not empty, slot_S, token_S)
 
     def tokens_of_each(self, value_TX: Tensor) -> Sequence[Tensor]:
@@ -131,8 +130,8 @@ class _Inner:
 
     def __init__(self, experts: Experts) -> None:
         self.activation_fn = experts.activation_fn
-        self.relu = experts.activation_fn in (F.relu, torch.relu)
-        self.kept_share = 1 - experts.activation_dropout * experts.training
+        self.relu = experts.is_relu
+        self.kept_share = experts.kept_share
 
     def linear(self, x: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
         """(S_i, F): before the activation, or after it where that is ReLU."""
@@ -167,6 +166,11 @@ class _Inner:
         return value * mask / (self.kept_share or 1)
 
 
+def _weighed(value_SD: Tensor, gate_S1: Tensor, scale_D: Optional[Tensor]) -> Tensor:
+    value_SD = value_SD * gate_S1
+    return value_SD if scale_D is None else value_SD * scale_D
+
+
 def _forward(
     order: _Order,
     experts: Experts,
@@ -199,8 +203,7 @@ def _forward(
                 observe(x_i[:n], torch.full((n,), i, device=x_i.device), out_i[:n])
             if kept is not None:
                 kept.extend([None if experts.recompute else inner_i, mask_i, out_i])
-            y_i = out_i * gate_i
-            yield y_i if scale_D is None else y_i * scale_D
+            yield _weighed(out_i, gate_i, scale_D)
 
     return order.tokens_from_each(x_TD, outputs())
 
@@ -219,8 +222,8 @@ def _one_slot(
     """(1, D): :func:`_forward` of a single token, in a decoder for one, where each step counts."""
     inner = _Inner(experts)
     inner_i = inner.linear(x_TD, w1[i], b1[i])
-    y_i = linear(inner.activate(inner_i, inner.mask(inner_i)), w2[i], b2[i]) * gate_S1
-    return y_i if scale_D is None else y_i * scale_D
+    out_i = linear(inner.activate(inner_i, inner.mask(inner_i)), w2[i], b2[i])
+    return _weighed(out_i, gate_S1, scale_D)
 
 
 class _Mixture(torch.autograd.Function):
@@ -271,8 +274,7 @@ def _backward(ctx: Any, grad_TD: Tensor) -> Any:
                 d_gates.append(d_gate_i.sum(-1, keepdim=True))
                 if d_scale_D is not None:
                     d_scale_D.add_((dot_i * gate_i[:n]).sum(0))
-            d_out_i = grad_i * gate_i
-            d_out_i = (d_out_i if scale_D is None else d_out_i * scale_D).to(x_i.dtype)
+            d_out_i = _weighed(grad_i, gate_i, scale_D).to(x_i.dtype)
             if inner_i is None:
                 inner_i = inner.linear(x_i, w1[i], b1[i])
             after_i, to_inner = inner.activate_with_gradient(inner_i, mask_i)

@@ -11,7 +11,6 @@ from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.backends.slots import Slots, operands
@@ -84,9 +83,9 @@ class _Inner:
     @classmethod
     def of(cls, experts: Experts, x_TD: Tensor, num_slots: int) -> "_Inner":
         """Draw what dropout needs, on the device."""
-        relu = experts.activation_fn in (F.relu, torch.relu)
+        relu = experts.is_relu
         activation_fn = None if relu else experts.activation_fn
-        kept_share = 1 - experts.activation_dropout * experts.training
+        kept_share = experts.kept_share
         if kept_share == 1:
             return cls(activation_fn, 1.0, None)
         if relu:
