@@ -14,4 +14,4 @@ if find_spec("fairseq") is not None:
 
     compat.apply()
 
-    from fairseq_sparsemixer import criterions, models  # noqa: F401  (registration)
+    from fairseq_sparsemixer import criterions, models, tasks  # noqa: F401  (registration)

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "fairseq_sparsemixer.evaluation.evaluate",
     "table": "fairseq_sparsemixer.evaluation.table",
     "translate": "fairseq_sparsemixer.evaluation.translate",
+    "study": "fairseq_sparsemixer.study.runner",
     "gradients": "fairseq_sparsemixer.laboratory.gradients",
     "demo": "fairseq_sparsemixer.demo",
 }

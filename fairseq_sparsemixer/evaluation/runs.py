@@ -191,6 +191,10 @@ _PARTS = {
 }
 """What else decides how a model trains. The rest says where files are, or what is logged."""
 _WITHOUT_EFFECT = (
+    "task.points_file",
+    "task.points_text",
+    "task.points_sentences",
+    "task.points_beam",
     "optimization.stop_time_hours",
     "model.moe_backend",
     "model.moe_recompute",

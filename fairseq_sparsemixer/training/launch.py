@@ -251,7 +251,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     ]
     cfg = compose(configs, overrides)
     entries = None if _dictionary(cfg).is_file() else resources.VOCABULARY
-    model = resources.build_on_meta(cfg.model, _task(cfg, entries))
+    model = resources.build_on_meta(cfg.model, make_task(cfg, entries))
     return Plan(
         folder=folder,
         command=[
@@ -360,8 +360,13 @@ def _either(values: Sequence[str]) -> str:
     return " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
 
 
-def compose(configs: Path, overrides: List[str]) -> Any:
+def compose(configs: Path, overrides: List[str], name: str = CONFIG_NAME) -> Any:
     """The settings that ``fairseq-hydra-train`` would train with, defaults filled in.
+
+    Args:
+        configs: folder of the configs, absolute.
+        overrides: of hydra.
+        name: of the config.
 
     Raises:
         UserError: hydra refuses an override.
@@ -374,13 +379,13 @@ def compose(configs: Path, overrides: List[str]) -> Any:
 
     import fairseq_sparsemixer  # noqa: F401  (registers the model)
 
-    hydra_init(CONFIG_NAME)
+    hydra_init(name)
     try:
         with warnings.catch_warnings():
             # fairseq's schema has the name of the config, which hydra 1.1 still allowed.
             warnings.simplefilter("ignore")
             with hydra.initialize_config_dir(str(configs), version_base="1.1"):
-                cfg = hydra.compose(CONFIG_NAME, overrides)
+                cfg = hydra.compose(name, overrides)
             add_defaults(cfg)
     except UserError:
         raise
@@ -403,7 +408,8 @@ def _dictionary(cfg: Any) -> Path:
     return Path(cfg.task.data) / f"dict.{cfg.task.source_lang}.txt"
 
 
-def _task(cfg: Any, assumed_entries: Optional[int]) -> Any:
+def make_task(cfg: Any, assumed_entries: Optional[int]) -> Any:
+    """fairseq's task, with the dictionaries of its data or with assumed ones of so many entries."""
     from fairseq.tasks.translation import TranslationTask
 
     from fairseq_sparsemixer.training.resources import assumed_dictionary

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 
@@ -56,6 +56,12 @@ def progress(line: str) -> str:
     return ""
 
 
+def training_environment(environment: Mapping[str, str]) -> Dict[str, str]:
+    """``environment`` and what a training process needs besides: :data:`KEEP_MEMORY` on a CPU."""
+    memory = {} if torch.cuda.is_available() else KEEP_MEMORY
+    return {**memory, **environment, "PYTHONUNBUFFERED": "1"}
+
+
 def run_with_progress(
     command: Sequence[str],
     log_path: Path,
@@ -68,16 +74,14 @@ def run_with_progress(
     Args:
         command: of the process.
         log_path: appended to, with all that the process prints.
-        env: its environment (default: this one's); :data:`KEEP_MEMORY` is added without a GPU.
+        env: its environment (default: this one's), to which :func:`training_environment` adds.
         keep_open: file descriptors that it inherits.
 
     Raises:
         UserError: the process failed; names its last line and the log.
         KeyboardInterrupt: as it came, once the process has ended.
     """
-    environment = {**(os.environ if env is None else env), "PYTHONUNBUFFERED": "1"}
-    if not torch.cuda.is_available():
-        environment = {**KEEP_MEMORY, **environment}
+    environment = training_environment(os.environ if env is None else env)
     width = 0
     with (
         log_path.open("a", encoding="utf-8") as log,
@@ -137,8 +141,12 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[List[int]]:
-    """Keep others out of a run folder for as long as this process or its heir lives.
+def sole_user(folder: Path, flag: str = "--runs") -> Iterator[List[int]]:
+    """Keep others out of a folder for as long as this process or its heir lives.
+
+    Args:
+        folder: that is written to.
+        flag: that names it.
 
     Yields:
         The file descriptors to hand to the heir (``keep_open``): a training process that outlives
@@ -153,7 +161,7 @@ def sole_user(folder: Path) -> Iterator[List[int]]:
         except BlockingIOError:
             raise UserError(
                 f"another process is training in {folder}: wait for it or end it, or name another "
-                "folder with --runs"
+                f"folder with {flag}"
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -1,0 +1,163 @@
+"""The YAML file of a study: which models, which seeds, how long, and when they are measured.
+
+  data: data/debian          # a prepared corpus
+  updates: 2000
+  evaluate_every: 200        # validation, point and checkpoint
+  seeds: [1, 2]
+  arms:
+    dense: {router: dense}
+    switch-4: {router: switch, experts: 4}
+    switch-4-released: {router: switch, experts: 4, overrides: [criterion.routing_loss=released]}
+
+Further keys, with their defaults: ``config: study`` (of configs/), ``jobs: 1`` (models trained at
+once), ``beam: 4`` (of the test set), ``overrides: []`` (hydra's, of every arm).
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.training.arms import DENSE, build_arm
+
+_NAME = re.compile(r"[\w.,=-]+")
+_ARM_KEYS = {"router", "experts", "overrides"}
+
+
+class StudyRun(NamedTuple):
+    """One model to train: its folder's name, and hydra's overrides that make it."""
+
+    name: str
+    overrides: List[str]
+
+
+class Plan(NamedTuple):
+    """What :func:`read_plan` reads.
+
+    Attributes:
+        data: the prepared corpus.
+        config: of ``configs/``.
+        updates, evaluate_every: of the parameters.
+        seeds: of ``common.seed``.
+        jobs: models trained at once.
+        beam: of the final translation of the test set.
+        arms: the overrides of each, common ones first.
+    """
+
+    data: Path
+    config: str
+    updates: int
+    evaluate_every: int
+    seeds: List[int]
+    jobs: int
+    beam: int
+    arms: Dict[str, List[str]]
+
+    def runs(self) -> List[StudyRun]:
+        """All of them, seed by seed: however early a study is stopped, arms can be compared."""
+        return [
+            StudyRun(f"{arm}-seed{seed}", [*overrides, f"common.seed={seed}"])
+            for seed in self.seeds
+            for arm, overrides in self.arms.items()
+        ]
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        UserError: it cannot be read, or a value is missing, unknown or out of range.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the plan {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no plan of a study: it holds no keys such as arms and seeds")
+    values = {"config": "study", "jobs": 1, "beam": 4, "overrides": [], **content}
+    for key in ("data", "updates", "evaluate_every", "seeds", "arms"):
+        if not values.get(key):
+            raise UserError(f"{path}: {key} is missing")
+    unknown = sorted(values.keys() - {*Plan._fields, "overrides"})
+    if unknown:
+        raise UserError(f"{path}: there is no key {unknown[0]}; see docs/study.md")
+    for key in ("updates", "evaluate_every", "jobs", "beam"):
+        _check(_is_count(values[key]), path, f"{key} must be a whole number of at least 1")
+    _check(
+        _is_list(values["seeds"]) and all(map(_is_count, values["seeds"])),
+        path,
+        "seeds must be a list of whole numbers of at least 1, such as [1, 2]",
+    )
+    _check(len({*values["seeds"]}) == len(values["seeds"]), path, "a seed stands in seeds twice")
+    _check(
+        values["updates"] % values["evaluate_every"] == 0,
+        path,
+        "updates must be a multiple of evaluate_every",
+    )
+    common = _overrides(values.pop("overrides"), path, "overrides")
+    _check(isinstance(values["arms"], dict), path, "arms must be names with what they are")
+    arms = {
+        str(name): [*common, *_arm(str(name), arm, path)] for name, arm in values["arms"].items()
+    }
+    return Plan(**{**values, "data": Path(values["data"]), "arms": arms})
+
+
+def _arm(name: str, arm: Any, path: Path) -> List[str]:
+    _check(_NAME.fullmatch(name), path, f"arm {name}: a name has letters, digits and any of -_.,=")
+    _check(
+        isinstance(arm, dict) and "router" in arm and arm.keys() <= _ARM_KEYS,
+        path,
+        f"arm {name} needs router, and may have experts and overrides",
+    )
+    router, experts = arm["router"], arm.get("experts")
+    _check(
+        experts is None if router == DENSE else _is_count(experts),
+        path,
+        f"arm {name}: experts must be a whole number of at least 1 (and is left out for dense)",
+    )
+    try:
+        built = build_arm(router, experts or 0)
+    except UserError as error:
+        raise UserError(f"{path}: arm {name}: {error}") from None
+    return [*built.overrides, *_overrides(arm.get("overrides", []), path, f"arm {name}: overrides")]
+
+
+def _overrides(values: Any, path: Path, what: str) -> List[str]:
+    _check(
+        _is_list(values) and all(isinstance(value, str) and "=" in value for value in values),
+        path,
+        f"{what} must be a list of KEY=VALUE, such as [model.jitter_eps=0.2]",
+    )
+    made_here = _MADE_HERE.keys() & {value.lstrip("+~").partition("=")[0] for value in values}
+    for key in sorted(made_here):
+        raise UserError(f"{path}: {what}: {key} is not set here: use {_MADE_HERE[key]}")
+    return list(values)
+
+
+_MADE_HERE: Mapping[str, str] = {
+    "common.seed": "seeds",
+    "task.data": "data",
+    "optimization.max_update": "updates",
+    "dataset.validate_interval_updates": "evaluate_every",
+    "checkpoint.save_interval_updates": "evaluate_every",
+    "checkpoint.save_dir": "--output",
+    "hydra.run.dir": "--output",
+    "model.router": "router",
+    "model.num_experts": "experts",
+}
+"""Settings that the study makes itself, and what decides them."""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _check(holds: Any, path: Path, message: str) -> None:
+    if not holds:
+        raise UserError(f"{path}: {message}")

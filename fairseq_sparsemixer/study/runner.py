@@ -1,0 +1,422 @@
+"""Train and score several models alike: arms x seeds, as a YAML plan names them.
+
+  fairseq-sparsemixer study configs/studies/debian.yaml --output runs/debian
+  fairseq-sparsemixer study runs/debian --minutes 25 --jobs 4     # goes on, for so long
+
+The folder holds all that is needed: the plan, the configs, the corpus in pieces. It can be moved to
+another machine, without network too, and back. Every run has a folder of its own in it; what is
+measured at each validation is in its points.jsonl (see docs/study.md). Stopped at any time, by
+Ctrl-C, by the end of --minutes or by being killed, the same command goes on: with the training at
+the last checkpoint, and without losing a point. `fairseq-sparsemixer report` shows the results.
+"""
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, TextIO
+
+from fairseq_sparsemixer.corpora.stages import RECORD
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import atomic_path, write_json
+from fairseq_sparsemixer.study import points
+from fairseq_sparsemixer.study.plan import Plan, StudyRun, read_plan
+
+HELP = "train and score arms x seeds as a plan names them, stoppable at any time"
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = PACKAGE.parent / "configs"
+PLAN = "plan.yaml"
+STATE = "study.json"
+"""In the folder of a run: how it is made, and for how many updates it is finished."""
+SCORES = Path("evaluation", "test.json")
+STOP_SECONDS = 10
+"""How long a stopped process may take to end."""
+POLL_SECONDS = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the sub-command."""
+    parser.add_argument(
+        "plan", type=Path, metavar="PLAN.yaml|STUDY", help="the plan, or the folder of a study"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="STUDY", help="folder of the study, made from the plan"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="models trained at once (default: jobs of the plan)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="stop after so long; the same command goes on"
+    )
+    parser.add_argument(
+        "--prepare-only", action="store_true", help="only make the folder, to be carried elsewhere"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Lay the study out and do what is left of it."""
+    from fairseq_sparsemixer.training.process import sole_user
+
+    started = time.monotonic()
+    for flag, value in (("--jobs", args.jobs), ("--minutes", args.minutes)):
+        if value is not None and not value > 0:
+            raise UserError(f"{flag} {value} does nothing; give more than 0")
+    folder, plan_file = _find(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    with sole_user(folder, "--output") as lock:
+        plan = lay_out(plan_file, folder)
+        runs = plan.runs()
+        for each in runs:
+            _check_unchanged(folder, each)
+        records = _records(folder, plan)
+        if args.prepare_only:
+            print(f"laid out: {folder}, {len(runs)} runs to do with this folder as STUDY")
+            return
+        deadline = None if args.minutes is None else started + 60 * args.minutes
+        _Study(folder, plan, records, args.jobs or plan.jobs, deadline, lock).do()
+
+
+def _find(args: argparse.Namespace) -> "tuple[Path, Path]":
+    """The study's folder, and the plan to take."""
+    if args.plan.is_dir():
+        if args.output is not None:
+            raise UserError("--output goes with a plan; leave it out to go on with a study")
+        if not (args.plan / PLAN).is_file():
+            raise UserError(f"{args.plan} holds no {PLAN}: give the folder of a study, or a plan")
+        return args.plan, args.plan / PLAN
+    if args.output is None:
+        raise UserError("say where to with --output STUDY")
+    return args.output, args.plan
+
+
+# The folder
+
+
+def lay_out(plan_file: Path, folder: Path) -> Plan:
+    """Copy plan, configs and corpus into the study's folder, so that it depends on nothing else.
+
+    What is there stays: configs and corpus are those that the study began with. A plan may have
+    grown by arms, seeds or updates.
+
+    Raises:
+        UserError: the plan is wrong, its corpus is not prepared, or is another than before.
+    """
+    plan = read_plan(plan_file)
+    if plan_file != folder / PLAN:
+        source, copy = plan.data / RECORD, folder / "data" / RECORD
+        if not source.is_file():
+            raise UserError(
+                f"there is no prepared corpus in {plan.data}: make it with `fairseq-sparsemixer "
+                f"prepare`, or change data in {plan_file}"
+            )
+        if not copy.is_file():
+            _copy_corpus(plan.data, folder / "data")
+        elif json.loads(source.read_text()) != json.loads(copy.read_text()):
+            raise UserError(
+                f"{plan.data} is not the corpus that {folder} began with: name another folder with "
+                "--output"
+            )
+        _copy_configs(CONFIGS / f"{plan.config}.yaml", folder / "configs", plan_file)
+        _copy(plan_file, folder / PLAN)
+    return plan
+
+
+def _copy_configs(config: Path, target: Path, plan_file: Path) -> None:
+    """The config and all that it may be composed of; itself last, which says that all is there."""
+    if (target / config.name).is_file():
+        return
+    if not config.is_file():
+        raise UserError(f"there is no {config}: check config in {plan_file}")
+    others = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path != config]
+    for path in [*others, config]:
+        _copy(path, target / path.relative_to(CONFIGS))
+
+
+def _copy_corpus(data: Path, target: Path) -> None:
+    """What training and scoring read of it, its record last."""
+    held_out = [path for split in ("valid", "test") for path in data.glob(f"raw/{split}.*")]
+    for path in [*data.glob("bin/*"), *held_out, *data.glob("copy/*"), data / RECORD]:
+        _copy(path, target / path.relative_to(data))
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as partial:
+        shutil.copyfile(source, partial)
+
+
+def _check_unchanged(folder: Path, run: StudyRun) -> None:
+    state = _read_state(folder / run.name)
+    if state and state["overrides"] != run.overrides:
+        raise UserError(
+            f"{folder / run.name} was trained with other settings ({' '.join(state['overrides'])}):"
+            " give the arm another name in the plan, or name another folder with --output"
+        )
+
+
+def _read_state(folder: Path) -> Dict[str, Any]:
+    path = folder / STATE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _records(folder: Path, plan: Plan) -> Dict[str, Dict[str, Any]]:
+    """What ``run.json`` says of each run; composing the settings also checks all of them.
+
+    Raises:
+        UserError: hydra or the model refuses an arm's settings.
+    """
+    import torch
+
+    from fairseq_sparsemixer.evaluation.options import quiet_libraries
+    from fairseq_sparsemixer.training import record, resources
+    from fairseq_sparsemixer.training.launch import compose, make_task
+
+    quiet_libraries()
+    logging.getLogger("hydra").setLevel(logging.WARNING)
+    shared = {
+        "versions": record.versions(),
+        "git": record.git_state(PACKAGE.parent),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    configs = (folder / "configs").resolve()
+    parameters = {}
+    for name, overrides in plan.arms.items():
+        data = (folder / "data" / "bin").resolve()
+        settings = [*overrides, f"task.data={data}", "checkpoint.save_dir=."]
+        try:
+            cfg = compose(configs, settings, plan.config)
+            counted = resources.count_parameters(
+                resources.build_on_meta(cfg.model, make_task(cfg, None))
+            )
+        except UserError as error:
+            raise UserError(f"arm {name}: {error}") from error
+        parameters[name] = {"total": counted.total, "active": counted.active}
+    return {
+        f"{name}-seed{seed}": {**shared, "parameters": parameters[name]}
+        for name in plan.arms
+        for seed in plan.seeds
+    }
+
+
+# Doing it
+
+
+class _Job:
+    """A run at work: its training, then its scoring."""
+
+    def __init__(self, run: StudyRun, folder: Path, environment: Dict[str, str], lock: List[int]):
+        self.run = run
+        self.folder = folder / run.name
+        self.stage = ""
+        self.shown = len(points.read_points(self.folder / points.FILE))
+        self._study = folder
+        self._environment = environment
+        self._lock = lock
+        self._process: Optional[subprocess.Popen] = None
+        self._log: Optional[TextIO] = None
+
+    def start(self, stage: str, command: List[str]) -> None:
+        """Begin a stage; its output is added to RUN/STAGE.log."""
+        self.stage = stage
+        self._log = (self.folder / f"{stage}.log").open("a", encoding="utf-8")
+        self._process = subprocess.Popen(
+            command,
+            cwd=self._study,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=self._environment,
+            pass_fds=tuple(self._lock),
+            preexec_fn=_end_with_parent,
+        )
+
+    def ended(self) -> Optional[int]:
+        """The exit status of the stage; None while it works."""
+        assert self._process is not None and self._log is not None
+        status = self._process.poll()
+        if status is not None:
+            self._log.close()
+        return status
+
+    def stop(self) -> None:
+        """Ask the process to end."""
+        assert self._process is not None
+        self._process.terminate()
+
+    def wait(self) -> None:
+        """Until the process has ended, which is killed where it takes too long."""
+        assert self._process is not None
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _end_with_parent() -> None:
+    """In the child: be killed with the study, whose restart would else find it still at work."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+class _Failure(NamedTuple):
+    run: str
+    stage: str
+    log: Path
+
+
+class _Study:
+    """The runs that are left, with as many at work as there are jobs."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        records: Dict[str, Dict[str, Any]],
+        jobs: int,
+        deadline: Optional[float],
+        lock: List[int],
+    ) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.records = records
+        self.jobs = jobs
+        self.deadline = deadline
+        self.lock = lock
+        self.waiting = [run for run in plan.runs() if not self._finished(run)]
+        self.done = len(plan.runs()) - len(self.waiting)
+        self.at_work: List[_Job] = []
+        self.failures: List[_Failure] = []
+
+    def do(self) -> None:
+        """Work until all is done, or the time is up.
+
+        Raises:
+            UserError: a run failed; the others were done.
+            KeyboardInterrupt: as it came, once all processes have ended.
+        """
+        total = len(self.plan.runs())
+        print(f"{total} runs, {self.done} of them finished before", flush=True)
+        try:
+            while (self.waiting or self.at_work) and not self._time_is_up():
+                while self.waiting and len(self.at_work) < self.jobs:
+                    self._begin(self.waiting.pop(0))
+                time.sleep(POLL_SECONDS)
+                for job in list(self.at_work):
+                    self._look_after(job)
+        finally:
+            for job in self.at_work:
+                job.stop()
+            for job in self.at_work:
+                job.wait()
+                self._show_points(job)
+        if self.failures:
+            listed = "; ".join(f"{each.run} ({each.stage}: {each.log})" for each in self.failures)
+            raise UserError(f"{len(self.failures)} of {total} runs failed: {listed}")
+        left = total - self.done
+        if left:
+            print(f"time is up: {left} of {total} runs are left; the same command goes on")
+        else:
+            print(f"all {total} runs are finished: {self.folder}")
+            print(f"report     fairseq-sparsemixer report {self.folder} --output report.html")
+
+    def _time_is_up(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _begin(self, run: StudyRun) -> None:
+        from fairseq_sparsemixer.training import process
+        from fairseq_sparsemixer.training.checkpoints import mend_last
+
+        folder = self.folder / run.name
+        folder.mkdir(exist_ok=True)
+        mend_last(folder)
+        process.copy_model_files(self.folder / "data" / "bin", folder)
+        write_json(folder / "run.json", self.records[run.name])
+        state = _read_state(folder)
+        write_json(folder / STATE, {"finished_updates": 0, **state, "overrides": run.overrides})
+        environment = process.training_environment(os.environ)
+        if self.jobs > 1:
+            # Threads of several processes that wait for each other are slower than one.
+            threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
+            environment = {"OMP_NUM_THREADS": str(threads), **environment}
+        job = _Job(run, self.folder, environment, self.lock)
+        print(f"{run.name}: training", flush=True)
+        job.start("train", self._training_command(run))
+        self.at_work.append(job)
+
+    def _training_command(self, run: StudyRun) -> List[str]:
+        import torch
+
+        every = self.plan.evaluate_every
+        return [
+            *(sys.executable, "-m", "fairseq_cli.hydra_train"),
+            *("--config-dir", "configs", "--config-name", self.plan.config),
+            f"hydra.run.dir={run.name}",
+            f"common.user_dir={PACKAGE}",
+            f"common.cpu={str(not torch.cuda.is_available()).lower()}",
+            "task.data=data/bin",
+            f"optimization.max_update={self.plan.updates}",
+            f"dataset.validate_interval_updates={every}",
+            f"checkpoint.save_interval_updates={every}",
+            *run.overrides,
+        ]
+
+    def _scoring_command(self, run: StudyRun) -> List[str]:
+        return [
+            *(sys.executable, "-m", "fairseq_sparsemixer.cli", "evaluate", run.name),
+            *("--checkpoint", "checkpoint_last.pt", "--data", "data"),
+            *("--beam", str(self.plan.beam), "--output", str(Path(run.name, SCORES))),
+        ]
+
+    def _look_after(self, job: _Job) -> None:
+        """Show what is new of a job, and begin what comes after a stage that has ended."""
+        self._show_points(job)
+        status = job.ended()
+        if status is None:
+            return
+        if status == 0 and job.stage == "train":
+            job.start("evaluate", self._scoring_command(job.run))
+            return
+        self.at_work.remove(job)
+        if status != 0:
+            log = job.folder / f"{job.stage}.log"
+            print(f"{job.run.name}: {job.stage} failed, see {log}", flush=True)
+            self.failures.append(_Failure(job.run.name, job.stage, log))
+            return
+        self._finish(job)
+
+    def _finish(self, job: _Job) -> None:
+        for path in job.folder.glob("checkpoint*.pt"):
+            if path.name != "checkpoint_last.pt":
+                path.unlink()  # a study of many runs would fill the disk
+        state = _read_state(job.folder)
+        write_json(job.folder / STATE, {**state, "finished_updates": self.plan.updates})
+        self.done += 1
+        scores = json.loads((job.folder / SCORES).read_text(encoding="utf-8"))["scores"]
+        print(
+            f"{job.run.name}: finished, BLEU {scores['bleu']['score']:.2f}, chrF2 "
+            f"{scores['chrf']['score']:.2f} ({self.done} of {len(self.plan.runs())} runs)",
+            flush=True,
+        )
+
+    def _show_points(self, job: _Job) -> None:
+        found = points.read_points(job.folder / points.FILE)
+        for point in found[job.shown :]:
+            bleu = f", BLEU {point['bleu']:.2f}" if "bleu" in point else ""
+            speed = point["words_per_second"]
+            print(
+                f"{job.run.name}: update {point['updates']} of {self.plan.updates}, validation nll "
+                f"{point['nll_loss']:.3f}{bleu}{f', {speed:.0f} words/s' if speed else ''}",
+                flush=True,
+            )
+        job.shown = len(found)
+
+    def _finished(self, run: StudyRun) -> bool:
+        return _read_state(self.folder / run.name).get("finished_updates", 0) >= self.plan.updates

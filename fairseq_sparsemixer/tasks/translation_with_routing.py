@@ -1,0 +1,285 @@
+"""fairseq's translation task, with a point of measurements at every validation."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch
+from fairseq.data import data_utils
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq.utils import move_to_cuda
+from omegaconf import II, OmegaConf
+
+from fairseq_sparsemixer.evaluation.subwords import Subwords, find_subwords
+from fairseq_sparsemixer.files import read_lines
+from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.models.layers import switch_layers
+from fairseq_sparsemixer.study import points
+
+TOKENS_AT_ONCE = 4096
+"""In one batch of beam search."""
+MAX_OUTPUT = 100
+"""Tokens of a translation: a model that has learnt little may not find an end."""
+
+
+@dataclass
+class TranslationWithRoutingConfig(TranslationConfig):
+    """Settings of :class:`TranslationWithRoutingTask`."""
+
+    points_file: Optional[str] = field(
+        default=None,
+        metadata={"help": "JSON lines that every validation adds to (default: none)"},
+    )
+    points_text: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder of the raw text of the validation set, to score translations against "
+            "(VALID.LANG), and of its domains (VALID.domain, one a line) if there are any"
+        },
+    )
+    points_sentences: int = field(
+        default=200,
+        metadata={"help": "sentences to translate at a point, spread over domains; 0 for none"},
+    )
+    points_beam: int = field(default=1, metadata={"help": "beam of these translations"})
+    valid_subset: str = II("dataset.valid_subset")
+    tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
+
+
+class _Stopwatch:
+    """Seconds, CPU seconds and target words of training, from those of a session before."""
+
+    def __init__(self, before: points.Clock) -> None:
+        self.total = before
+        self.running = False
+
+    def count(self, words: int) -> None:
+        """Before a batch is trained on: starts the watch if it does not run."""
+        if not self.running:
+            self._since = time.perf_counter(), time.process_time()
+            self.running = True
+        self.total = self.total._replace(words=self.total.words + words)
+
+    def stop(self) -> points.Clock:
+        """Stop, if it runs; all that was trained so far."""
+        if self.running:
+            wall, cpu = self._since
+            seconds = self.total.seconds
+            self.total = self.total._replace(
+                seconds=None if seconds is None else seconds + time.perf_counter() - wall,
+                cpu_seconds=self.total.cpu_seconds + time.process_time() - cpu,
+            )
+            self.running = False
+        return self.total
+
+
+@register_task("translation_with_routing", dataclass=TranslationWithRoutingConfig)
+class TranslationWithRoutingTask(TranslationTask):
+    """Translation; with ``points_file``, each validation adds a point (:mod:`.study.points`).
+
+    Without it, it is fairseq's task ``translation``. The numbers also go to fairseq's log and, with
+    ``--tensorboard-logdir``, to TensorBoard, which besides shows the experts' load as an image. Of
+    several validation sets the first is measured.
+    """
+
+    cfg: TranslationWithRoutingConfig
+
+    def __init__(self, cfg: TranslationWithRoutingConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cfg, *args, **kwargs)
+        self._watch: Optional[_Stopwatch] = None
+        self._updates = 0
+        self._measured = -1
+        self._sentences: points.Sentences = {}
+
+    # Training, which is timed
+
+    def train_step(
+        self,
+        sample: Dict[str, Any],
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+    ) -> Any:
+        """See fairseq."""
+        if self._path is not None:
+            if self._watch is None:
+                self._watch = _Stopwatch(self._clock_before(update_num))
+            self._watch.count(0 if ignore_grad else sample["ntokens"])
+            self._updates = update_num + 1
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def _clock_before(self, updates: int) -> points.Clock:
+        """What the training took that led to the checkpoint from which this one goes on."""
+        known = {0: points.Clock(0.0, 0.0, 0.0), **points.read_clocks(self._beside(".clock.json"))}
+        clock = known.get(updates, points.Clock(None, 0.0, 0.0))
+        # Each worker counts its own words; those of all of them were kept.
+        return clock._replace(words=clock.words / points.worker()[1])
+
+    def state_dict(self) -> Dict[str, Any]:
+        """See fairseq, which calls this for each checkpoint."""
+        if self._watch is not None and points.worker()[0] == 0:
+            clock = self._watch.stop()
+            workers = points.worker()[1]
+            clock = clock._replace(words=clock.words * workers)
+            points.add_clock(self._beside(".clock.json"), self._updates, clock)
+        return super().state_dict()
+
+    def begin_valid_epoch(self, epoch: int, model: Any) -> None:
+        """See fairseq."""
+        super().begin_valid_epoch(epoch, model)
+        if self._watch is not None:
+            self._watch.stop()
+        self._sentences = {}
+
+    @property
+    def _path(self) -> Optional[Path]:
+        return Path(self.cfg.points_file) if self.cfg.points_file else None
+
+    def _beside(self, ending: str) -> Path:
+        """A file of our own beside that of the points."""
+        assert self._path is not None
+        return self._path.with_suffix(ending)
+
+    # Validation
+
+    def valid_step(self, sample: Dict[str, Any], model: Any, criterion: Any) -> Any:
+        """See fairseq."""
+        if self._path is None:
+            return super().valid_step(sample, model, criterion)
+        with torch.no_grad(), points.observe(model, sample, self.tgt_dict.pad()) as sentences:
+            result = super().valid_step(sample, model, criterion)
+        self._sentences.update(sentences)
+        return result
+
+    def post_validate(self, model: Any, stats: Dict[str, Any], agg: Any) -> None:
+        """Called by fairseq after each validation set, with its statistics, which it then logs."""
+        updates = int(stats["num_updates"])
+        if self._path is None or updates == self._measured:
+            return
+        self._measured = updates
+        sentences = points.all_workers(self._sentences)
+        if points.worker()[0] > 0:
+            return
+        known = {point["updates"]: point for point in points.read_points(self._path)}
+        point = known.get(updates)
+        if point is None:
+            point = self._measure(model, stats, sentences)
+            points.save_choices(self._beside(".npz"), points.flat_choices(sentences))
+            points.add_point(self._path, point)
+        stats.update(points.scalars(point))
+        if self.cfg.tensorboard_logdir:
+            _show_load(self.cfg.tensorboard_logdir, point)
+
+    def _measure(
+        self, model: Any, stats: Mapping[str, Any], sentences: points.Sentences
+    ) -> Dict[str, Any]:
+        domains = self._domains()
+        num_experts = {
+            name: layer.moe.router.num_experts for name, layer in switch_layers(model).items()
+        }
+        clock = points.Clock(None, 0.0, 0.0) if self._watch is None else self._watch.stop()
+        words = clock.words * points.worker()[1]
+        point: Dict[str, Any] = {
+            "updates": int(stats["num_updates"]),
+            "seconds": clock.seconds and round(clock.seconds, 3),
+            "cpu_seconds": round(clock.cpu_seconds, 3),
+            "words": round(words),
+            "words_per_second": round(words / clock.seconds, 1) if clock.seconds else None,
+            "loss": float(stats["loss"]),
+            "nll_loss": float(stats.get("nll_loss", stats["loss"])),
+            "layers": points.layer_figures(
+                sentences, domains, num_experts, stats, points.load_choices(self._beside(".npz"))
+            ),
+        }
+        by_domain = {} if domains is None else points.domain_losses(sentences, domains)
+        if self.cfg.points_text and self.cfg.points_sentences > 0:
+            references = self._text(self.cfg.target_lang)
+            lines = points.choose_lines(self.cfg.points_sentences, sentences, domains)
+            translations = self._translate(model, lines)
+            figures = points.translation_figures(translations, references, domains)
+            for domain, scores in figures.pop("by_domain", {}).items():
+                by_domain[domain].update(scores)
+            point.update(figures)
+        if by_domain:
+            point["by_domain"] = by_domain
+        return point
+
+    def _domains(self) -> Optional[List[str]]:
+        if not self.cfg.points_text:
+            return None
+        path = Path(self.cfg.points_text, f"{self._subset}.domain")
+        return self._text("domain") if path.is_file() else None
+
+    @property
+    def _subset(self) -> str:
+        return self.cfg.valid_subset.split(",")[0]
+
+    def _text(self, ending: Optional[str]) -> List[str]:
+        """A file of ``points_text`` that has a line for each pair of the validation set."""
+        assert self.cfg.points_text is not None
+        path = Path(self.cfg.points_text, f"{self._subset}.{ending}")
+        lines = read_lines(path)
+        pairs = len(self.dataset(self._subset))
+        if len(lines) != pairs:
+            raise ConfigError(
+                f"{path} has {len(lines)} lines and the validation set {pairs} pairs: give "
+                "--points-text the folder of the text that it was made from"
+            )
+        return lines
+
+    def _translate(self, model: Any, lines: List[int]) -> Dict[int, str]:
+        """Translations by line, in order. The model is left in evaluation mode, as it was."""
+        dataset = self.dataset(self._subset)
+        subwords = self._subwords()
+        encoder = subwords.encoder()
+        search = OmegaConf.structured(
+            GenerationConfig(beam=self.cfg.points_beam, max_len_b=MAX_OUTPUT)
+        )
+        generator = self.build_generator([model], search)
+        by_length = sorted(lines, key=dataset.num_tokens)
+        batches = data_utils.batch_by_size(
+            by_length,
+            dataset.num_tokens,
+            max_tokens=max([TOKENS_AT_ONCE, *map(dataset.num_tokens, lines)]),
+            required_batch_size_multiple=1,
+        )
+        device = next(model.parameters()).device
+        translations = {}
+        for batch in batches:
+            sample = dataset.collater([dataset[int(line)] for line in batch])
+            if device.type == "cuda":
+                sample = move_to_cuda(sample)
+            found = self.inference_step(generator, [model], sample)
+            for line, best_first in zip(sample["id"].tolist(), found):
+                pieces = self.tgt_dict.string(best_first[0]["tokens"].int().cpu())
+                text, _ = subwords.decode(encoder.decode(pieces), self.cfg.target_lang)
+                translations[line] = text
+        return dict(sorted(translations.items()))
+
+    def _subwords(self) -> Subwords:
+        return find_subwords([Path(self.cfg.data.split(":")[0])])
+
+
+def _show_load(folder: str, point: Mapping[str, Any]) -> None:
+    """Each layer's load as an image for TensorBoard, where its packages are installed."""
+    try:
+        from matplotlib.figure import Figure
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return  # fairseq's own log tells that they are missing
+    loads = [figures["load"] for figures in point["layers"].values()]
+    if not loads:
+        return
+    figure = Figure(figsize=(1 + 0.6 * max(map(len, loads)), 1 + 0.5 * len(loads)))
+    axes = figure.add_subplot()
+    image = axes.imshow(loads, cmap="cividis", vmin=0, aspect="auto")
+    axes.set_yticks(range(len(loads)), list(point["layers"]))
+    axes.set(xlabel="expert", title=f"share of the choices, update {point['updates']}")
+    figure.colorbar(image)
+    with SummaryWriter(str(Path(folder, "valid"))) as writer:
+        writer.add_figure("expert_load", figure, point["updates"])
