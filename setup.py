@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_sparsemixer", "fairseq_sparsemixer.*"]),
+    package_data={"fairseq_sparsemixer.report": ["*.css", "*.j2"]},
     python_requires=">=3.9,<3.13",
     install_requires=[
         # fairseq's own releases fail at import on Python 3.11 (mutable dataclass defaults).
@@ -35,19 +36,22 @@ setup(
         "dev": [
             "hydra-submitit-launcher",
             "hypothesis",
+            "jinja2",
             "matplotlib",
             "mypy",
+            "pypdf",
             "pytest>=7",
             "pytest-xdist",
             "ruff",
             "sacremoses>=0.2",
+            "selenium>=4.6",  # drives the browser that looks at reports
             "subword-nmt",
             "tensorboardX",
             "transformers>=4.46",  # an independent SparseMixer-v2 to test against
             # Its interpreter runs the kernels on a CPU.
             "triton>=3.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
-        "report": ["matplotlib", "tensorboardX"],
+        "report": ["jinja2", "matplotlib", "tensorboardX"],
         "slurm": ["hydra-submitit-launcher"],
         # PyTorch's CUDA builds for Linux bring the version that they were built for.
         "triton": ["triton>=3.0; sys_platform == 'linux'"],

@@ -19,6 +19,7 @@ COMMANDS = {
     "average": "fairseq_sparsemixer.evaluation.average",
     "evaluate": "fairseq_sparsemixer.evaluation.evaluate",
     "table": "fairseq_sparsemixer.evaluation.table",
+    "report": "fairseq_sparsemixer.report.command",
     "translate": "fairseq_sparsemixer.evaluation.translate",
     "study": "fairseq_sparsemixer.study.runner",
     "gradients": "fairseq_sparsemixer.laboratory.gradients",

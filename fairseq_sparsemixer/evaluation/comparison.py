@@ -136,14 +136,27 @@ def read_references(runs: Sequence[Run]) -> List[str]:
     Raises:
         UserError: it is not where it was.
     """
+    return read_lines(find_text(runs, "reference"))
+
+
+def find_text(runs: Sequence[Run], side: str) -> Path:
+    """The file of the test set's ``side`` (source, reference) that all runs were scored on.
+
+    A relative path is looked for where this process runs, and below each parent of the run's
+    folder: a folder of runs and their data may have been moved.
+
+    Raises:
+        UserError: it is not where it was.
+    """
     data = runs[0].evaluation["data"]
     for run in runs:
-        path = Path(run.evaluation["data"]["reference"])
-        if path.is_file() and sha256_of(path) == data["reference_sha256"]:
-            return read_lines(path)
+        written = Path(run.evaluation["data"][side])
+        for path in (written, *(parent / written for parent in run.folder.resolve().parents)):
+            if path.is_file() and sha256_of(path) == data[f"{side}_sha256"]:
+                return path
     raise UserError(
-        f"{data['reference']}, which {runs[0].scores_path} was scored against, is not there or "
-        "was changed; start this command in the folder where `fairseq-sparsemixer evaluate` ran"
+        f"{data[side]}, which {runs[0].scores_path} was scored with, is not there or was changed; "
+        "start this command in the folder where `fairseq-sparsemixer evaluate` ran"
     )
 
 

@@ -6,28 +6,28 @@ Needs matplotlib (``pip install 'fairseq-sparsemixer[report]'``).
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from fairseq_sparsemixer.figures import COLOURS, pyplot, save
 from fairseq_sparsemixer.laboratory.tables import Record, mean_of_measured
 
 STYLES: Dict[str, Tuple[str, str, str]] = {
-    # Okabe and Ito's colours, for the colour-blind
-    "switch (arg-max)": ("#000000", "s", "-"),
-    "backprop, sampled": ("#999999", "v", "--"),
-    "sparsemixer-1st": ("#56B4E9", "o", "--"),
-    "sparsemixer, no override": ("#0072B2", "D", ":"),
-    "sparsemixer": ("#0072B2", "o", "-"),
-    "sparsemixer-v2-star, no override": ("#009E73", "^", ":"),
-    "sparsemixer-v2-star": ("#009E73", "^", "--"),
-    "sparsemixer-cv": ("#D55E00", "P", "-"),
-    "sparsemixer-cv, linear": ("#E69F00", "X", "-"),
-    "default-moe": ("#CC79A7", "<", "-."),
-    "reinmax (dense)": ("#CC79A7", ">", ":"),
+    "switch (arg-max)": (COLOURS["black"], "s", "-"),
+    "backprop, sampled": (COLOURS["grey"], "v", "--"),
+    "sparsemixer-1st": (COLOURS["sky"], "o", "--"),
+    "sparsemixer, no override": (COLOURS["blue"], "D", ":"),
+    "sparsemixer": (COLOURS["blue"], "o", "-"),
+    "sparsemixer-v2-star, no override": (COLOURS["green"], "^", ":"),
+    "sparsemixer-v2-star": (COLOURS["green"], "^", "--"),
+    "sparsemixer-cv": (COLOURS["vermilion"], "P", "-"),
+    "sparsemixer-cv, linear": (COLOURS["orange"], "X", "-"),
+    "default-moe": (COLOURS["purple"], "<", "-."),
+    "reinmax (dense)": (COLOURS["purple"], ">", ":"),
 }
 """What the figures show of all estimators: colour, marker, line."""
 
 
 def toy_figures(records: List[Record], output: Path) -> List[Path]:
     """Order of accuracy; bias and noise over temperature and number of experts."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     for record in records:
         if record["kind"] == "order":
@@ -58,7 +58,7 @@ def toy_figures(records: List[Record], output: Path) -> List[Path]:
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     _legend(figure, middle)
-    return _save(figure, output, "exact")
+    return save(figure, output, "exact")
 
 
 def model_figures(records: List[Record], output: Path) -> List[Path]:
@@ -84,18 +84,18 @@ def _layer_figure(records: List[Record], output: Path, name: str) -> List[Path]:
     last = max(records, key=lambda r: r["updates"])["checkpoint"]
     records = [r for r in records if r["checkpoint"] == last]
     layers = list(dict.fromkeys(r["layer"] for r in records))
-    figure, axes = _pyplot().subplots(1, 3, figsize=(10, 3.8), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(10, 3.8), layout="constrained")
     for axis, (key, label) in zip(axes, MODEL_PANELS):
         places = [{**r, "place": layers.index(r["layer"])} for r in records]
         _lines(axis, places, "place", key)
         axis.set_xticks(range(len(layers)), layers, rotation=20)
         axis.set_ylabel(label)
     _legend(figure, axes[0])
-    return _save(figure, output, name)
+    return save(figure, output, name)
 
 
 def _progress_figure(records: List[Record], output: Path, name: str) -> List[Path]:
-    figure, axes = _pyplot().subplots(1, 3, figsize=(10, 3.8), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(10, 3.8), layout="constrained")
     for axis, (key, label) in zip(axes, MODEL_PANELS):
         means = []
         for estimator in STYLES:
@@ -109,7 +109,7 @@ def _progress_figure(records: List[Record], output: Path, name: str) -> List[Pat
         _lines(axis, means, "updates", key)
         axis.set(xlabel="updates (means over layers)", ylabel=label)
     _legend(figure, axes[0])
-    return _save(figure, output, name)
+    return save(figure, output, name)
 
 
 def _lines(axis: Any, records: List[Record], x: str, y: str) -> None:
@@ -127,20 +127,3 @@ def _lines(axis: Any, records: List[Record], x: str, y: str) -> None:
 def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="x-small")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, output: Path, name: str) -> List[Path]:
-    paths = [output / f"{name}.svg", output / f"{name}.png"]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
-    return paths

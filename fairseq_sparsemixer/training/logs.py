@@ -42,17 +42,34 @@ class Validation(NamedTuple):
     stats: Dict[str, float]
 
 
+class TrainingPoint(NamedTuple):
+    """What was logged of a stretch of training (``common.log_interval`` updates).
+
+    Attributes:
+        updates: at its end.
+        nll_loss: negative log-likelihood, bits per token of the target; mean over the stretch.
+        seconds: of training until its end, as those of a :class:`Validation`.
+        words_per_second: of the target.
+    """
+
+    updates: int
+    nll_loss: Optional[float]
+    seconds: Optional[float]
+    words_per_second: float
+
+
 class TrainingLog(NamedTuple):
     """What :func:`read_log` finds.
 
     Attributes:
-        validations: by ascending updates, each number of updates once.
+        training, validations: by ascending updates, each number of updates once.
         words_per_second: median over the lines of training (target tokens); None without a line.
         parameters: of the whole model; None if not logged.
         ended: whether training came to its own end (its last update or epoch, early stopping)
             and was not stopped, be it by its time limit.
     """
 
+    training: List[TrainingPoint]
     validations: List[Validation]
     words_per_second: Optional[float]
     parameters: Optional[int]
@@ -106,9 +123,10 @@ def read_log(path: Path, subset: str = "valid") -> TrainingLog:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return TrainingLog(
+        training=reader.training,
         validations=reader.validations,
-        words_per_second=statistics.median(speed for _, speed in reader.speeds)
-        if reader.speeds
+        words_per_second=statistics.median(point.words_per_second for point in reader.training)
+        if reader.training
         else None,
         parameters=sum(reader.parameters) if reader.parameters else None,
         ended=reader.ended,
@@ -121,8 +139,7 @@ class _Reader:
     def __init__(self, subset: str) -> None:
         self.subset = subset
         self.validations: List[Validation] = []
-        self.speeds: List[Tuple[int, float]] = []
-        """Updates, words per second."""
+        self.training: List[TrainingPoint] = []
         self.marks: List[Tuple[int, Optional[float]]] = []
         """Updates, and the seconds of training at which the log tells them."""
         self.parameters: List[int] = []
@@ -140,9 +157,10 @@ class _Reader:
         if logger == "train_inner":
             stats = _numbers(text)
             if stats:
-                updates = int(stats["num_updates"])
-                self.marks.append((updates, self._seconds(time)))
-                self.speeds.append((updates, stats["wps"]))
+                updates, seconds = int(stats["num_updates"]), self._seconds(time)
+                self.marks.append((updates, seconds))
+                nll_loss = stats.get("nll_loss", stats.get("loss"))
+                self.training.append(TrainingPoint(updates, nll_loss, seconds, stats["wps"]))
         elif logger == self.subset:
             stats = _numbers(text)
             if stats:
@@ -188,7 +206,7 @@ class _Reader:
     def _rewind(self, updates: int) -> None:
         """Forget what came after ``updates``: it is trained again."""
         self.validations = [v for v in self.validations if v.updates <= updates]
-        self.speeds = [speed for speed in self.speeds if speed[0] <= updates]
+        self.training = [point for point in self.training if point.updates <= updates]
         self.marks = [mark for mark in self.marks if mark[0] <= updates]
         reached, seconds = self.marks[-1] if self.marks else (0, 0.0)
         # Less, where the training before the checkpoint is not, or not all, in this log.

@@ -1,0 +1,246 @@
+"""One page that shows what trained models do: curves, scores, experts, translations.
+
+  fairseq-sparsemixer report runs/demo --output report.html
+  fairseq-sparsemixer report study --baseline switch-8 --output study/report.html
+
+RUN is the folder of a run, or a folder that holds such folders; runs whose settings differ by the
+seed alone form one arm, as in `fairseq-sparsemixer table`. The page is one file that needs no
+network; beside it lies a folder REPORT_figures with every figure as SVG and PNG, which is replaced
+as a whole. Where a model and its test set are there, the model is run over the test set once to see
+which experts take which words; what comes out is kept in RUN/evaluation/routing.json.
+
+--baseline is what all arms are compared with. Default: the first arm of the router switch, else the
+dense one, else the first, of those with a run that is finished and scored.
+"""
+
+import argparse
+import datetime
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from fairseq_sparsemixer import __version__
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.options import quiet_libraries
+from fairseq_sparsemixer.evaluation.runs import Arm, find_runs, group_runs, read_run
+from fairseq_sparsemixer.files import check_writable, scratch_folder, write_lines
+
+HELP = "one HTML page: curves, scores, what each expert takes, translations"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``fairseq-sparsemixer report``."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or a folder that holds run folders",
+    )
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="the arm to compare with, such as dense or switch-8"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="REPORT.html",
+        help="the page; figures go to the folder REPORT_figures beside it",
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="NAME",
+        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
+        "RUN/evaluation/test.checkpoint_best.json",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Gather, draw, write."""
+    quiet_libraries()
+    _check_packages()
+    if args.output.suffix != ".html":
+        raise UserError(f"--output {args.output} is a page; give it a name ending in .html")
+    check_writable(args.output)
+    folder = args.output.with_name(f"{args.output.stem}_figures")
+    _check_figures(folder)
+    arms = group_runs(read_run(each, args.scores) for each in find_runs(args.runs))
+    from fairseq_sparsemixer.report import page
+
+    with scratch_folder(folder.with_name(f".{folder.name}.partial")) as partial:
+        partial.joinpath(folder.name).mkdir()
+        content = gather_content(arms, args.baseline, partial / folder.name)
+        text = page.render({**content, "title": args.output.stem, "figures_folder": folder.name})
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.joinpath(folder.name).replace(folder)
+    write_lines(args.output, [text])
+    print(f"written: {args.output} and {folder}")
+
+
+def _check_packages() -> None:
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"a report needs {error.name}: run `pip install 'fairseq-sparsemixer[report]'`"
+        ) from error
+
+
+def _check_figures(folder: Path) -> None:
+    """Refuse to replace a folder that holds anything but figures."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or any(path.suffix not in (".svg", ".png") for path in folder.iterdir()):
+        raise UserError(
+            f"{folder} would be replaced and holds other files than figures; move it away, or "
+            "choose another --output"
+        )
+
+
+def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Dict[str, Any]:
+    """The variables of the page's template.
+
+    Args:
+        arms: all.
+        baseline: name of an arm, or None for the default.
+        folder: where the figures go.
+
+    Raises:
+        UserError: no such baseline, or runs that cannot be compared.
+    """
+    from fairseq_sparsemixer.report import canvas, figures, gather, page, scores
+
+    runs = [run for arm in arms for run in arm.runs]
+    counted = [run for arm in arms for run in arm.counted]
+    baseline = baseline or scores.default_baseline(arms)
+    text, problem = None, "no run is finished and scored"
+    if counted:
+        try:
+            text = scores.read_test_text(counted)
+        except UserError as error:
+            problem = str(error)
+    results = scores.read_results(arms, baseline, text, problem) if baseline else None
+    histories = gather.read_histories(arms)
+    by_name = {arm.name: arm for arm in arms}
+    speed_ups = {}
+    if baseline:
+        speed_ups = {
+            arm.name: page.summarise_speed_ups(gather.speed_ups(arm, by_name[baseline], histories))
+            for arm in arms
+            if arm.counted
+        }
+    common, differing = scores.compare_settings(arms)
+    routing, problems = _routing(arms, text, problem)
+    layers = [layer for each in routing.values() for layer in each["layers"].values()]
+    painter = figures.Painter(folder, canvas.styles(list(by_name), baseline))
+    loads = gather.find_loads(arms, histories)
+    return {
+        "arms": arms,
+        "baseline": baseline,
+        "glance": page.at_a_glance(
+            len(arms),
+            len(runs),
+            len(counted),
+            results.table if results else None,
+            speed_ups,
+            scores.SIGNIFICANT,
+        ),
+        "significant": scores.SIGNIFICANT,
+        "results": results,
+        "notes": scores.notes(results.table, arms) if results else [],
+        "copy": scores.nearest_copy(counted),
+        "speed_ups": speed_ups,
+        "times_of_points": gather.times_are_of_points(histories),
+        "routing": routing,
+        "routing_problems": problems,
+        "samples": page.collect_samples(routing),
+        "most_experts": max((layer["num_experts"] for layer in layers), default=0),
+        "unrouted": any(layer["unrouted"] for layer in layers),
+        "loads": loads,
+        "common": common,
+        "differing": differing,
+        "origins": scores.origins(runs),
+        "uncounted": [arm.name for arm in arms if not arm.counted],
+        "left_out": [(arm, run) for arm in arms for run in arm.runs if run.note],
+        "version": __version__,
+        "date": datetime.date.today().isoformat(),
+        "figures": _draw(painter, arms, histories, results, loads, routing),
+    }
+
+
+def _routing(arms: List[Arm], text: Any, problem: str) -> Any:
+    """For each arm what its first counted run chooses; and for the others why it is not known."""
+    from fairseq_sparsemixer.report.routing import routing_of_run
+
+    found, problems = {}, {}
+    for arm in arms:
+        if not arm.counted:
+            problems[arm.name] = "none of its runs is finished and scored"
+            continue
+        try:
+            found[arm.name] = {
+                "seed": arm.counted[0].seed,
+                **routing_of_run(arm.counted[0], text, problem),
+            }
+        except UserError as error:
+            problems[arm.name] = str(error)
+    return found, problems
+
+
+def _draw(
+    painter: Any, arms: List[Arm], histories: Any, results: Any, loads: Any, routing: Any
+) -> Dict[str, List[Any]]:
+    """The figures of each part of the page; an empty list where there is nothing to draw."""
+    from fairseq_sparsemixer.report import figures, gather
+
+    curves = {
+        "validation": (gather.validation_curves(arms, histories), "validation nll, bits a token"),
+        "training": (gather.training_curves(arms), "training nll, bits a token"),
+        "bleu": (gather.point_curves(arms, histories, "bleu"), "BLEU on validation sentences"),
+    }
+    drawn: Dict[str, List[Any]] = {}
+    for name, (found, label) in curves.items():
+        both = [
+            painter.curves(f"{name}-{over}", found, label, over, zoom=name != "bleu")
+            for over in ("updates", "minutes")
+        ]
+        drawn[name] = [figure for figure in both if figure is not None]
+    drawn["domains"] = []
+    if results and results.by_domain:
+        drawn["domains"] = [painter.domains("domains", results.by_domain, results.domains)]
+    ends = {
+        arm: {layer: shares[-1] for layer, shares in each.layers.items()}
+        for arm, each in loads.items()
+    }
+    for arm, each in routing.items():
+        if arm not in ends and each["layers"]:
+            ends[arm] = {
+                layer: [expert["share"] for expert in values["experts"]]
+                for layer, values in each["layers"].items()
+            }
+    drawn["load"] = [painter.loads_at_end("load-at-end", ends)] if ends else []
+    top = figures.top_of_loads(list(loads.values()))
+    drawn["load_over_time"] = [
+        painter.loads_over_time(f"load-over-time-{number}", arm, each, top)
+        for number, (arm, each) in enumerate(loads.items(), 1)
+    ]
+    for key, label in (
+        ("entropy", "entropy of the router, nats"),
+        ("drift", "drift: share of changed choices"),
+        ("min_share", "smallest share of an expert"),
+        ("max_share", "largest share of an expert"),
+    ):
+        by_layer = gather.layer_curves(arms, histories, key)
+        drawn[key] = [painter.layers(key.replace("_", "-"), by_layer, label)] if by_layer else []
+    with_layers = {arm: each["layers"] for arm, each in routing.items() if each["layers"]}
+    drawn["specialisation"] = []
+    for key, label in (
+        ("words", "share of the experts' entropy\nthat words explain"),
+        ("domains", "share of the domains' entropy\nthat experts explain"),
+    ):
+        if any(values[key] for layers in with_layers.values() for values in layers.values()):
+            name = f"specialisation-{key}"
+            drawn["specialisation"].append(painter.specialisation(name, with_layers, key, label))
+    return drawn

@@ -1,0 +1,273 @@
+"""The report's figures. Each is written to a folder as SVG and PNG, and returned for the page."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from fairseq_sparsemixer.figures import COLOURS
+from fairseq_sparsemixer.report.canvas import (
+    FULL,
+    HALF,
+    Figure,
+    Style,
+    add_legend,
+    canvas,
+    hide,
+    keep,
+    some,
+)
+from fairseq_sparsemixer.report.gather import Curves, Line, Loads, mean_line
+from fairseq_sparsemixer.report.scores import SIGNIFICANT, DomainScore
+
+HEAT = "cividis"
+MOST_NUMBERED = 16
+"""Experts up to which a heat map has numbers in it."""
+LEAST_TOP = 2.0
+"""Where the scale of a heat map ends at least, in even loads: differences of nothing stay pale."""
+MARKERS_OF_A_LINE = 8
+
+
+class Painter:
+    """Draws figures into a folder.
+
+    Args:
+        folder: where NAME.svg and NAME.png go.
+        arm_styles: of all arms.
+    """
+
+    def __init__(self, folder: Path, arm_styles: Dict[str, Style]) -> None:
+        self.folder = folder
+        self.styles = arm_styles
+
+    def curves(
+        self, name: str, curves: Curves, label: str, over: str, zoom: bool
+    ) -> Optional[Figure]:
+        """A line for each arm, single seeds faint; None where nothing is known ``over`` it.
+
+        Args:
+            name: of the files.
+            curves: of each arm.
+            label: of the values.
+            over: "updates" or "minutes".
+            zoom: leave out what is above the values at a fifth of the training.
+        """
+        means = {arm: _over(mean_line(lines), over) for arm, lines in curves.items()}
+        means = {arm: points for arm, points in means.items() if points[0]}
+        if not means:
+            return None
+        with canvas(HALF, 2.9, list(means)) as (figure, (axis,)):
+            for arm in means:
+                self._lines(axis, arm, means[arm], [_over(line, over) for line in curves[arm]])
+            if zoom:
+                _zoom(axis, list(means.values()))
+            axis.set(xlabel="minutes of training" if over == "minutes" else over, ylabel=label)
+            axis.set_xlim(left=0)
+            add_legend(figure, self._styles_of(means))
+            alt = f"{label} against {over}; a line for each of {', '.join(means)}"
+            return keep(figure, self.folder, name, alt)
+
+    def layers(self, name: str, by_layer: Dict[str, Curves], label: str) -> Figure:
+        """A panel for each layer, a line for each arm, over updates."""
+        shown = self._styles_of([arm for curves in by_layer.values() for arm in curves])
+        rows = -(-len(by_layer) // 2)
+        with canvas(FULL, 2.3 * rows, list(shown), rows, 2, share=True) as (figure, axes):
+            for axis, (layer, curves) in zip(axes, by_layer.items()):
+                for arm, lines in curves.items():
+                    single = [_over(line, "updates") for line in lines]
+                    self._lines(axis, arm, _over(mean_line(lines), "updates"), single)
+                axis.set_title(layer, loc="left")
+            hide(axes[len(by_layer) :])
+            for axis in axes[-2:]:
+                axis.set_xlabel("updates")  # figure.supxlabel would stand in the legend
+            figure.supylabel(label, fontsize="medium")
+            add_legend(figure, shown)
+            alt = f"{label} over updates, a panel for each of the layers {', '.join(by_layer)}"
+            return keep(figure, self.folder, name, alt)
+
+    def loads_at_end(self, name: str, loads: Dict[str, Dict[str, List[float]]]) -> Figure:
+        """Layers x experts for each arm; ``loads`` as shares by arm and layer."""
+        tables = {arm: np.array(list(by_layer.values())) for arm, by_layer in loads.items()}
+        most = max(table.max() * table.shape[1] for table in tables.values())
+        columns = 2 if max(table.shape[1] for table in tables.values()) <= 8 else 1
+        rows = -(-len(loads) // columns)
+        height = max(1.7, rows * (0.6 + 0.25 * max(map(len, tables.values()))) + 0.3)
+        with canvas(FULL, height, (), rows, columns) as (figure, axes):
+            for axis, (arm, table) in zip(axes, tables.items()):
+                image = axis.imshow(
+                    table * table.shape[1], cmap=HEAT, vmin=0, vmax=max(LEAST_TOP, most),
+                    aspect="auto",
+                )  # fmt: skip
+                if table.shape[1] <= MOST_NUMBERED:
+                    _number(axis, 100 * table, image)
+                axis.set_xticks(some(table.shape[1], MOST_NUMBERED))
+                axis.set_yticks(range(len(table)), list(loads[arm]))
+                axis.tick_params(length=0)
+                axis.spines[:].set_visible(False)
+                axis.set_title(arm, loc="left")
+            hide(axes[len(loads) :])
+            figure.supxlabel("expert", fontsize="medium")
+            _colour_bar(figure, axes, image, shrink=min(1, 2.2 / height))
+            alt = (
+                "share of the choices that each expert gets, layers x experts, for "
+                f"{', '.join(loads)}; the largest is {most:.2f} times an even share"
+            )
+            return keep(figure, self.folder, name, alt)
+
+    def loads_over_time(self, name: str, arm: str, loads: Loads, top: float) -> Figure:
+        """Updates x experts, a panel for each layer of one arm; colours end at ``top``."""
+        columns = min(4, len(loads.layers))
+        rows = -(-len(loads.layers) // columns)
+        with canvas(FULL, 1.55 * rows + 0.3, (), rows, columns, share=True) as (figure, axes):
+            for axis, (layer, shares) in zip(axes, loads.layers.items()):
+                table = np.array(shares).T
+                image = axis.pcolormesh(
+                    _edges(loads.updates), np.arange(len(table) + 1) - 0.5, table * len(table),
+                    cmap=HEAT, vmin=0, vmax=top,
+                    rasterized=True,  # lines show between cells of a vector
+                )  # fmt: skip
+                axis.set_title(layer, loc="left")
+                axis.set_yticks(some(len(table), 8))
+            hide(axes[len(loads.layers) :])
+            figure.supxlabel("updates", fontsize="medium")
+            figure.supylabel("expert", fontsize="medium")
+            _colour_bar(figure, axes, image)
+            alt = f"share of the choices that each expert of {arm} gets over training, by layer"
+            return keep(figure, self.folder, name, alt)
+
+    def domains(
+        self, name: str, by_domain: Dict[str, Dict[str, DomainScore]], sizes: Dict[str, int]
+    ) -> Figure:
+        """Bars of BLEU for each arm, a panel for each domain."""
+        rows = -(-len(sizes) // 2)
+        arms = list(by_domain)
+        height = rows * (0.5 + 0.23 * len(arms)) + 0.2
+        with canvas(FULL, height, (), rows, 2, share=True) as (figure, axes):
+            for axis, (domain, size) in zip(axes, sizes.items()):
+                for place, arm in enumerate(arms):
+                    _bar(axis, place, by_domain[arm][domain])
+                axis.set_yticks(range(len(arms)), arms)
+                axis.set_title(f"{domain} ({size} sentences)", loc="left")
+            axes[0].invert_yaxis()  # of all
+            axes[0].set_xlim(right=axes[0].get_xlim()[1] * 1.08)  # room for the numbers
+            hide(axes[len(sizes) :])
+            figure.supxlabel("BLEU", fontsize="medium")
+            alt = f"BLEU of {', '.join(arms)} on each of the domains {', '.join(sizes)}"
+            return keep(figure, self.folder, name, alt)
+
+    def specialisation(
+        self, name: str, found: Dict[str, Dict[str, Any]], key: str, label: str
+    ) -> Figure:
+        """``key`` ("words", "domains") of each arm's layers; dashes: shuffled experts."""
+        layers = list(dict.fromkeys(layer for values in found.values() for layer in values))
+        with canvas(HALF, 2.8, list(found)) as (figure, (axis,)):
+            for i, (arm, by_layer) in enumerate(found.items()):
+                style = self.styles[arm]
+                # Side by side, within the layer's stretch of the axis.
+                shift = 0.7 * ((i + 0.5) / len(found) - 0.5)
+                for layer, values in by_layer.items():
+                    if values[key] is not None:
+                        place = layers.index(layer) + shift
+                        axis.plot(
+                            place, values[key]["share"], ls="", ms=5, marker=style.marker,
+                            color=style.colour,
+                        )  # fmt: skip
+                        axis.plot(place, values[key]["shuffled"], marker="_", color="#333333", ms=6)
+            for edge in range(1, len(layers)):
+                axis.axvline(edge - 0.5, color="#dddddd", lw=0.7)
+            axis.set_xticks(range(len(layers)), layers, rotation=30 if len(layers) > 6 else 0)
+            axis.tick_params(axis="x", length=0)
+            axis.set_xlim(-0.5, len(layers) - 0.5)
+            axis.set_ylim(bottom=0)
+            axis.set_ylabel(label)
+            add_legend(figure, self._styles_of(found), lines=False)
+            alt = f"normalised mutual information of experts and {key} by layer and arm"
+            return keep(figure, self.folder, name, alt)
+
+    def _styles_of(self, arms: Any) -> Dict[str, Style]:
+        return {arm: style for arm, style in self.styles.items() if arm in arms}
+
+    def _lines(
+        self, axis: Any, arm: str, mean: Tuple[Any, Any], single: Sequence[Tuple[Any, Any]]
+    ) -> None:
+        style = self.styles[arm]
+        for points in single if len(single) > 1 else []:
+            axis.plot(*points, color=style.colour, lw=0.6, alpha=0.35)
+        every = max(1, len(mean[0]) // MARKERS_OF_A_LINE)
+        # Lines that lie on each other have their markers in different places.
+        first = list(self.styles).index(arm) % every
+        axis.plot(
+            *mean, color=style.colour, marker=style.marker, ls=style.line, lw=1.3, ms=4,
+            markevery=(first, every),
+        )  # fmt: skip
+        axis.grid(alpha=0.25)
+
+
+def top_of_loads(loads: Sequence[Loads]) -> float:
+    """Where the colours of all heat maps over time end, in even loads."""
+    return max(
+        [
+            LEAST_TOP,
+            *(max(s) * len(s) for each in loads for p in each.layers.values() for s in p),
+        ]
+    )
+
+
+def _over(line: Line, over: str) -> Tuple[List[float], List[float]]:
+    """A curve's points over "updates" or "minutes", those of unknown time left out."""
+    if over == "updates":
+        return line.updates, line.values
+    known = [(s / 60, value) for s, value in zip(line.seconds, line.values) if s is not None]
+    return [s for s, _ in known], [value for _, value in known]
+
+
+def _zoom(axis: Any, means: Sequence[Tuple[List[float], List[float]]]) -> None:
+    """End the axis where the worst of the curves is after a fifth of its own length."""
+    late = [v for places, values in means for p, v in zip(places, values) if p >= places[-1] / 5]
+    top, bottom = max(late), min(v for _, values in means for v in values)
+    if top > bottom:
+        margin = 0.06 * (top - bottom)
+        axis.set_ylim(bottom - margin, top + margin)
+
+
+def _bar(axis: Any, place: int, score: DomainScore) -> None:
+    """One arm's bar with its number; the baseline's is hatched, and a line goes on from it."""
+    base = score.difference is None
+    axis.barh(
+        place, score.mean, height=0.72, xerr=score.deviation, error_kw={"lw": 1, "capsize": 2},
+        color=COLOURS["grey"] if base else COLOURS["sky"], hatch="///" if base else None,
+        edgecolor="#333333", linewidth=0.5,
+    )  # fmt: skip
+    if base:
+        axis.axvline(score.mean, color="#333333", lw=0.7, ls=":")
+    star = " *" if score.p_value is not None and score.p_value < SIGNIFICANT else ""
+    axis.annotate(
+        f"{score.mean:.1f}{star}", (score.mean + (score.deviation or 0), place), (4, 0),
+        textcoords="offset points", va="center", fontsize="small",
+    )  # fmt: skip
+
+
+def _number(axis: Any, table: Any, image: Any) -> None:
+    """Write ``table`` into the cells of ``image``, black or white, whichever stands out more."""
+    for (row, column), value in np.ndenumerate(table):
+        colour = np.array(image.cmap(image.norm(image.get_array()[row, column]))[:3])
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        luminance = linear @ [0.2126, 0.7152, 0.0722]  # of WCAG 2
+        axis.text(
+            column, row, f"{value:.0f}", ha="center", va="center", fontsize="small",
+            color="black" if luminance > 0.179 else "white",
+        )  # fmt: skip
+
+
+def _colour_bar(figure: Any, axes: List[Any], image: Any, shrink: float = 1.0) -> None:
+    bar = figure.colorbar(image, ax=axes, aspect=15, shrink=shrink)
+    bar.set_label("× even load")
+
+
+def _edges(updates: Sequence[int]) -> Any:
+    """Half-way between the points, and as far beyond the first and the last."""
+    if len(updates) == 1:
+        return np.array([0.0, updates[0]])
+    places = np.array(updates, dtype=float)
+    middle = (places[1:] + places[:-1]) / 2
+    return np.concatenate([[2 * places[0] - middle[0]], middle, [2 * places[-1] - middle[-1]]])

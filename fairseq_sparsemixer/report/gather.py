@@ -1,0 +1,287 @@
+"""Training as plain data: curves, speed-up, the experts' load."""
+
+import math
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
+
+from fairseq_sparsemixer.evaluation.comparison import first_reached
+from fairseq_sparsemixer.evaluation.runs import Arm, Run
+from fairseq_sparsemixer.study.points import FILE, read_points
+from fairseq_sparsemixer.training.logs import Validation, by_layer
+
+MOST_POINTS = 200
+"""Of a curve of training: longer ones are averaged over stretches."""
+
+
+class History(NamedTuple):
+    """One run over its training.
+
+    Attributes:
+        run: whose.
+        points: of its ``points.jsonl`` (:mod:`fairseq_sparsemixer.study.points`) by ascending
+            updates; without one, the same as far as the log tells, where a layer has
+            ``min_share`` and ``max_share`` in place of ``load`` and ``drift``.
+        has_file: whether there is a ``points.jsonl``.
+    """
+
+    run: Run
+    points: List[Dict[str, Any]]
+    has_file: bool
+
+
+class Line(NamedTuple):
+    """A curve of one run, or the mean of several.
+
+    Attributes:
+        seed: None for a mean.
+        counts: whether the run is finished and scored.
+        updates, values: as many each, finite.
+        seconds: of training, where known.
+    """
+
+    seed: Optional[int]
+    counts: bool
+    updates: List[float]
+    seconds: List[Optional[float]]
+    values: List[float]
+
+
+Curves = Dict[str, List[Line]]
+"""The lines of each arm that has any, by its name."""
+
+
+class SpeedUp(NamedTuple):
+    """How soon a run was as good as a run of the baseline.
+
+    Attributes:
+        seed, baseline_seed: of the two.
+        target: the best validation nll of the baseline's run, bits a token.
+        updates, seconds: when it was first reached; None for never, or where the time is unknown.
+        by_updates, by_time: the baseline's over the run's own; None likewise.
+    """
+
+    seed: int
+    baseline_seed: int
+    target: float
+    updates: Optional[float]
+    seconds: Optional[float]
+    by_updates: Optional[float]
+    by_time: Optional[float]
+
+
+class Loads(NamedTuple):
+    """What each expert got in one run, over its training.
+
+    Attributes:
+        seed: of the run.
+        updates: at each of P points.
+        layers: for each layer P lists of N shares.
+    """
+
+    seed: int
+    updates: List[int]
+    layers: Dict[str, List[List[float]]]
+
+
+def read_histories(arms: Iterable[Arm]) -> Dict[Path, History]:
+    """The training of each run that was validated, by its folder.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    histories = {}
+    for run in (run for arm in arms for run in arm.runs):
+        # A run that was resumed may have measured some updates twice: the later one holds.
+        by_updates = {point["updates"]: point for point in read_points(run.folder / FILE)}
+        points = list(by_updates.values()) or [_point_of_log(each) for each in run.validations]
+        if points:
+            histories[run.folder] = History(run, points, bool(by_updates))
+    return histories
+
+
+def _point_of_log(validation: Validation) -> Dict[str, Any]:
+    entropy = by_layer(validation.stats, "router_entropy")
+    smallest = by_layer(validation.stats, "min_expert_share")
+    largest = by_layer(validation.stats, "max_expert_share")
+    return {
+        "updates": validation.updates,
+        "seconds": validation.seconds,
+        "loss": validation.loss,
+        "nll_loss": validation.nll_loss,
+        "layers": {
+            layer: {
+                "entropy": entropy[layer],
+                "min_share": smallest.get(layer),
+                "max_share": largest.get(layer),
+            }
+            for layer in entropy
+        },
+    }
+
+
+def times_are_of_points(histories: Dict[Path, History]) -> bool:
+    """Whether losses and times are taken from ``points.jsonl``.
+
+    Its seconds leave out validation, those of the log do not: only one kind can be compared, so it
+    is the log where any run has no such file.
+    """
+    return all(history.has_file for history in histories.values())
+
+
+def validations(histories: Dict[Path, History]) -> Dict[Path, List[Validation]]:
+    """Each run's losses and times, all from the same kind of file."""
+    if not times_are_of_points(histories):
+        return {folder: history.run.validations for folder, history in histories.items()}
+    return {
+        folder: [
+            Validation(p["updates"], _number(p["loss"]), _number(p["nll_loss"]), p["seconds"], {})
+            for p in history.points
+        ]
+        for folder, history in histories.items()
+    }
+
+
+def _number(value: Optional[float]) -> float:
+    return math.nan if value is None else value
+
+
+def validation_curves(arms: Iterable[Arm], histories: Dict[Path, History]) -> Curves:
+    """Validation nll, bits a token."""
+    found = validations(histories)
+    return _curves(
+        arms,
+        lambda run: [(v.updates, v.seconds, v.nll_loss) for v in found.get(run.folder, [])],
+    )
+
+
+def training_curves(arms: Iterable[Arm]) -> Curves:
+    """Training nll, bits a token, at most :data:`MOST_POINTS` values a run."""
+    return _curves(
+        arms,
+        lambda run: _thinned(
+            [(p.updates, p.seconds, p.nll_loss) for p in run.log.training] if run.log else []
+        ),
+    )
+
+
+def point_curves(arms: Iterable[Arm], histories: Dict[Path, History], key: str) -> Curves:
+    """A figure of the points themselves, such as ``bleu``."""
+    return _curves(
+        arms,
+        lambda run: [(p["updates"], p["seconds"], p.get(key)) for p in _points(histories, run)],
+    )
+
+
+def layer_curves(
+    arms: Sequence[Arm], histories: Dict[Path, History], key: str
+) -> Dict[str, Curves]:
+    """A figure of the layers, such as ``entropy``, by layer; no layer without any value."""
+    layers = dict.fromkeys(
+        layer
+        for history in histories.values()
+        for point in history.points
+        for layer in point["layers"]
+    )
+
+    def points_of(run: Run, layer: str) -> List[Any]:
+        return [
+            (p["updates"], p["seconds"], p["layers"].get(layer, {}).get(key))
+            for p in _points(histories, run)
+        ]
+
+    curves = {layer: _curves(arms, partial(points_of, layer=layer)) for layer in layers}
+    return {layer: found for layer, found in curves.items() if found}
+
+
+def _points(histories: Dict[Path, History], run: Run) -> List[Dict[str, Any]]:
+    return histories[run.folder].points if run.folder in histories else []
+
+
+def _curves(arms: Iterable[Arm], points_of: Callable[[Run], List[Any]]) -> Curves:
+    """``points_of`` gives (updates, seconds, value), where None or not finite is no value."""
+    curves: Curves = {}
+    for arm in arms:
+        for run in arm.runs:
+            kept = [p for p in points_of(run) if p[2] is not None and math.isfinite(p[2])]
+            if kept:
+                updates, seconds, values = map(list, zip(*kept))
+                line = Line(run.seed, not run.note, updates, seconds, values)
+                curves.setdefault(arm.name, []).append(line)
+    return curves
+
+
+def _thinned(points: List[Any]) -> List[Any]:
+    """Means over stretches of as many points, dated at the end of each."""
+    size = -(-len(points) // MOST_POINTS) or 1
+    thinned = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        values = [value for _, _, value in stretch if value is not None]
+        mean = statistics.mean(values) if values else None
+        thinned.append((*stretch[-1][:2], mean))
+    return thinned
+
+
+def mean_line(lines: Sequence[Line]) -> Line:
+    """The mean over the runs that count (over all, if none does) where all of them have a value."""
+    chosen = [line for line in lines if line.counts] or list(lines)
+    tables = [dict(zip(line.updates, zip(line.seconds, line.values))) for line in chosen]
+    shared = [u for u in chosen[0].updates if all(u in table for table in tables)]
+    seconds = [mean_or_none([table[u][0] for table in tables]) for u in shared]
+    values = [statistics.mean(table[u][1] for table in tables) for u in shared]
+    return Line(None, chosen[0].counts, shared, seconds, values)
+
+
+def mean_or_none(values: Sequence[Optional[float]]) -> Optional[float]:
+    """The mean; None where a value is missing, or there is none."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known and len(known) == len(values) else None
+
+
+def speed_ups(arm: Arm, baseline: Arm, histories: Dict[Path, History]) -> List[SpeedUp]:
+    """When each counted run reached the best validation nll of the baseline's run of equal seed.
+
+    The baseline's first run stands in where it has not the seed. Linear between two validations.
+    """
+    found = validations(histories)
+    others = {run.seed: run for run in baseline.counted}
+    return [_speed_up(run, others.get(run.seed, baseline.counted[0]), found) for run in arm.counted]
+
+
+def _speed_up(run: Run, other: Run, found: Dict[Path, List[Validation]]) -> SpeedUp:
+    losses = [v.nll_loss for v in found[other.folder] if math.isfinite(v.nll_loss)]
+    target = min(losses)
+    own, base = (first_reached(found[each.folder], target) for each in (run, other))
+    assert base is not None  # its own best
+    if own is None:
+        return SpeedUp(run.seed, other.seed, target, None, None, None, None)
+    by_time = None
+    if base.seconds is not None and own.seconds:
+        by_time = base.seconds / own.seconds
+    by_updates = base.updates / own.updates
+    return SpeedUp(run.seed, other.seed, target, own.updates, own.seconds, by_updates, by_time)
+
+
+def find_loads(arms: Iterable[Arm], histories: Dict[Path, History]) -> Dict[str, Loads]:
+    """The load of each arm's first counted run whose points have it, by the arm's name.
+
+    One run, because experts of one number in two runs have nothing in common.
+    """
+    found = {}
+    for arm in arms:
+        for run in arm.counted:
+            points = [
+                p
+                for p in _points(histories, run)
+                if p["layers"] and all("load" in layer for layer in p["layers"].values())
+            ]
+            if points:
+                layers = {
+                    name: [p["layers"][name]["load"] for p in points]
+                    for name in points[-1]["layers"]
+                }
+                found[arm.name] = Loads(run.seed, [p["updates"] for p in points], layers)
+                break
+    return found

@@ -1,0 +1,163 @@
+"""The page: what :mod:`.command` gathered and drew, as HTML by ``page.html.j2``."""
+
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+from fairseq_sparsemixer.figures import COLOURS
+from fairseq_sparsemixer.report.gather import SpeedUp, mean_or_none
+
+NO_FIGURE = "–"
+PIECE_COLOURS = [colour for name, colour in COLOURS.items() if name != "black"]
+PIECE_LINES = ["solid", "dashed", "dotted", "double"]
+"""Below pieces, by expert: fewer than colours, so that 28 experts have looks of their own."""
+
+
+def render(content: Dict[str, Any]) -> str:
+    """The page.
+
+    Args:
+        content: the variables of the template.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        as_code=as_code,
+        number=number,
+        percent=percent,
+        with_deviation=with_deviation,
+        duration=duration,
+        millions=lambda count: NO_FIGURE if count is None else f"{count / 1e6:.1f} M",
+    )
+    environment.globals.update(piece_colours=PIECE_COLOURS, piece_lines=PIECE_LINES, tint=tint)
+    return environment.get_template("page.html.j2").render(content)
+
+
+def number(value: Optional[float], decimals: int = 2, sign: str = "") -> str:
+    """A number with a true minus sign; a dash for None."""
+    if value is None:
+        return NO_FIGURE
+    return f"{value:{sign},.{decimals}f}".replace("-", "−")
+
+
+def percent(share: Optional[float], decimals: int = 0) -> str:
+    """A share as ``12 %``, on one line."""
+    return NO_FIGURE if share is None else f"{number(100 * share, decimals)}\N{NO-BREAK SPACE}%"
+
+
+def as_code(text: str) -> Any:
+    """Text with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def with_deviation(value: Optional[float], deviation: Optional[float], decimals: int = 2) -> str:
+    """``12.34 ± 0.56``, without the latter where it is None."""
+    tail = "" if deviation is None else f" ± {deviation:.{decimals}f}"
+    return number(value, decimals) + tail
+
+
+def duration(seconds: Optional[float]) -> str:
+    """Seconds as they are read: ``48 s``, ``12.5 min``, ``3.2 h``."""
+    if seconds is None:
+        return NO_FIGURE
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def tint(share: float, even: float) -> str:
+    """A background for a share: none up to the even one, deeper towards three times as much."""
+    depth = min(1.0, max(0.0, (share / even - 1) / 2)) if even else 0.0
+    return f"rgba(0, 114, 178, {0.45 * depth:.2f})"
+
+
+def summarise_speed_ups(found: Sequence[SpeedUp]) -> Dict[str, Any]:
+    """Means over seeds, None where a seed has none, and how many of them never got there."""
+    return {
+        "never": sum(each.updates is None for each in found),
+        "updates": mean_or_none([each.updates for each in found]),
+        "seconds": mean_or_none([each.seconds for each in found]),
+        "by_updates": mean_or_none([each.by_updates for each in found]),
+        "by_time": mean_or_none([each.by_time for each in found]),
+        "seeds": found,
+    }
+
+
+def at_a_glance(
+    arms: int,
+    runs: int,
+    counted: int,
+    table: Optional[Dict[str, Any]],
+    speed_ups: Dict[str, Dict[str, Any]],
+    significant: float,
+) -> List[str]:
+    """The findings in a few sentences."""
+    lines = [
+        f"{_count(arms, 'arm')}, {_count(runs, 'run')}, of which {counted} are finished and scored."
+    ]
+    if table is None:
+        return lines
+    rows = {row["model"]: row for row in table["rows"] if row["note"] is None}
+    base = rows[table["baseline"]]
+    best = max(rows.values(), key=lambda row: row["bleu"])
+    text = f"Highest BLEU: {best['model']}, {with_deviation(best['bleu'], best['bleu_deviation'])}"
+    if best is not base:
+        text += f"; the baseline {base['model']} has {number(base['bleu'])}"
+    lines.append(text + ".")
+    tested = {name: row for name, row in rows.items() if row["p_value"] is not None}
+    if tested:
+        different = [
+            f"{name} ({number(row['bleu_difference'], 2, '+')})"
+            for name, row in tested.items()
+            if row["p_value"] < significant
+        ]
+        lines.append(
+            f"BLEU differs from the baseline's with p < {significant} on every seed: "
+            f"{', '.join(different) or 'in no arm'}."
+        )
+    faster = {
+        name: each
+        for name, each in speed_ups.items()
+        if name != base["model"] and each["by_updates"]
+    }
+    if faster:
+        name, first = max(faster.items(), key=lambda item: item[1]["by_updates"])
+        text = (
+            f"Soonest at the baseline's best validation loss: {name}, {number(first['by_updates'])}"
+        )
+        text += " times as fast in updates"
+        if first["by_time"] is not None:
+            text += f" and {number(first['by_time'])} times in time"
+        lines.append(text + ".")
+    elif speed_ups.keys() - {base["model"]}:
+        lines.append("No other arm reached the baseline's best validation loss on every seed.")
+    return lines
+
+
+def _count(number_of: int, what: str) -> str:
+    return f"{number_of} {what}{'' if number_of == 1 else 's'}"
+
+
+def collect_samples(routing: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The samples of all arms by sentence: ``domain``, ``source``, ``reference`` and ``arms``."""
+    found: Dict[int, Dict[str, Any]] = {}
+    for arm, each in routing.items():
+        for sample in each["samples"]:
+            shared = {key: sample[key] for key in ("domain", "source", "reference")}
+            entry = found.setdefault(sample["line"], {**shared, "arms": {}})
+            entry["arms"][arm] = {
+                key: sample.get(key) for key in ("translation", "encoder", "decoder")
+            }
+    return [found[line] for line in sorted(found)]

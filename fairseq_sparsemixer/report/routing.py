@@ -1,0 +1,310 @@
+"""Runs a model over the test set: which experts take which words and domains, and samples.
+
+What comes out is kept in ``RUN/evaluation/routing.json``, so that the next report needs neither the
+model nor its data.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.data import data_utils
+from tqdm import tqdm
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.comparison import read_texts
+from fairseq_sparsemixer.evaluation.runs import Run
+from fairseq_sparsemixer.evaluation.translator import Translator
+from fairseq_sparsemixer.files import sha256_of, write_json
+from fairseq_sparsemixer.models.layers import switch_layers
+from fairseq_sparsemixer.report.scores import TestText
+from fairseq_sparsemixer.report.specialisation import Information, information, typical_words
+from fairseq_sparsemixer.study.choices import SentenceChoices, choices_of_batch, watch_routing
+
+FORMAT = 1
+FILE = Path("evaluation", "routing.json")
+MOST_SENTENCES = 2000
+MOST_WORDS = 12
+SAMPLES_OF_A_DOMAIN, SAMPLES_WITHOUT_DOMAINS = 2, 6
+SAMPLE_WORDS = (4, 20)
+"""Least and most words of a sample's source."""
+BATCH_TOKENS = 4000
+
+
+class _Pair(NamedTuple):
+    """A line of the test set, and what encoder and decoder read of it (length,)."""
+
+    line: int
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+def routing_of_run(run: Run, text: Optional[TestText], problem: str) -> Dict[str, Any]:
+    """Which experts a scored run chooses on the test set; from its file, if that is up to date.
+
+    Args:
+        run: one that counts.
+        text: the test set; not needed where the file is there.
+        problem: why there is no ``text``.
+
+    Returns:
+        ``sentences`` and ``left_out`` (numbers of lines), ``samples``, and for each layer
+        ``num_experts``, ``tokens``, ``unrouted`` (share of tokens without expert), ``words`` and
+        ``domains`` (``share`` and ``shuffled`` of :class:`.specialisation.Information`, or None),
+        ``domain_shares`` and ``experts``, a list with ``share``, ``words``, ``domain_shares``
+        of each. ``layers`` is empty for a dense model.
+
+    Raises:
+        UserError: the checkpoint or the test set is not there or was changed.
+    """
+    path = run.folder / FILE
+    found = _read(path)
+    of = _identity(run, found, text)
+    if found.get("of") != of:
+        if text is None:
+            raise UserError(problem)
+        found = {"of": of, **_analyse(run, text)}
+        write_json(path, found)
+    return found
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # it is only a copy
+    return found if isinstance(found, dict) else {}
+
+
+def _identity(run: Run, found: Dict[str, Any], text: Optional[TestText]) -> Dict[str, Any]:
+    """What the file's content depends on; labels of domains as they were, if they are gone."""
+    data = run.evaluation["data"]
+    domains = found.get("of", {}).get("domains")
+    if text is not None:
+        domains = None if text.domains is None else sorted(set(text.domains))
+    return {
+        "format": FORMAT,
+        "checkpoints": [checkpoint["sha256"] for checkpoint in run.evaluation["checkpoints"]],
+        "source_sha256": data["source_sha256"],
+        "reference_sha256": data["reference_sha256"],
+        "bleu": run.scores["bleu"]["score"],  # of the translations that samples are taken from
+        "domains": domains,
+    }
+
+
+def _analyse(run: Run, text: TestText) -> Dict[str, Any]:
+    hypotheses = read_texts([run])[run.folder]
+    samples: List[Dict[str, Any]] = [
+        {
+            "line": line,
+            "domain": None if text.domains is None else text.domains[line],
+            "source": text.sources[line],
+            "reference": text.references[line],
+            "translation": hypotheses[line],
+        }
+        for line in choose_samples(text.sources, text.domains)
+    ]
+    if run.name == "dense":
+        return {"sentences": 0, "left_out": 0, "layers": {}, "samples": samples}
+    translator = _load(run, text)
+    step = max(1, -(-len(text.sources) // MOST_SENTENCES))
+    lines = range(0, len(text.sources), step)
+    pairs = _encode(translator, [(n, text.sources[n], text.references[n]) for n in lines])
+    choices = choose_experts(translator, pairs, run.name)
+    layers = {
+        name: _describe_layer(
+            translator, name, layer.moe.router.num_experts, pairs, choices, text.domains
+        )
+        for name, layer in switch_layers(translator.model).items()
+    }
+    for sample in samples:
+        own = _encode(translator, [(0, sample["source"], sample["translation"])])
+        for pair, choice in zip(own, choose_experts(translator, own)):
+            for side in ("encoder", "decoder"):
+                sample[side] = _last_layer(translator, side, pair, choice)
+    return {
+        "sentences": len(pairs),
+        "left_out": len(lines) - len(pairs),
+        "layers": layers,
+        "samples": samples,
+    }
+
+
+def choose_samples(sources: Sequence[str], domains: Optional[Sequence[str]]) -> List[int]:
+    """Lines spread evenly over each domain, neither very short nor long; the same for all runs."""
+    by_domain: Dict[Optional[str], List[int]] = {}
+    for line, source in enumerate(sources):
+        if SAMPLE_WORDS[0] <= len(source.split()) <= SAMPLE_WORDS[1]:
+            by_domain.setdefault(domains[line] if domains else None, []).append(line)
+    most = SAMPLES_OF_A_DOMAIN if domains else SAMPLES_WITHOUT_DOMAINS
+    chosen = []
+    for lines in by_domain.values():
+        count = min(most, len(lines))
+        chosen += [lines[len(lines) * (2 * i + 1) // (2 * count)] for i in range(count)]
+    return chosen
+
+
+def _load(run: Run, text: TestText) -> Translator:
+    """The model that was scored, the first of an ensemble."""
+    checkpoint = run.evaluation["checkpoints"][0]
+    beside, written = run.folder / checkpoint["name"], Path(checkpoint.get("path", ""))
+    path = beside if beside.is_file() or not written.is_file() else written
+    if not path.is_file():
+        raise UserError(f"there is no {path}, the checkpoint that was scored; copy it there")
+    if sha256_of(path) != checkpoint["sha256"]:
+        raise UserError(
+            f"{path} is not the checkpoint that {run.scores_path} was scored for; run "
+            "`fairseq-sparsemixer evaluate` again"
+        )
+    data = run.evaluation["data"]
+    # The test set is PREPARED_CORPUS/raw/test.en.
+    return Translator(
+        str(path.parent),
+        path.name,
+        data=text.source_path.parent.parent,
+        source_lang=data.get("source_lang"),
+        target_lang=data.get("target_lang"),
+    )
+
+
+def _encode(translator: Translator, lines: List[Tuple[int, str, str]]) -> List[_Pair]:
+    """Pairs as the model reads them; no blank source, and nothing too long for it."""
+    longest_target = translator.model.decoder.max_positions()  # type: ignore[operator, union-attr]
+    pairs = []
+    for line, source, target in lines:
+        if source.strip():
+            source_tokens, target_tokens = translator.encode_pair(source, target)
+            if (
+                len(source_tokens) <= translator.max_source_positions
+                and len(target_tokens) <= longest_target
+            ):
+                end = translator.target_dictionary.eos()
+                read = torch.cat([target_tokens.new_tensor([end]), target_tokens[:-1]])
+                pairs.append(_Pair(line, source_tokens, read))
+    return pairs
+
+
+@torch.no_grad()
+def choose_experts(
+    translator: Translator, pairs: Sequence[_Pair], name: str = ""
+) -> List[SentenceChoices]:
+    """The experts of each pair under teacher forcing; with a progress bar where it has a name."""
+    pad = translator.target_dictionary.pad()
+    choices: List[SentenceChoices] = [{}] * len(pairs)
+    with tqdm(
+        total=len(pairs), desc=f"routing of {name}", unit="line", disable=None if name else True
+    ) as bar:
+        for batch in _batches(pairs):
+            sources, targets = (
+                data_utils.collate_tokens([pairs[n][side] for n in batch], pad, left_pad=left)
+                for side, left in ((1, True), (2, False))
+            )
+            lengths = torch.tensor([len(pairs[n].source) for n in batch])
+            net_input = {
+                "src_tokens": sources, "src_lengths": lengths, "prev_output_tokens": targets,
+            }  # fmt: skip
+            net_input = utils.apply_to_sample(lambda t: t.to(translator.device), net_input)
+            with watch_routing(translator.model) as seen:
+                translator.model(**net_input)
+            for n, choice in zip(batch, choices_of_batch(seen, net_input, pad)):
+                choices[n] = choice
+            bar.update(len(batch))
+    return choices
+
+
+def _batches(pairs: Sequence[_Pair]) -> Iterator[List[int]]:
+    """Numbers of pairs, those of like length together."""
+    batch: List[int] = []
+    sizes = [len(pair.source) + len(pair.target) for pair in pairs]
+    for n in sorted(range(len(pairs)), key=sizes.__getitem__):
+        if batch and sizes[n] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(n)
+    if batch:
+        yield batch
+
+
+def _describe_layer(
+    translator: Translator,
+    name: str,
+    num_experts: int,
+    pairs: Sequence[_Pair],
+    choices: Sequence[SentenceChoices],
+    domains: Optional[Sequence[str]],
+) -> Dict[str, Any]:
+    """One layer's entry of :func:`routing_of_run`."""
+    side = _side(name)
+    chosen_TK = np.concatenate([choice[name] for choice in choices]).astype(np.int64)
+    words_T = np.concatenate([getattr(pair, side).numpy() for pair in pairs])
+    lengths = [len(getattr(pair, side)) for pair in pairs]
+    labels = sorted(set(domains)) if domains else []
+    domain_T = np.repeat(
+        [labels.index(domains[pair.line]) if domains else 0 for pair in pairs], lengths
+    )
+    made_TK = chosen_TK >= 0
+    experts = chosen_TK[made_TK]  # one entry for each choice, in all that follows
+    words, domain = (np.repeat(each, made_TK.sum(1)) for each in (words_T, domain_T))
+    counts = np.bincount(experts, minlength=num_experts)
+    dictionary = _dictionary(translator, name)
+    return {
+        "num_experts": num_experts,
+        "tokens": len(words_T),
+        "unrouted": float((~made_TK.any(1)).mean()),
+        "words": _as_dict(information(experts, words, of="experts")),
+        "domains": _as_dict(information(experts, domain, of="others")) if labels else None,
+        "domain_shares": _shares(domain, labels),
+        "experts": [
+            {
+                "share": float(counts[expert] / max(1, counts.sum())),
+                "words": [
+                    {"word": dictionary[each.word], "count": each.times, "lift": each.lift}
+                    for each in typical_words(experts, words, expert, MOST_WORDS)
+                ],
+                "domain_shares": _shares(domain[experts == expert], labels),
+            }
+            for expert in range(num_experts)
+        ],
+    }
+
+
+def _as_dict(found: Optional[Information]) -> Optional[Dict[str, float]]:
+    return None if found is None else found._asdict()
+
+
+def _shares(domain: np.ndarray, labels: Sequence[str]) -> Dict[str, float]:
+    """The share of each domain; empty without any token."""
+    if not len(domain):
+        return {}
+    counts = np.bincount(domain, minlength=len(labels))
+    return {label: float(count / len(domain)) for label, count in zip(labels, counts)}
+
+
+def _side(layer: str) -> str:
+    """Which of a pair a layer reads."""
+    return "source" if layer.startswith("encoder") else "target"
+
+
+def _dictionary(translator: Translator, layer: str) -> Any:
+    """The dictionary of what a layer reads."""
+    part = translator.model.encoder if layer.startswith("encoder") else translator.model.decoder
+    return part.dictionary  # type: ignore[union-attr]
+
+
+def _last_layer(
+    translator: Translator, side: str, pair: _Pair, choice: SentenceChoices
+) -> Optional[Dict[str, Any]]:
+    """Pieces and their experts in the last layer with experts of a side; None without one."""
+    names = [name for name in choice if name.startswith(side)]
+    if not names:
+        return None
+    name = max(names, key=lambda name: int(name.split(".")[1]))
+    dictionary = _dictionary(translator, name)
+    return {
+        "layer": name,
+        "pieces": [dictionary[token] for token in getattr(pair, _side(name)).tolist()],
+        "experts": [[e for e in experts if e >= 0] for experts in choice[name].tolist()],
+    }
