@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
     for arm in arms:
         _print_places(args.runs / arm.name)
     print(f"table      {args.runs / 'results.json'}")
+    print(f"report     fairseq-sparsemixer report {args.runs} --output {args.runs}/report.html")
 
 
 def _arms(args: argparse.Namespace) -> List[Arm]:

@@ -37,6 +37,8 @@ from fairseq_sparsemixer.training.logs import read_log
 
 DOMAINS = ["ding", "travel & <food>"]
 LAYERS = ("encoder.0", "decoder.0")
+CPU = 0.1
+"""Seconds of an update by which CPU time exceeds the other, in fabricated points."""
 TINY = [
     "+model.encoder_layers=1", "+model.decoder_layers=1", "+model.encoder_embed_dim=32",
     "+model.encoder_ffn_embed_dim=32", "optimization.lr=[0.01]", "common.log_interval=5",
@@ -52,7 +54,7 @@ def point(updates, nll, seconds, experts=4, drift=0.25, bleu=None):
     return {
         "updates": updates,
         "seconds": seconds,
-        "cpu_seconds": seconds,
+        "cpu_seconds": seconds + CPU * updates,
         "words": 100 * updates,
         "words_per_second": 100.0,
         "loss": None if nll is None else nll + 1,
@@ -201,15 +203,23 @@ def test_speed_up_by_hand(tmp_path, study):
         for seed, curve in runs.items():
             points = [point(u, nll, pace * u) for u, nll in zip((20, 40, 60), curve)]
             write_run(tmp_path, f"{router}{seed}", points, router=router, seed=seed)
+    for seed in (1, 2):  # without a GPU; of the third it is not known
+        for router in ("switch", "topk"):
+            write_json(tmp_path / f"{router}{seed}" / "run.json", {"gpus": []})
     arms = read_arms(tmp_path)
     histories = gather.read_histories(arms.values())
     assert gather.times_are_of_points(histories)
     first, second, third = gather.speed_ups(arms["topk-4"], arms["switch-4"], histories)
     reached = 20 + 20 * (8.0 - 6.0) / (8.0 - 5.5)
-    assert first == pytest.approx((1, 1, 6.0, reached, 0.6 * reached, 60 / reached, 50 / reached))
-    assert second == (2, 2, 6.4, None, None, None, None)
+    time, cpu_time = 0.6 * reached, (0.6 + CPU) * reached
+    by_cpu_time = 60 * (0.5 + CPU) / cpu_time
+    assert first == pytest.approx(
+        (1, 1, 6.0, reached, time, cpu_time, 60 / reached, 50 / reached, by_cpu_time)
+    )
+    assert second == (2, 2, 6.4, *[None] * 6)
     # Seed 3 against seed 1.
     assert third[:4] == pytest.approx((3, 1, 6.0, 30))
+    assert third.by_time is not None and third.cpu_seconds is third.by_cpu_time is None
     own = gather.speed_ups(arms["switch-4"], arms["switch-4"], histories)
     assert [each.updates for each in own] == [60, 40]
     assert {each.by_updates for each in own} == {each.by_time for each in own} == {1.0}

@@ -58,8 +58,9 @@ class SpeedUp(NamedTuple):
     Attributes:
         seed, baseline_seed: of the two.
         target: the best validation nll of the baseline's run, bits a token.
-        updates, seconds: when it was first reached; None for never, or where the time is unknown.
-        by_updates, by_time: the baseline's over the run's own; None likewise.
+        updates, seconds, cpu_seconds: when it was first reached; None for never, or where the time
+            is unknown. CPU time where both trained without a GPU.
+        by_updates, by_time, by_cpu_time: the baseline's over the run's own; None likewise.
     """
 
     seed: int
@@ -67,8 +68,10 @@ class SpeedUp(NamedTuple):
     target: float
     updates: Optional[float]
     seconds: Optional[float]
+    cpu_seconds: Optional[float]
     by_updates: Optional[float]
     by_time: Optional[float]
+    by_cpu_time: Optional[float]
 
 
 class Loads(NamedTuple):
@@ -135,12 +138,22 @@ def validations(histories: Dict[Path, History]) -> Dict[Path, List[Validation]]:
     if not times_are_of_points(histories):
         return {folder: history.run.validations for folder, history in histories.items()}
     return {
-        folder: [
-            Validation(p["updates"], _number(p["loss"]), _number(p["nll_loss"]), p["seconds"], {})
-            for p in history.points
-        ]
+        folder: [_validation(point, point["seconds"]) for point in history.points]
         for folder, history in histories.items()
     }
+
+
+def _validation(point: Dict[str, Any], seconds: Optional[float]) -> Validation:
+    loss, nll_loss = (_number(point[key]) for key in ("loss", "nll_loss"))
+    return Validation(point["updates"], loss, nll_loss, seconds, {})
+
+
+def _cpu_validations(history: History) -> List[Validation]:
+    """The run's losses and its CPU time, where no GPU did the work."""
+    on_cpu = history.run.record.get("gpus") == []
+    return [
+        _validation(point, point.get("cpu_seconds") if on_cpu else None) for point in history.points
+    ]
 
 
 def _number(value: Optional[float]) -> float:
@@ -247,21 +260,44 @@ def speed_ups(arm: Arm, baseline: Arm, histories: Dict[Path, History]) -> List[S
     """
     found = validations(histories)
     others = {run.seed: run for run in baseline.counted}
-    return [_speed_up(run, others.get(run.seed, baseline.counted[0]), found) for run in arm.counted]
+    return [
+        _speed_up(run, others.get(run.seed, baseline.counted[0]), found, histories)
+        for run in arm.counted
+    ]
 
 
-def _speed_up(run: Run, other: Run, found: Dict[Path, List[Validation]]) -> SpeedUp:
+def _speed_up(
+    run: Run, other: Run, found: Dict[Path, List[Validation]], histories: Dict[Path, History]
+) -> SpeedUp:
     losses = [v.nll_loss for v in found[other.folder] if math.isfinite(v.nll_loss)]
     target = min(losses)
     own, base = (first_reached(found[each.folder], target) for each in (run, other))
     assert base is not None  # its own best
     if own is None:
-        return SpeedUp(run.seed, other.seed, target, None, None, None, None)
-    by_time = None
-    if base.seconds is not None and own.seconds:
-        by_time = base.seconds / own.seconds
-    by_updates = base.updates / own.updates
-    return SpeedUp(run.seed, other.seed, target, own.updates, own.seconds, by_updates, by_time)
+        return SpeedUp(run.seed, other.seed, target, *[None] * 6)
+    cpu_own, cpu_base = (
+        _seconds_to(_cpu_validations(histories[each.folder]), target) for each in (run, other)
+    )
+    return SpeedUp(
+        run.seed,
+        other.seed,
+        target,
+        own.updates,
+        own.seconds,
+        cpu_own,
+        base.updates / own.updates,
+        _ratio(base.seconds, own.seconds),
+        _ratio(cpu_base, cpu_own),
+    )
+
+
+def _seconds_to(found: Sequence[Validation], target: float) -> Optional[float]:
+    reached = first_reached(found, target)
+    return reached and reached.seconds
+
+
+def _ratio(one: Optional[float], other: Optional[float]) -> Optional[float]:
+    return one / other if one is not None and other else None
 
 
 def find_loads(arms: Iterable[Arm], histories: Dict[Path, History]) -> Dict[str, Loads]:

@@ -89,8 +89,10 @@ def summarise_speed_ups(found: Sequence[SpeedUp]) -> Dict[str, Any]:
         "never": sum(each.updates is None for each in found),
         "updates": mean_or_none([each.updates for each in found]),
         "seconds": mean_or_none([each.seconds for each in found]),
+        "cpu_seconds": mean_or_none([each.cpu_seconds for each in found]),
         "by_updates": mean_or_none([each.by_updates for each in found]),
         "by_time": mean_or_none([each.by_time for each in found]),
+        "by_cpu_time": mean_or_none([each.by_cpu_time for each in found]),
         "seeds": found,
     }
 
