@@ -868,7 +868,7 @@ def test_resume_after_a_kill_in_the_middle(built, fake, tmp_path, monkeypatch, n
         patch.setattr(prepare, "write_lines", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
-    assert [path.name for path in written] == ["all.tsv", "train.en", "train.de"]
+    assert [path.name for path in written] == ["train.en", "train.de", "valid.en"]
     # What a kill without a chance to tidy up leaves behind.
     (output / "raw" / ".test.de.partial").write_text("half a")
     (output / "spm" / ".partial").mkdir(parents=True)

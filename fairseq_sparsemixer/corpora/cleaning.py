@@ -8,11 +8,15 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 
 class Pair(NamedTuple):
-    """A sentence, its translation, and the document that both come from."""
+    """A sentence, its translation, the document that both come from, and that document's domain.
+
+    The domain is a label for the kind of text; it is empty in a corpus of one kind.
+    """
 
     source: str
     target: str
     document: str
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def clean(pairs: Iterable[Pair], limits: Limits) -> Tuple[List[Pair], Dict[str, 
             dropped[reason] += 1
             continue
         seen.add((source, target))
-        kept.append(Pair(source, target, pair.document))
+        kept.append(pair._replace(source=source, target=target))
     return kept, dict(sorted(dropped.items()))
 
 
@@ -155,11 +159,12 @@ def split_pair(source: str, target: str) -> List[Tuple[str, str]]:
 
 def _split_sentences(source: str, target: str) -> List[Tuple[str, str]]:
     sources, targets = sentences(source), sentences(target)
-    if len(sources) == len(targets) and all(map(_similar_length, sources, targets)):
+    if len(sources) == len(targets) and all(map(similar_length, sources, targets)):
         return list(zip(sources, targets))
     return [(source, target)]
 
 
-def _similar_length(source: str, target: str) -> bool:
+def similar_length(source: str, target: str) -> bool:
+    """Whether two texts are about as long as each other, as translations are."""
     # The 8 keeps short sentences ("Ja." for "Yes, please.") from failing the ratio.
     return 0.4 <= (len(source) + 8) / (len(target) + 8) <= 2.2

@@ -2,13 +2,17 @@
 
   homeassistant   English-German user-interface messages (51 MB to download), split so that test
                   sentences have no near duplicate in the training text
+  debian          142,000 pairs of Debian's packages in four domains (60 MB to download with apt),
+                  split likewise
   wmt14           WMT14 English-German (more than 1 GB to download), test set newstest2014 (full)
   --raw-dir DIR   your own text: DIR/train.en, DIR/train.de and the same for valid and test, one
-                  sentence a line; after wmt14, cleaned and cut as that corpus is
+                  sentence a line, and perhaps {train,valid,test}.domain, a label a line; after
+                  wmt14, cleaned and cut as that corpus is
 
 The output folder holds
 
   raw/{train,valid,test}.{en,de}   text, one sentence a line
+  raw/{train,valid,test}.domain    the domain of each line (debian)
   spm/ or bpe/                     how text is cut into pieces, and the same text in pieces
   bin/                             the data for fairseq-train
   copy/test.de                     the test set "translated" by the nearest training sentences
@@ -21,27 +25,39 @@ Every step is skipped when it is already done: after an interruption run the sam
 import argparse
 import dataclasses
 import importlib.metadata
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer import __version__
-from fairseq_sparsemixer.corpora import bpe, homeassistant, moses, splitting, wmt14
-from fairseq_sparsemixer.corpora.binarise import SPLITS, Languages, paths_of, raw_path
+from fairseq_sparsemixer.corpora import apt, bpe, homeassistant, moses, splitting, wmt14
+from fairseq_sparsemixer.corpora.binarise import (
+    SPLITS,
+    Languages,
+    count_lines,
+    paths_of,
+    raw_path,
+)
 from fairseq_sparsemixer.corpora.cleaning import Pair, clean
+from fairseq_sparsemixer.corpora.debian import sources as debian
 from fairseq_sparsemixer.corpora.downloads import Checksums
 from fairseq_sparsemixer.corpora.stages import (
+    domain_path,
     moses_steps,
+    read_pairs,
     sentencepiece_steps,
     steps_in,
+    write_pairs,
     write_record,
 )
 from fairseq_sparsemixer.corpora.steps import StepResult, Steps, say
 from fairseq_sparsemixer.corpora.wheels import check_given, obtain_wheel
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
+from fairseq_sparsemixer.files import read_lines, report_full_disk, sha256_of, write_lines
 
 HELP = "build a corpus: download or take text, split, cut into pieces, fairseq-preprocess"
 DEFAULT_VOCAB_SIZE = 4000
+DEBIAN_VOCAB_SIZE = 8000
 WMT14_VOCAB_SIZE = 32_000
 WMT14_MERGES = 32_764
 """Merge operations of the reference recipe."""
@@ -53,7 +69,10 @@ WMT14_FOLDER = Path("data/wmt14_en_de")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``prepare``."""
     parser.add_argument(
-        "corpus", nargs="?", choices=["homeassistant", "wmt14"], help="the corpus to build"
+        "corpus",
+        nargs="?",
+        choices=["homeassistant", "debian", "wmt14"],
+        help="the corpus to build",
     )
     parser.add_argument(
         "--output",
@@ -67,10 +86,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="size of the joint SentencePiece vocabulary "
-        f"(default: {DEFAULT_VOCAB_SIZE}, for wmt14 {WMT14_VOCAB_SIZE})",
+        f"(default: {DEFAULT_VOCAB_SIZE}, for debian {DEBIAN_VOCAB_SIZE}, for wmt14 "
+        f"{WMT14_VOCAB_SIZE})",
     )
     parser.add_argument(
-        "--wheel", type=Path, metavar="FILE", help="use this copy of the download; no network"
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help="homeassistant: use this copy of the download; no network",
+    )
+    parser.add_argument(
+        "--downloads",
+        type=Path,
+        metavar="DIR",
+        help="debian and wmt14: where downloads are kept (default: download in the folder of the "
+        "corpus; for wmt14 without --output data/wmt14_en_de/download)",
     )
     parser.add_argument(
         "--raw-dir", type=Path, metavar="DIR", help="use your own text instead of a download"
@@ -100,13 +130,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"v12 as in the reference recipe, or v9 of 2014 (default: {NEWS_COMMENTARY})",
     )
     group.add_argument(
-        "--downloads",
-        type=Path,
-        metavar="DIR",
-        help="where archives are kept (default: data/wmt14_en_de/download, or with --output "
-        "download in that folder)",
-    )
-    group.add_argument(
         "--checksums",
         type=Path,
         metavar="FILE",
@@ -126,22 +149,35 @@ def run(args: argparse.Namespace) -> None:
     for flag, value in (("--vocab-size", args.vocab_size), ("--merges", args.merges)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} makes no vocabulary; give 1 or more")
+    if args.downloads is not None and args.downloads.exists() and not args.downloads.is_dir():
+        raise UserError(f"--downloads {args.downloads} is not a folder")
     if args.corpus == "wmt14":
         print(summary(_run_wmt14(args)))
         return
     _refuse(args, _WMT14_FLAGS, "go with the corpus wmt14 only")
+    if args.corpus != "debian":
+        _refuse(args, ["downloads"], "go with the corpora debian and wmt14 only")
     if args.output is None:
         raise UserError("say where to with --output DIR")
     if args.raw_dir is None:
         if args.corpus is None:
             raise UserError(
-                "say what to prepare: the name of a corpus (homeassistant, wmt14) or --raw-dir"
+                "say what to prepare: the name of a corpus (homeassistant, debian, wmt14) or "
+                "--raw-dir"
             )
         if (args.source_lang, args.target_lang) != homeassistant.LANGUAGES:
             raise UserError("--source-lang and --target-lang only go with --raw-dir")
-        record = prepare_homeassistant(
-            args.output, vocab_size=args.vocab_size or DEFAULT_VOCAB_SIZE, wheel=args.wheel
-        )
+        if args.corpus == "debian":
+            _refuse(args, ["wheel"], "go with the corpus homeassistant only")
+            record = prepare_debian(
+                args.output,
+                vocab_size=args.vocab_size or DEBIAN_VOCAB_SIZE,
+                downloads=args.downloads,
+            )
+        else:
+            record = prepare_homeassistant(
+                args.output, vocab_size=args.vocab_size or DEFAULT_VOCAB_SIZE, wheel=args.wheel
+            )
     else:
         if args.corpus is not None or args.wheel is not None:
             raise UserError("--raw-dir replaces the download: leave out the corpus and --wheel")
@@ -155,8 +191,8 @@ def run(args: argparse.Namespace) -> None:
     print(summary(record))
 
 
-_DOWNLOAD_FLAGS = ("news_commentary", "downloads", "checksums", "mirror")
-_WMT14_FLAGS = ("pipeline", "merges", *_DOWNLOAD_FLAGS, "workers")
+_ARCHIVE_FLAGS = ("news_commentary", "checksums", "mirror")
+_WMT14_FLAGS = ("pipeline", "merges", *_ARCHIVE_FLAGS, "workers")
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
@@ -169,15 +205,14 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
 def _run_wmt14(args: argparse.Namespace) -> Dict[str, Any]:
     _refuse(args, ["wheel"], "go with the corpus homeassistant only")
     if args.raw_dir is not None:
-        _refuse(args, _DOWNLOAD_FLAGS, "belong to the archives, which --raw-dir replaces")
+        why = "belong to the archives, which --raw-dir replaces"
+        _refuse(args, [*_ARCHIVE_FLAGS, "downloads"], why)
     if (args.source_lang, args.target_lang) != wmt14.LANGUAGES:
         raise UserError("wmt14 is English-German: leave out --source-lang and --target-lang")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers} does nothing; give 1 or more")
     if args.mirror is not None and not args.mirror.startswith(("http://", "https://")):
         raise UserError(f"--mirror {args.mirror} is no address; give http://... or https://...")
-    if args.downloads is not None and args.downloads.exists() and not args.downloads.is_dir():
-        raise UserError(f"--downloads {args.downloads} is not a folder")
     if args.checksums is not None and not args.checksums.exists():
         say(f"{args.checksums} is not there yet: checksums will be recorded in it, not verified")
     pipeline = args.pipeline or PIPELINES[0]
@@ -230,7 +265,7 @@ def prepare_homeassistant(
         path = obtain_wheel(source, output / "download", wheel)
         extraction = homeassistant.extract(path)
         pairs, dropped = clean(extraction.pairs, homeassistant.LIMITS)
-        write_lines(pairs_path, ("\t".join(pair) for pair in pairs))
+        write_pairs(pairs_path, pairs)
         return [pairs_path], {
             "messages": extraction.messages,
             "messages_dropped": extraction.dropped_messages,
@@ -257,10 +292,69 @@ def prepare_homeassistant(
             "settings": {
                 "vocab_size": vocab_size,
                 "limits": dataclasses.asdict(homeassistant.LIMITS),
-                "split": dataclasses.asdict(homeassistant.SPLIT),
+                "split": homeassistant.SPLIT.describe(),
             },
             "extraction": extraction,
             "split": split["counts"],
+        }
+        return _finish(steps, languages, vocab_size, record, split)
+
+
+def prepare_debian(
+    output: Path,
+    *,
+    vocab_size: int = DEBIAN_VOCAB_SIZE,
+    downloads: Optional[Path] = None,
+) -> Dict[str, Any]:
+    """Build the ``debian`` corpus in ``output``; finished steps are skipped.
+
+    Args:
+        output: folder of the corpus; made if need be.
+        vocab_size: size of the joint vocabulary, special symbols included.
+        downloads: where packages and indices are or will be (default: ``output/download``).
+
+    Returns:
+        What is in ``record.json``.
+
+    Raises:
+        UserError: see :func:`.apt.obtain`; no disk space; an unsuitable ``vocab_size``; the corpus
+            in ``output`` was made from other downloads.
+    """
+    languages = debian.LANGUAGES
+    folder = downloads or output / "download"
+
+    def extract() -> StepResult:
+        with report_full_disk(folder, debian.MEGABYTES, "--downloads"):
+            fetched = apt.obtain(folder, debian.REQUIRED, debian.OPTIONAL)
+        pairs, counts = debian.extract(folder, fetched)
+        write_pairs(pairs_path, pairs)
+        return [pairs_path], {"source": fetched.describe(), "counts": counts}
+
+    with steps_in(output, debian.MEGABYTES) as steps:
+        pairs_path = output / "raw" / "all.tsv"
+        limits = dataclasses.asdict(debian.LIMITS)
+        settings = {"version": __version__, "limits": limits}
+        extraction = steps.run("extract", settings, [], extract)
+        present = apt.read_record(folder)
+        if present is not None and present.describe() != extraction["source"]:
+            raise UserError(
+                f"{output} was made from other downloads than those in {folder}: name another "
+                "folder with --output"
+            )
+        split = _split_step(steps, pairs_path, languages, debian.SPLIT)
+        record = {
+            "corpus": "debian",
+            "source": extraction["source"],
+            "settings": {
+                "vocab_size": vocab_size,
+                "limits": limits,
+                "split": debian.SPLIT.describe(),
+            },
+            "extraction": extraction["counts"],
+            "split": split["counts"],
+            "domains": split["domains"],
+            "leaks": split["leaks"],
+            "copy_bleu_by_domain": split["copy_bleu_by_domain"],
         }
         return _finish(steps, languages, vocab_size, record, split)
 
@@ -276,7 +370,8 @@ def prepare_raw_text(
     """Build a corpus in ``output`` from ``raw_dir/{train,valid,test}.{source_lang,target_lang}``.
 
     The text is used as it is: nothing is cleaned, and near duplicates between the splits show in
-    the copy score but are not removed. Returns what is in ``record.json``.
+    the copy score but are not removed. Files ``{train,valid,test}.domain``, where they are there,
+    say of which domain each line is. Returns what is in ``record.json``.
 
     Raises:
         UserError: a file is missing, empty, not UTF-8, or not as long as its translation; no disk
@@ -284,6 +379,8 @@ def prepare_raw_text(
     """
     languages = (source_lang, target_lang)
     names = _check_raw_dir(raw_dir, output, languages)
+    domain_names = _domain_names(raw_dir)
+    names += domain_names
     megabytes = 1 + 4 * sum((raw_dir / name).stat().st_size for name in names) // 10**6
 
     def copy_text() -> StepResult:
@@ -291,7 +388,10 @@ def prepare_raw_text(
             texts = _read_parallel(raw_dir, split, languages)
             for language, lines in zip(languages, texts):
                 write_lines(raw_path(output, split, language), lines)
-        return raw_paths, {}
+        if not domain_names:
+            return raw_paths, {}
+        domains = {split: _read_domains(raw_dir, split, source_lang) for split in SPLITS}
+        return [*raw_paths, *_write_domains(output, domains)], {"domains": _count(domains)}
 
     def score() -> StepResult:
         text = {
@@ -307,12 +407,13 @@ def prepare_raw_text(
         raw_paths = paths_of(raw_path, output, languages)
         checksums = {name: sha256_of(raw_dir / name) for name in names}
         settings = {"version": __version__, "sha256": checksums}
-        steps.run("copy-text", settings, [], copy_text)
+        copied = steps.run("copy-text", settings, [], copy_text)
         scored = steps.run("copy-score", {"version": __version__}, raw_paths, score)
         record = {
             "corpus": "own text",
             "source": {"folder": str(raw_dir), "sha256": checksums},
             "settings": {"vocab_size": vocab_size},
+            **copied,
         }
         return _finish(steps, languages, vocab_size, record, scored)
 
@@ -464,28 +565,50 @@ def _check_raw_dir(raw_dir: Path, output: Path, languages: Languages) -> List[st
 def _split_step(
     steps: Steps, pairs_path: Path, languages: Languages, settings: splitting.SplitSettings
 ) -> Dict[str, Any]:
-    """Split the pairs of a TSV file (source, target, document) into ``raw/``."""
+    """Split the pairs of a file (see :func:`write_pairs`) into ``raw/``.
+
+    Where they are of several domains, ``raw/`` also says of which, and the result how many are of
+    each and how much each measure against leaks does.
+    """
     folder = steps.folder
 
     def build() -> StepResult:
-        pairs = [Pair(*line.split("\t")) for line in read_lines(pairs_path)]
+        pairs = read_pairs(pairs_path)
         unfiltered = splitting.hold_out(pairs, settings)
         split = splitting.remove_near_duplicates(unfiltered, settings.max_cosine)
         outputs = _write_split(folder, split, languages)
-        scores = {name: _score(split.train, getattr(split, name)) for name in SPLITS[1:]}
+        parts = [getattr(split, name) for name in SPLITS[1:]]
+        before = splitting.copies(unfiltered.train, parts)
+        after = splitting.copies(split.train, parts)
+        scores = dict(zip(SPLITS[1:], map(splitting.score_copies, after, parts)))
         described = _describe(scores)
-        for name in SPLITS[1:]:
-            before = _score(unfiltered.train, getattr(split, name))
-            described[name]["bleu_before_filter"] = before.bleu
+        for name, copied, part in zip(SPLITS[1:], before, parts):
+            described[name]["bleu_before_filter"] = splitting.score_copies(copied, part).bleu
         copy_path = _copy_path(folder, languages)
         write_lines(copy_path, scores["test"].hypotheses)
-        return [*outputs, copy_path], {
+        result = {
             "counts": split.counts,
             "copy_score": described,
             "versions": _split_versions(),
         }
+        if any(pair.domain for pair in pairs):
+            domains = {name: [pair.domain for pair in getattr(split, name)] for name in SPLITS}
+            outputs += _write_domains(folder, domains)
+            result["domains"] = _count(domains)
+            random = splitting.random_split(pairs, split, settings)
+            measures = {
+                "random": (splitting.copies(random.train, [random.test]), [random.test]),
+                "documents": (before, parts),
+                "documents_and_filter": (after, parts),
+            }
+            result["leaks"] = {
+                name: splitting.describe_leak(*measured, settings.max_cosine)
+                for name, measured in measures.items()
+            }
+            result["copy_bleu_by_domain"] = splitting.bleu_by_domain(after[1], split.test)
+        return [*outputs, copy_path], result
 
-    made_with = {"version": __version__, **dataclasses.asdict(settings)}
+    made_with = {"version": __version__, **settings.describe()}
     return steps.run("split", made_with, [pairs_path], build)
 
 
@@ -500,13 +623,17 @@ def _write_split(folder: Path, split: splitting.Split, languages: Languages) -> 
     return outputs
 
 
-def _score(train: Sequence[Pair], held_out: Sequence[Pair]) -> splitting.CopyScore:
-    return splitting.copy_score(
-        [pair.source for pair in train],
-        [pair.target for pair in train],
-        [pair.source for pair in held_out],
-        [pair.target for pair in held_out],
-    )
+def _write_domains(folder: Path, domains: Dict[str, List[str]]) -> List[Path]:
+    """Write the domains of each split's lines; the paths."""
+    outputs = [domain_path(folder, split) for split in SPLITS]
+    for split, path in zip(SPLITS, outputs):
+        write_lines(path, domains[split])
+    return outputs
+
+
+def _count(domains: Dict[str, List[str]]) -> Dict[str, Dict[str, int]]:
+    """How many lines of each split are of each domain."""
+    return {split: dict(sorted(Counter(labels).items())) for split, labels in domains.items()}
 
 
 def _describe(scores: Dict[str, splitting.CopyScore]) -> Dict[str, Dict[str, Any]]:
@@ -538,6 +665,29 @@ def _read_parallel(raw_dir: Path, split: str, languages: Languages) -> List[List
             "line N of one must translate line N of the other"
         )
     return texts
+
+
+def _domain_names(raw_dir: Path) -> List[str]:
+    """The names of the files that say of which domain the user's text is: three or none."""
+    names = [f"{split}.domain" for split in SPLITS]
+    missing = [name for name in names if not (raw_dir / name).is_file()]
+    if 0 < len(missing) < len(names):
+        raise UserError(
+            f"--raw-dir {raw_dir}: there is no file {missing[0]}; give the domains of all three "
+            "splits or of none"
+        )
+    return [] if missing else names
+
+
+def _read_domains(raw_dir: Path, split: str, source_lang: str) -> List[str]:
+    domains, text = raw_dir / f"{split}.domain", raw_dir / f"{split}.{source_lang}"
+    labels = read_lines(domains)
+    if len(labels) != (lines := count_lines(text)):
+        raise UserError(
+            f"{domains} has {len(labels)} lines and {text} has {lines}: line N of one must name "
+            "the domain of line N of the other"
+        )
+    return labels
 
 
 def _finish(
@@ -576,6 +726,12 @@ def summary(record: Dict[str, Any]) -> str:
             "copy BLEU: what copying the most similar training sentence's translation scores "
             f"({record['copy_score']['test']['signature']})"
         )
+    if "leaks" in record:
+        for name, leak in record["leaks"].items():
+            lines.append(
+                f"split ({name.replace('_', ' ')}): copy BLEU {leak['bleu']:.1f}, "
+                f"{100 * leak['near']:.1f} % of the held-out text has a near duplicate in training"
+            )
     if "cleaning" in record:
         for name, counts in (("raw text", record["raw"]), ("cleaning", record["cleaning"])):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts["dropped"].items())

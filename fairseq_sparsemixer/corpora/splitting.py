@@ -4,11 +4,12 @@ Similarity is the cosine of TF-IDF vectors over character 4-grams within words, 
 equal. Shapes: S training sentences, Q queries.
 """
 
+import dataclasses
 import hashlib
 import re
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from fairseq_sparsemixer.corpora.cleaning import Pair, tokens
 
@@ -24,6 +25,23 @@ class SplitSettings:
     salt: str  # another salt holds out other documents
     min_held_out_tokens: int  # shorter sources say little about a translation model
     max_cosine: float  # training pairs this close to a held-out source are removed
+    # The rest is for corpora of several domains and of text that is not all sentences.
+    domain_shares: Dict[str, float] = field(default_factory=dict)  # instead of held_out_share
+    max_held_out: Optional[int] = None  # pairs of a domain in valid, and as many in test
+    max_held_out_tokens: Optional[int] = None
+    whole_sentences: bool = False  # held-out pairs are sentences, without code or references
+
+    def describe(self) -> Dict[str, Any]:
+        """As a JSON object, without the settings that are left out."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None and value is not False and value != {}
+        }
+
+    def share(self, domain: str) -> float:
+        """Of the documents of a domain, how many are held out."""
+        return self.domain_shares.get(domain, self.held_out_share)
 
 
 class Split(NamedTuple):
@@ -49,11 +67,11 @@ def hold_out(pairs: Sequence[Pair], settings: SplitSettings) -> Split:
     Raises:
         ValueError: the settings leave valid or test without a sentence.
     """
-    documents = sorted({pair.document for pair in pairs})
+    domains = {pair.document: pair.domain for pair in pairs}
     held_out = {
         document
-        for document in documents
-        if stable_fraction(f"{settings.salt}/{document}") < settings.held_out_share
+        for document, domain in domains.items()
+        if stable_fraction(f"{settings.salt}/{document}") < settings.share(domain)
     }
     dropped: Counter = Counter()
     candidates = []
@@ -61,23 +79,29 @@ def hold_out(pairs: Sequence[Pair], settings: SplitSettings) -> Split:
     for pair in pairs:
         if pair.document not in held_out:
             continue
-        if len(tokens(pair.source)) < settings.min_held_out_tokens:
-            dropped["too_short"] += 1
-        elif pair.source.lower() in sources:
-            dropped["duplicate_source"] += 1
+        reason = unsuitable(pair, settings)
+        if reason is None and pair.source.lower() in sources:
+            reason = "duplicate_source"
+        if reason is not None:
+            dropped[reason] += 1
         else:
             sources.add(pair.source.lower())
             candidates.append(pair)
     valid_documents = _half(candidates, settings.salt)
     valid = [pair for pair in candidates if pair.document in valid_documents]
     test = [pair for pair in candidates if pair.document not in valid_documents]
+    if settings.max_held_out is not None:
+        held = len(valid) + len(test)
+        valid = _sample(valid, settings.max_held_out, settings.salt)
+        test = _sample(test, settings.max_held_out, settings.salt)
+        dropped["over_the_maximum"] = held - len(valid) - len(test)
     valid_targets = {pair.target.lower() for pair in valid}
     kept_test = [pair for pair in test if pair.target.lower() not in valid_targets]
     dropped["target_also_in_valid"] = len(test) - len(kept_test)
     if not valid or not kept_test:
-        raise ValueError(f"{len(held_out)} of {len(documents)} documents held out: too few")
+        raise ValueError(f"{len(held_out)} of {len(domains)} documents held out: too few")
     counts = {
-        "documents": len(documents),
+        "documents": len(domains),
         "documents_held_out": len(held_out),
         "held_out_dropped": dict(sorted(dropped.items())),
         "held_out": len(valid) + len(kept_test),
@@ -86,18 +110,71 @@ def hold_out(pairs: Sequence[Pair], settings: SplitSettings) -> Split:
     return Split(train, valid, kept_test, counts)
 
 
+_SENTENCE_END = re.compile(r"[.!?]['\"”“»)]*$")
+_CODE_OR_REFERENCE = re.compile(r"[{}%\\|<>]|\w\(\d\)")
+
+
+def unsuitable(pair: Pair, settings: SplitSettings) -> Optional[str]:
+    """Why a pair may not be held out, or None."""
+    length = len(tokens(pair.source))
+    if length < settings.min_held_out_tokens:
+        return "too_short"
+    if settings.max_held_out_tokens is not None and length > settings.max_held_out_tokens:
+        return "too_long"
+    if settings.whole_sentences:
+        if not (_SENTENCE_END.search(pair.source) and _SENTENCE_END.search(pair.target)):
+            return "no_sentence"
+        if _CODE_OR_REFERENCE.search(pair.source):
+            return "code_or_reference"
+    return None
+
+
 def _half(pairs: Sequence[Pair], salt: str) -> Set[str]:
-    """Documents with about half of the pairs: in hashed order, each goes to the smaller half."""
-    sizes = Counter(pair.document for pair in pairs)
+    """Documents with about half of the pairs: in hashed order, each goes to the smaller half.
+
+    Each domain is halved by itself.
+    """
+    sizes = Counter((pair.document, pair.domain) for pair in pairs)
     first: Set[str] = set()
-    balance = 0
-    for document in sorted(sizes, key=lambda name: stable_fraction(f"{salt}/half/{name}")):
-        if balance <= 0:
+    balances: Counter = Counter()
+    for document, domain in sorted(
+        sizes, key=lambda entry: stable_fraction(f"{salt}/half/{entry[0]}")
+    ):
+        size = sizes[document, domain]
+        if balances[domain] <= 0:
             first.add(document)
-            balance += sizes[document]
+            balances[domain] += size
         else:
-            balance -= sizes[document]
+            balances[domain] -= size
     return first
+
+
+def _sample(pairs: Sequence[Pair], size: int, salt: str) -> List[Pair]:
+    """At most ``size`` pairs of each domain, which their hash decides; in their order."""
+    by_domain: Dict[str, List[Pair]] = {}
+    for pair in pairs:
+        by_domain.setdefault(pair.domain, []).append(pair)
+    chosen: Set[Pair] = set()
+    for members in by_domain.values():
+        members.sort(key=lambda pair: stable_fraction(f"{salt}/sample/{pair.source}"))
+        chosen.update(members[:size])
+    return [pair for pair in pairs if pair in chosen]
+
+
+def random_split(pairs: Sequence[Pair], like: Split, settings: SplitSettings) -> Split:
+    """What not to do: as many pairs of each domain held out as in ``like``, of any document.
+
+    The same pairs may be held out as in ``like``; all others are for training. ``valid`` is empty.
+    """
+    sizes = Counter(pair.domain for pair in [*like.valid, *like.test])
+    test: List[Pair] = []
+    for domain, size in sizes.items():
+        suitable = [
+            pair for pair in pairs if pair.domain == domain and unsuitable(pair, settings) is None
+        ]
+        test += _sample(suitable, size, settings.salt)
+    held_out = set(test)
+    return Split([pair for pair in pairs if pair not in held_out], [], test, {})
 
 
 def remove_near_duplicates(split: Split, max_cosine: float) -> Split:
@@ -189,6 +266,69 @@ class CopyScore(NamedTuple):
     hypotheses: List[str]
 
 
+class Copies(NamedTuple):
+    """For each query the target of its nearest training neighbour, and how near that is.
+
+    Where no neighbour shares anything the target is empty and the cosine 0.
+    """
+
+    targets: List[str]
+    cosines: List[float]
+
+
+def copies(train: Sequence[Pair], parts: Sequence[Sequence[Pair]]) -> List[Copies]:
+    """For each part of the held-out pairs, what copying from the training pairs gives."""
+    queries = [pair.source for part in parts for pair in part]
+    indices, cosines = nearest_neighbours([pair.source for pair in train], queries)
+    targets = [train[index].target if index >= 0 else "" for index in indices]
+    found = []
+    start = 0
+    for part in parts:
+        end = start + len(part)
+        found.append(Copies(targets[start:end], cosines[start:end].tolist()))
+        start = end
+    return found
+
+
+def score_copies(copied: Copies, part: Sequence[Pair]) -> CopyScore:
+    """SacreBLEU of the copies for a part against its targets."""
+    return _sacrebleu(copied.targets, [pair.target for pair in part])
+
+
+def describe_leak(
+    copied: Sequence[Copies], parts: Sequence[Sequence[Pair]], min_cosine: float
+) -> Dict[str, Any]:
+    """How much the held-out pairs have in training: a JSON object.
+
+    ``bleu`` is the copies' over all parts together, ``near`` the share of the pairs that have a
+    training neighbour of at least that cosine.
+    """
+    targets = [target for copy in copied for target in copy.targets]
+    cosines = [cosine for copy in copied for cosine in copy.cosines]
+    references = [pair.target for part in parts for pair in part]
+    near = sum(cosine >= min_cosine for cosine in cosines) / len(cosines)
+    bleu = _sacrebleu(targets, references).bleu
+    return {"sentences": len(references), "bleu": bleu, "near": round(near, 4)}
+
+
+def bleu_by_domain(copied: Copies, part: Sequence[Pair]) -> Dict[str, float]:
+    """BLEU of the copies for each domain of a part."""
+    scores = {}
+    for domain in sorted({pair.domain for pair in part}):
+        rows = [row for row, pair in enumerate(part) if pair.domain == domain]
+        hypotheses = [copied.targets[row] for row in rows]
+        scores[domain] = _sacrebleu(hypotheses, [part[row].target for row in rows]).bleu
+    return scores
+
+
+def _sacrebleu(hypotheses: List[str], references: List[str]) -> CopyScore:
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU()
+    bleu = metric.corpus_score(hypotheses, [references]).score
+    return CopyScore(round(bleu, 2), str(metric.get_signature()), hypotheses)
+
+
 def copy_score(
     train_sources: Sequence[str],
     train_targets: Sequence[str],
@@ -199,10 +339,6 @@ def copy_score(
 
     Where no neighbour shares anything the hypothesis is empty.
     """
-    from sacrebleu.metrics import BLEU
-
     indices, _ = nearest_neighbours(train_sources, sources)
     hypotheses = [train_targets[index] if index >= 0 else "" for index in indices]
-    metric = BLEU()
-    bleu = metric.corpus_score(hypotheses, [list(references)]).score
-    return CopyScore(round(bleu, 2), str(metric.get_signature()), hypotheses)
+    return _sacrebleu(hypotheses, list(references))

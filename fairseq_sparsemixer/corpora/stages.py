@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.corpora import binarise, bpe
@@ -14,9 +14,10 @@ from fairseq_sparsemixer.corpora.binarise import (
     piece_path,
     raw_path,
 )
+from fairseq_sparsemixer.corpora.cleaning import Pair
 from fairseq_sparsemixer.corpora.steps import Steps
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import report_full_disk, write_json
+from fairseq_sparsemixer.files import iterate_lines, report_full_disk, write_json, write_lines
 
 RECORD = "record.json"
 """Written last, so that a folder that has it is complete."""
@@ -33,6 +34,21 @@ def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
         except PermissionError as error:
             raise UserError(f"--output {output}: {error.strerror}") from error
         yield Steps(output, seal=output / RECORD)
+
+
+def domain_path(folder: Path, split: str) -> Path:
+    """``raw/train.domain`` and so on: the kind of text of each line, where there are several."""
+    return raw_path(folder, split, "domain")
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write source, target, document and domain (if there is one), separated by tabs."""
+    write_lines(path, ("\t".join(pair if pair.domain else pair[:3]) for pair in pairs))
+
+
+def read_pairs(path: Path) -> List[Pair]:
+    """The pairs of a file that :func:`write_pairs` made."""
+    return [Pair(*line.split("\t")) for line in iterate_lines(path)]
 
 
 def sentencepiece_steps(

@@ -1,0 +1,10 @@
+"""The corpus ``debian``: English-German text of Debian's packages, in four domains.
+
+======================  =========================================================================
+``descriptions``        package descriptions
+``ding``                the sentences of a dictionary
+``help_pages``          LibreOffice's help
+``manual_pages``        manual pages
+``sources``             which packages hold them, cleaning, and how the corpus is divided
+======================  =========================================================================
+"""
