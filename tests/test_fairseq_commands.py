@@ -12,6 +12,9 @@ import pytest
 import torch
 from commands import EVERY_SENTENCE, PACKAGE, SENTENCES, SIZE, flags, parameters
 
+from fairseq_sparsemixer.files import read_lines
+from fairseq_sparsemixer.study import points
+
 PLAIN_CRITERION = {"criterion": "label_smoothed_cross_entropy", "label-smoothing": 0.1}
 ROUTING_METRICS = ("balance_loss", "z_loss", "router_entropy", "max_expert_share")
 LAYERS = ("encoder.0", "decoder.0")
@@ -717,6 +720,26 @@ def test_what_is_learnt_without_gradient_is_resumed(toy_corpus, tmp_path):
     expected, actual = (parameters(path / "checkpoint_last.pt") for path in (whole, stopped))
     assert expected["encoder.layers.0.moe.router.balance_bias.bias"].abs().max() > 0
     assert_same(actual, expected)
+
+
+def test_two_workers_measure_the_whole_validation_set(toy_corpus, tmp_path):
+    """A point of the task translation_with_routing: words and choices of both."""
+    file = tmp_path / "points.jsonl"
+    first, _ = train_on_two_workers(
+        toy_corpus / "joined",
+        tmp_path,
+        "legacy_ddp",
+        task="translation_with_routing",
+        points_file=file,
+        max_update=6,
+    )
+    (point,) = points.read_points(file)
+    sizes = [entry["wpb"] for entry in commands.logged(first.stdout + first.stderr, "train_inner")]
+    assert len(sizes) == 6
+    assert point["words"] == pytest.approx(sum(sizes), rel=1e-3)
+    texts = [toy_corpus / "raw" / f"valid.{language}" for language in ("en", "de")]
+    tokens = {sum(len(line.split()) + 1 for line in read_lines(path)) for path in texts}
+    assert {len(choices) for choices in points.load_choices(file, 7).values()} == tokens
 
 
 def test_two_workers_may_leave_out_different_layers(toy_corpus, tmp_path):

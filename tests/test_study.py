@@ -24,13 +24,15 @@ from fairseq_sparsemixer.evaluation.runs import find_runs, group_runs, read_run
 from fairseq_sparsemixer.files import read_lines, write_json, write_lines
 from fairseq_sparsemixer.moe import Routing
 from fairseq_sparsemixer.study import points, runner
-from fairseq_sparsemixer.study.choices import choices_of_batch
+from fairseq_sparsemixer.study.choices import choices_of_batch, watch_routing
 from fairseq_sparsemixer.study.plan import read_plan
 from fairseq_sparsemixer.tasks import translation_with_routing
 from fairseq_sparsemixer.training.logs import by_layer, read_log
 
 DOMAINS = ("poems", "manuals")
+# Small batches: of the sentences of a second epoch fairseq makes other batches when it starts anew.
 TINY = [
+    "dataset.max_tokens=40",
     "+model.encoder_layers=1", "+model.decoder_layers=1", "+model.encoder_embed_dim=32",
     "+model.decoder_embed_dim=32", "+model.encoder_ffn_embed_dim=64",
     "+model.decoder_ffn_embed_dim=64", "+model.encoder_attention_heads=2",
@@ -121,14 +123,53 @@ def test_points_agree_with_what_fairseq_logs(finished):
         assert point["layers"].keys() == {"encoder.0", "decoder.0"}
 
 
-def test_drift_and_loads_are_those_of_the_choices(finished):
-    first, *others = lines_of(finished / "switch-2-seed1")
-    assert all(layer["drift"] is None for layer in first["layers"].values())
-    assert all(0 <= layer["drift"] <= 1 for p in others for layer in p["layers"].values())
-    for point in (first, *others):
-        for layer in point["layers"].values():
-            assert sum(layer["load"]) == pytest.approx(1, abs=1e-5)
-            assert layer["load_by_domain"].keys() == set(DOMAINS)
+def test_choices_of_the_last_point_are_those_of_the_last_checkpoint(finished, prepared):
+    """Sentence by sentence, without padding; and the loads are those of the choices."""
+    folder = finished / "switch-2-seed1"
+    first, *_, last = lines_of(folder)
+    kept = points.load_choices(folder / points.FILE, last["updates"] + 1)
+    model = translator.Translator(str(folder), "checkpoint_last.pt")
+    texts = [read_lines(prepared / "raw" / f"valid.{language}") for language in ("en", "de")]
+    found = {"encoder.0": [], "decoder.0": []}
+    for source, target in (model.encode_pair(*pair) for pair in zip(*texts)):
+        previous = torch.cat([target[-1:], target[:-1]])
+        with watch_routing(model.model) as seen, torch.no_grad():
+            model.model(source[None], torch.tensor([len(source)]), previous[None])
+        for layer, routing in seen.items():
+            found[layer] += routing.expert_index.tolist()
+    for layer, choices in found.items():
+        # Padding rounds otherwise, which may turn a choice or two.
+        assert np.mean(kept[layer] != np.array(choices)) < 0.01
+        shares = np.bincount(kept[layer].ravel(), minlength=2) / kept[layer].size
+        assert last["layers"][layer]["load"] == pytest.approx(shares.tolist(), abs=1e-5)
+        assert last["layers"][layer]["load_by_domain"].keys() == set(DOMAINS)
+        assert first["layers"][layer]["drift"] is None
+        assert last["layers"][layer]["drift"] is not None
+
+
+def test_drift_is_from_the_point_before_whatever_was_written_last(tmp_path):
+    """A crash between the choices of a point and its line: it is measured again."""
+    path = tmp_path / points.FILE
+    for updates in (10, 20):
+        points.save_choices(path, updates, {"encoder.0": np.full((3, 1), updates)})
+    assert points.load_choices(path, 20)["encoder.0"].tolist() == [[10]] * 3
+    assert points.load_choices(path, 10) == {}
+    points.forget_choices(path, 20)
+    assert points.load_choices(path, 21)["encoder.0"].tolist() == [[20]] * 3
+    assert [each.name for each in tmp_path.iterdir()] == ["points.20.npz"]
+
+
+def test_a_line_is_json_and_takes_the_place_of_what_came_after(tmp_path):
+    path = tmp_path / points.FILE
+    for updates in (10, 20, 30, 20):
+        points.add_point(path, {"updates": updates, "nll_loss": points.number(math.nan)})
+    assert points.read_points(path) == [
+        {"updates": 10, "nll_loss": None},
+        {"updates": 20, "nll_loss": None},
+    ]
+    with pytest.raises(ValueError, match="JSON"):
+        points.add_point(path, {"updates": 30, "nll_loss": math.inf})
+    assert len(points.read_points(path)) == 2
 
 
 def test_translations_of_the_last_point_are_those_of_the_last_checkpoint(
@@ -228,14 +269,12 @@ def test_choices_leave_out_padding_on_either_side():
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"), [(1, []), (4, [0, 2, 4, 5]), (6, [0, 1, 2, 3, 4, 5]), (99, range(6))]
+    ("count", "expected"),
+    [(1, [0, 1]), (4, [0, 1, 2, 5]), (6, [0, 1, 2, 3, 4, 6]), (99, range(8))],
 )
 def test_lines_are_spread_over_domains(count, expected):
-    domains = ["a", "b", "a", "b", "a", "b"]
-    chosen = points.choose_lines(count, dict.fromkeys(range(6)), domains)
-    assert len(chosen) == len(expected)
-    assert chosen == sorted(chosen)
-    assert sum(domains[n] == "a" for n in chosen) == len(chosen) // 2
+    domains = ["a", "b", "a", "b", "a", "b", "b", "b"]
+    assert points.choose_lines(count, dict.fromkeys(range(8)), domains) == list(expected)
 
 
 def test_damaged_points_are_told(tmp_path):
@@ -250,7 +289,7 @@ def test_text_that_does_not_belong_to_the_data_is_refused(prepared, tmp_path):
     write_lines(other / "raw" / "valid.de", ["nur eine Zeile"])
     plan = write_plan(tmp_path / "plan.yaml", other, updates=30, arms={"d": {"router": "dense"}})
     errors = study(plan, "--output", tmp_path / "study", status=2)
-    assert "1 of 1 runs failed: d-seed1 (train: " in errors
+    assert "1 of 1 runs failed: d-seed1 (train: see " in errors
     log = (tmp_path / "study" / "d-seed1" / "train.log").read_text()
     assert "has 1 lines and the validation set 20 pairs: give --points-text" in log
 
@@ -281,33 +320,30 @@ def test_the_same_command_does_nothing_more(finished, prepared, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("points.jsonl")} == before
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_it_goes_on_and_loses_no_point(finished, prepared, tmp_path, ending):
-    """Killed in training, moved, and gone on with from elsewhere: the points of an undisturbed
-    study."""
+def test_killed_it_goes_on_and_loses_no_point(finished, prepared, tmp_path):
+    """Killed in training, twice, moved, and gone on with from elsewhere: the points of a study that
+    nothing disturbed."""
+    arms = {"switch-2": PLAN["arms"]["switch-2"]}
+    plan = write_plan(tmp_path / "plan.yaml", prepared, arms=arms)
     folder = tmp_path / "study"
-    process = start(write_plan(tmp_path / "plan.yaml", prepared), "--output", folder)
-    points_file = folder / "switch-2-seed1" / points.FILE
-    limit = time.monotonic() + 120
-    while not (points_file.is_file() and len(lines_of(points_file.parent)) >= 1):
-        assert process.poll() is None and time.monotonic() < limit
-        time.sleep(0.01)
-    process.send_signal(ending)
-    process.communicate(timeout=30)
-    assert process.returncode != 0
-    kept = lines_of(points_file.parent)
-    assert len(kept) >= 1
-    moved = tmp_path / "moved"
-    folder.rename(moved)
-    output = study(moved, cwd=tmp_path)
-    assert "all 2 runs are finished" in output
+    kept = []
+    for number, ending in enumerate((signal.SIGKILL, signal.SIGTERM), 1):
+        process = start(plan, "--output", folder)
+        limit = time.monotonic() + 120
+        while len(lines_of(folder / "switch-2-seed1")) < number:
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.01)
+        process.send_signal(ending)
+        process.communicate(timeout=30)
+        assert process.returncode != 0
+        before, kept = kept, lines_of(folder / "switch-2-seed1")
+        assert len(kept) >= number and kept[: len(before)] == before
+    moved = folder.rename(tmp_path / "moved")
+    assert "all 1 runs are finished" in study(moved, cwd=tmp_path)
     found = lines_of(moved / "switch-2-seed1")
     assert found[: len(kept)] == kept
-    for name in ("switch-2-seed1", "dense-seed1"):
-        undisturbed = lines_of(finished / name)
-        assert [strip_times(p) for p in lines_of(moved / name)] == [
-            strip_times(p) for p in undisturbed
-        ]
+    undisturbed = lines_of(finished / "switch-2-seed1")
+    assert [strip_times(point) for point in found] == [strip_times(p) for p in undisturbed]
     seconds = [point["seconds"] for point in found]
     assert None not in seconds and seconds == sorted(seconds)
 
@@ -316,27 +352,49 @@ def test_a_time_budget_ends_it_in_order(prepared, tmp_path):
     plan = write_plan(tmp_path / "plan.yaml", prepared, updates=4000, evaluate_every=20)
     folder = tmp_path / "study"
     began = time.monotonic()
-    output = study(plan, "--output", folder, "--minutes", 0.3, "--jobs", 2)
-    assert time.monotonic() - began < 18 + 15
+    output = study(plan, "--output", folder, "--minutes", 0.6, "--jobs", 2)
+    assert time.monotonic() - began < 36 + 15
     assert "time is up: 2 of 2 runs are left; the same command goes on" in output
+    assert "nothing was gained" not in output
     assert all(len(lines_of(folder / f"{arm}-seed1")) >= 1 for arm in ("switch-2", "dense"))
     assert not list(folder.rglob("*.partial"))
 
 
-def test_a_plan_may_grow_but_not_change(finished, prepared, tmp_path):
+def test_killed_in_scoring_it_trains_no_further(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "study")
-    before = lines_of(folder / "switch-2-seed1")
-    grown = write_plan(tmp_path / "grown.yaml", prepared, updates=120)
-    assert "2 runs, 0 of them finished before" in study(grown, "--output", folder)
-    after = lines_of(folder / "switch-2-seed1")
+    state = json.loads((folder / "dense-seed1" / "study.json").read_text())
+    write_json(folder / "dense-seed1" / "study.json", {**state, "finished_updates": 0})
+    (folder / "dense-seed1" / runner.SCORES).unlink()
+    output = study(folder)
+    assert "training" not in output and "dense-seed1: finished" in output
+    scores = json.loads((folder / "dense-seed1" / runner.SCORES).read_text())
+    assert scores["checkpoints"][0]["updates"] == 90
+
+
+def test_a_plan_may_grow_but_not_change(finished, prepared, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    shutil.rmtree(folder / "switch-2-seed1")
+    before = lines_of(folder / "dense-seed1")
+    dense = {"dense": {"router": "dense"}}
+    # The corpus that it began with need not be there any more.
+    grown = write_plan(tmp_path / "grown.yaml", tmp_path / "gone", updates=120, arms=dense)
+    assert "1 runs, 0 of them finished before" in study(grown, "--output", folder)
+    after = lines_of(folder / "dense-seed1")
     assert after[:3] == before and [p["updates"] for p in after] == [30, 60, 90, 120]
     (run,) = (r for r in map(read_run, find_runs([folder])) if r.name == "dense")
     assert run.note == "" and run.evaluation["checkpoints"][0]["updates"] == 120
-    changed = write_plan(
-        tmp_path / "changed.yaml", prepared, overrides=[*TINY, "model.jitter_eps=0"]
-    )
-    errors = study(changed, "--output", folder, status=2)
-    assert "was trained with other settings" in errors and "give the arm another name" in errors
+    kept = (folder / "plan.yaml").read_bytes()
+    for change in (
+        {"overrides": [*TINY, "model.jitter_eps=0"]},
+        {"evaluate_every": 10},
+        {"beam": 2},
+        {"config": "demo"},
+    ):
+        changed = write_plan(tmp_path / "changed.yaml", prepared, arms=dense, **change)
+        errors = told(capsys, changed, "--output", folder)
+        assert f"was trained with other {next(iter(change))}" in errors
+        assert "give the arm another name" in errors
+    assert (folder / "plan.yaml").read_bytes() == kept
 
 
 def test_a_run_that_fails_does_not_keep_the_others_from_work(prepared, tmp_path):
@@ -346,18 +404,30 @@ def test_a_run_that_fails_does_not_keep_the_others_from_work(prepared, tmp_path)
     }
     plan = write_plan(tmp_path / "plan.yaml", prepared, updates=30, arms=arms)
     errors = study(plan, "--output", tmp_path / "study", status=2)
-    assert "1 of 2 runs failed: bad-seed1 (train: " in errors
+    assert "1 of 2 runs failed: bad-seed1 (train: see " in errors
     assert len(lines_of(tmp_path / "study" / "good-seed1")) == 1
 
 
+def test_a_damaged_run_does_not_keep_the_others_from_work(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    for name in ("switch-2-seed1", "dense-seed1"):
+        (folder / name / "study.json").unlink()
+    (folder / "switch-2-seed1" / "checkpoint_last.pt").write_bytes(b"half")
+    errors = study(folder, status=2)
+    assert "1 of 2 runs failed: switch-2-seed1 (start: " in errors
+    assert "remove it to begin anew" in errors
+    assert json.loads((folder / "dense-seed1" / "study.json").read_text())["finished_updates"] == 90
+
+
 def test_a_folder_that_was_only_prepared_needs_nothing_else(prepared, tmp_path):
+    """Wherever it is carried to."""
     corpus = shutil.copytree(prepared, tmp_path / "corpus")
     plan = write_plan(tmp_path / "plan.yaml", corpus, updates=30, arms={"d": {"router": "dense"}})
     folder = tmp_path / "study"
     assert "1 runs to do" in study(plan, "--output", folder, "--prepare-only")
     shutil.rmtree(corpus)
     plan.unlink()
-    carried = shutil.move(folder, tmp_path / "carried")
+    carried = shutil.move(folder, tmp_path / "für a=b, (c) 'd' $e:f")
     assert "all 1 runs are finished" in study(carried, cwd="/")
 
 
@@ -382,6 +452,11 @@ WRONG_PLANS = [
     ({"epochs": 3}, "there is no key epochs; see docs/study.md"),
     ({"arms": ["dense"]}, "arms must be names"),
     ({"arms": {"a/b": {"router": "dense"}}}, "arm a/b: a name has letters"),
+    ({"arms": {"a=b": {"router": "dense"}}}, "arm a=b: a name has letters"),
+    ({"arms": {"a": {"router": ["switch"]}}}, "arm a needs router"),
+    ({"arms": {1: {"router": "dense"}, "1": {"router": "dense"}}}, "1 stands there twice"),
+    ({"config": "../x"}, "config must be the name of one of configs/"),
+    ({"overrides": ["optimization.max_epoch=1"]}, "max_epoch is not set here: use updates"),
     ({"arms": {"a": {"experts": 4}}}, "arm a needs router"),
     ({"arms": {"a": {"router": "switch"}}}, "arm a: experts must be a whole number"),
     ({"arms": {"a": {"router": "dense", "experts": 2}}}, "is left out for dense"),
@@ -400,7 +475,7 @@ def test_wrong_plans_are_told(tmp_path, change, message):
 
 
 def test_a_plan_that_is_no_yaml_is_told(tmp_path):
-    for text in ("arms: [", "just words", ""):
+    for text in ("arms: [", "just words", "", "data: 5", "arms: {a: 1, a: 2}"):
         (tmp_path / "plan.yaml").write_text(text)
         with pytest.raises(UserError, match="plan"):
             read_plan(tmp_path / "plan.yaml")
@@ -434,9 +509,11 @@ def told(capsys, *arguments):
 def test_wrong_use_is_told(prepared, tmp_path, capsys):
     plan = write_plan(tmp_path / "plan.yaml", tmp_path / "nothing")
     assert "say where to with --output" in told(capsys, plan)
-    assert f"there is no prepared corpus in {tmp_path / 'nothing'}" in told(
+    assert f"there is no prepared corpus with a test set in {tmp_path / 'nothing'}" in told(
         capsys, plan, "--output", tmp_path / "s"
     )
+    (tmp_path / "file").touch()
+    assert "is not a folder" in told(capsys, plan, "--output", tmp_path / "file")
     assert "holds no plan.yaml" in told(capsys, tmp_path / "s")
     assert "--minutes 0.0 does nothing" in told(capsys, plan, "--minutes", 0)
     typo = write_plan(tmp_path / "typo.yaml", prepared, overrides=["model.droput=0.2"])
@@ -497,10 +574,23 @@ def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
     small_run.python(*common, "--save-dir", tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("points*"))
     file = tmp_path / "own" / "p.jsonl"
-    small_run.python(*common, "--save-dir", tmp_path / "own", "--points-file", file)
+    own = [*common, "--save-dir", tmp_path / "own", "--points-file", file]
+    small_run.python(*own)
     (point,) = points.read_points(file)
     assert point["updates"] == 3 and "bleu" not in point
     weights = [
         torch.load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("plain", "own")
     ]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    # Trained anew, its point is that of the new training.
+    for path in (tmp_path / "own").glob("*.pt"):
+        path.unlink()
+    small_run.python(*own, "--seed", 2)
+    (anew,) = points.read_points(file)
+    assert anew["nll_loss"] != point["nll_loss"]
+    # From a checkpoint whose clock is not known, neither is the time.
+    file.with_suffix(".clock.json").unlink()
+    small_run.python(*own, "--seed", 2, "--max-update", 4)
+    _, last = points.read_points(file)
+    unknown = ("seconds", "cpu_seconds", "words", "words_per_second")
+    assert [last[key] for key in unknown] == [None] * 4

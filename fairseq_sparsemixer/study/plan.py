@@ -17,10 +17,12 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple
 
+import yaml
+
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.training.arms import DENSE, build_arm
 
-_NAME = re.compile(r"[\w.,=-]+")
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a folder, and a value for hydra
 _ARM_KEYS = {"router", "experts", "overrides"}
 
 
@@ -62,16 +64,25 @@ class Plan(NamedTuple):
         ]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would drop one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Dict[Any, Any]:
+        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_plan(path: Path) -> Plan:
     """Read and check a plan.
 
     Raises:
         UserError: it cannot be read, or a value is missing, unknown or out of range.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the plan {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -85,6 +96,9 @@ def read_plan(path: Path) -> Plan:
         raise UserError(f"{path}: there is no key {unknown[0]}; see docs/study.md")
     for key in ("updates", "evaluate_every", "jobs", "beam"):
         _check(_is_count(values[key]), path, f"{key} must be a whole number of at least 1")
+    for key in ("data", "config"):
+        _check(isinstance(values[key], str), path, f"{key} must be a name")
+    _check(_NAME.fullmatch(values["config"]), path, "config must be the name of one of configs/")
     _check(
         _is_list(values["seeds"]) and all(map(_is_count, values["seeds"])),
         path,
@@ -105,9 +119,11 @@ def read_plan(path: Path) -> Plan:
 
 
 def _arm(name: str, arm: Any, path: Path) -> List[str]:
-    _check(_NAME.fullmatch(name), path, f"arm {name}: a name has letters, digits and any of -_.,=")
     _check(
-        isinstance(arm, dict) and "router" in arm and arm.keys() <= _ARM_KEYS,
+        _NAME.fullmatch(name), path, f"arm {name}: a name has letters A to Z, digits and any of _.-"
+    )
+    _check(
+        isinstance(arm, dict) and isinstance(arm.get("router"), str) and arm.keys() <= _ARM_KEYS,
         path,
         f"arm {name} needs router, and may have experts and overrides",
     )
@@ -139,7 +155,10 @@ def _overrides(values: Any, path: Path, what: str) -> List[str]:
 _MADE_HERE: Mapping[str, str] = {
     "common.seed": "seeds",
     "task.data": "data",
+    "optimization": "updates, and optimization.lr=[...] for the rate",
     "optimization.max_update": "updates",
+    "optimization.max_epoch": "updates",
+    "distributed_training.distributed_world_size": "jobs: a run takes one GPU",
     "dataset.validate_interval_updates": "evaluate_every",
     "checkpoint.save_interval_updates": "evaluate_every",
     "checkpoint.save_dir": "--output",

@@ -2,10 +2,9 @@
 
 ==================  ===============================================================================
 ``updates``         of the parameters
-``seconds``         of training alone: neither validation nor saving nor starting; None where the
-                    points before do not tell what was trained before
+``seconds``         of training alone: neither validation nor saving nor starting
 ``cpu_seconds``     of the training process's threads in that time
-``words``           of the target that were trained on
+``words``           of the target that were trained on, by all workers
 ``loss``            of the whole validation set as the criterion reports it, bits a target token
 ``nll_loss``        its negative log-likelihood, bits a target token
 ``bleu, chrf``      sacreBLEU of ``sentences`` sentences of it, with ``signatures``
@@ -14,13 +13,16 @@
                     ``load_by_domain``; ``entropy`` of a token's softmax over experts in nats;
                     ``drift``, the share of the choices that were not made at the point before
 ==================  ===============================================================================
+
+What is not known is null: time and words where training went on from a checkpoint of elsewhere,
+losses that are no numbers.
 """
 
 import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -72,16 +74,19 @@ def observe(model: nn.Module, sample: Dict[str, Any], pad: int) -> Iterator[Sent
         sentences[line] = Sentence(nll, tokens, choice)
 
 
-def worker() -> Tuple[int, int]:
-    """The number of this worker, from 0, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+def is_first_worker() -> bool:
+    """Whether this is the one that writes."""
+    return _workers() == 1 or torch.distributed.get_rank() == 0
+
+
+def _workers() -> int:
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else 1
 
 
 def all_workers(sentences: Sentences) -> Sentences:
     """The sentences of all workers, by ascending line. Every worker has to call it."""
-    parts: List[Sentences] = [{}] * worker()[1]
+    parts: List[Sentences] = [{}] * _workers()
     if len(parts) > 1:
         torch.distributed.all_gather_object(parts, sentences)
     else:
@@ -162,16 +167,17 @@ def domain_losses(sentences: Sentences, domains: Sequence[str]) -> Dict[str, Dic
     for domain, lines in _lines_by_domain(sentences, domains).items():
         tokens = sum(sentences[line].tokens for line in lines)
         nll = sum(sentences[line].nll for line in lines)
-        figures[domain] = {"nll_loss": round(nll / tokens / math.log(2), 4), "tokens": tokens}
+        bits = number(round(nll / tokens / math.log(2), 4))
+        figures[domain] = {"nll_loss": bits, "tokens": tokens}
     return figures
 
 
 def choose_lines(count: int, sentences: Sentences, domains: Optional[Sequence[str]]) -> List[int]:
-    """At most ``count`` lines of ``sentences``, as many of each domain, evenly spread over it."""
+    """``count`` lines of ``sentences``, shared out among domains (one at least), evenly spread."""
     by_domain = {"": list(sentences)}
     if domains is not None:
         by_domain = _lines_by_domain(sentences, domains)
-    share = count // len(by_domain)
+    share = max(1, count // max(1, len(by_domain)))
     chosen = []
     for lines in by_domain.values():
         number = min(share, len(lines))
@@ -240,16 +246,25 @@ def read_points(path: Path) -> List[Dict[str, Any]]:
 
 
 def add_point(path: Path, point: Mapping[str, Any]) -> None:
-    """Add a line; killed at any time, the file holds all lines before it, or all and this one."""
-    write_lines(path, map(json.dumps, [*read_points(path), point]))
+    """Add a line, in place of any of as many or more updates.
+
+    Killed at any time, the file is as it was before, or as it should be.
+    """
+    kept = [each for each in read_points(path) if each["updates"] < point["updates"]]
+    write_lines(path, [json.dumps(each, allow_nan=False) for each in (*kept, point)])
+
+
+def number(value: Any) -> Optional[float]:
+    """A number that JSON has, else None."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 class Clock(NamedTuple):
-    """What training took up to some update."""
+    """What training took up to some update; None where that is not known."""
 
-    seconds: Optional[float]
-    cpu_seconds: float
-    words: float
+    seconds: Optional[float] = None
+    cpu_seconds: Optional[float] = None
+    words: Optional[float] = None
 
 
 def read_clocks(path: Path) -> Dict[int, Clock]:
@@ -265,15 +280,38 @@ def add_clock(path: Path, updates: int, clock: Clock) -> None:
     write_json(path, {**read_clocks(path), updates: clock})
 
 
-def save_choices(path: Path, choices: Mapping[str, np.ndarray]) -> None:
-    """Keep :func:`flat_choices` for the point after, which may be measured after a restart."""
-    with atomic_path(path) as partial, partial.open("wb") as file:
+def save_choices(path: Path, updates: int, choices: Mapping[str, np.ndarray]) -> None:
+    """Keep :func:`flat_choices` for the point after, which may be measured after a restart.
+
+    Args:
+        path: of the points; a file beside it is written.
+        updates: of the point.
+        choices: of the point.
+    """
+    with atomic_path(_choices_path(path, updates)) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **dict(choices))  # type: ignore[arg-type]
 
 
-def load_choices(path: Path) -> Dict[str, np.ndarray]:
-    """What :func:`save_choices` wrote; nothing where there is no such file."""
-    if not path.is_file():
+def load_choices(path: Path, updates: int) -> Dict[str, np.ndarray]:
+    """What was saved for the last point before ``updates``; nothing where there is none."""
+    before = [kept for kept in _kept_choices(path) if kept < updates]
+    if not before:
         return {}
-    with np.load(path) as archive:
+    with np.load(_choices_path(path, max(before))) as archive:
         return dict(archive)
+
+
+def forget_choices(path: Path, updates: int) -> None:
+    """Remove those of all points but the one at ``updates``, which is written by now."""
+    for kept in _kept_choices(path):
+        if kept != updates:
+            _choices_path(path, kept).unlink()
+
+
+def _choices_path(path: Path, updates: int) -> Path:
+    return path.with_name(f"{path.stem}.{updates}.npz")
+
+
+def _kept_choices(path: Path) -> List[int]:
+    names = (each.name.split(".")[-2] for each in path.parent.glob(f"{path.stem}.*.npz"))
+    return [int(name) for name in names if name.isdigit()]

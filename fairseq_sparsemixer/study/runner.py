@@ -21,11 +21,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, TextIO
+from typing import Any, Dict, List, NamedTuple, Optional, TextIO, Tuple
+
+import torch
 
 from fairseq_sparsemixer.corpora.stages import RECORD
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path, write_json
+from fairseq_sparsemixer.files import atomic_path, report_full_disk, write_json
 from fairseq_sparsemixer.study import points
 from fairseq_sparsemixer.study.plan import Plan, StudyRun, read_plan
 
@@ -36,6 +38,8 @@ PLAN = "plan.yaml"
 STATE = "study.json"
 """In the folder of a run: how it is made, and for how many updates it is finished."""
 SCORES = Path("evaluation", "test.json")
+LAYOUT_MEGABYTES = 200
+"""Of disk for corpus and configs, and for the checkpoints of one small model."""
 STOP_SECONDS = 10
 """How long a stopped process may take to end."""
 POLL_SECONDS = 0.2
@@ -69,21 +73,22 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and not value > 0:
             raise UserError(f"{flag} {value} does nothing; give more than 0")
     folder, plan_file = _find(args)
-    folder.mkdir(parents=True, exist_ok=True)
-    with sole_user(folder, "--output") as lock:
-        plan = lay_out(plan_file, folder)
-        runs = plan.runs()
-        for each in runs:
-            _check_unchanged(folder, each)
-        records = _records(folder, plan)
-        if args.prepare_only:
-            print(f"laid out: {folder}, {len(runs)} runs to do with this folder as STUDY")
-            return
-        deadline = None if args.minutes is None else started + 60 * args.minutes
-        _Study(folder, plan, records, args.jobs or plan.jobs, deadline, lock).do()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is not a folder")
+    with report_full_disk(folder, LAYOUT_MEGABYTES):
+        folder.mkdir(parents=True, exist_ok=True)
+        with sole_user(folder, "--output") as lock:
+            plan = lay_out(plan_file, folder)
+            if args.prepare_only:
+                runs = len(plan.runs())
+                print(f"laid out: {folder}; {runs} runs to do with this folder as STUDY")
+                return
+            deadline = None if args.minutes is None else started + 60 * args.minutes
+            records = _records(folder, plan)
+            _Study(folder, plan, records, args.jobs or plan.jobs, deadline, lock).do()
 
 
-def _find(args: argparse.Namespace) -> "tuple[Path, Path]":
+def _find(args: argparse.Namespace) -> Tuple[Path, Path]:
     """The study's folder, and the plan to take."""
     if args.plan.is_dir():
         if args.output is not None:
@@ -100,32 +105,44 @@ def _find(args: argparse.Namespace) -> "tuple[Path, Path]":
 
 
 def lay_out(plan_file: Path, folder: Path) -> Plan:
-    """Copy plan, configs and corpus into the study's folder, so that it depends on nothing else.
+    """Copy corpus, configs and plan into the study's folder, so that it depends on nothing else.
 
-    What is there stays: configs and corpus are those that the study began with. A plan may have
-    grown by arms, seeds or updates.
+    What is there stays: corpus and configs are those that the study began with. A plan may have
+    grown by arms, seeds or updates; it is copied last, once nothing speaks against it.
 
     Raises:
-        UserError: the plan is wrong, its corpus is not prepared, or is another than before.
+        UserError: the plan is wrong or does not go with what was trained; there is no such corpus.
     """
     plan = read_plan(plan_file)
+    for run in plan.runs():
+        _check_unchanged(folder / run.name, _made_with(plan, run))
     if plan_file != folder / PLAN:
-        source, copy = plan.data / RECORD, folder / "data" / RECORD
-        if not source.is_file():
-            raise UserError(
-                f"there is no prepared corpus in {plan.data}: make it with `fairseq-sparsemixer "
-                f"prepare`, or change data in {plan_file}"
-            )
-        if not copy.is_file():
-            _copy_corpus(plan.data, folder / "data")
-        elif json.loads(source.read_text()) != json.loads(copy.read_text()):
-            raise UserError(
-                f"{plan.data} is not the corpus that {folder} began with: name another folder with "
-                "--output"
-            )
+        _copy_corpus(plan.data, folder / "data", plan_file)
         _copy_configs(CONFIGS / f"{plan.config}.yaml", folder / "configs", plan_file)
+    _count_parameters(folder, plan)
+    if plan_file != folder / PLAN:
         _copy(plan_file, folder / PLAN)
     return plan
+
+
+def _copy_corpus(data: Path, target: Path, plan_file: Path) -> None:
+    """What training and scoring read of it, its record last."""
+    source, copy = data / RECORD, target / RECORD
+    if copy.is_file():
+        if source.is_file() and json.loads(source.read_text()) != json.loads(copy.read_text()):
+            raise UserError(
+                f"{data} is not the corpus that {target.parent} began with: name another folder "
+                "with --output"
+            )
+        return
+    held_out = [path for split in ("valid", "test") for path in data.glob(f"raw/{split}.*")]
+    if not source.is_file() or not any(path.name.startswith("test.") for path in held_out):
+        raise UserError(
+            f"there is no prepared corpus with a test set in {data}: make it with "
+            f"`fairseq-sparsemixer prepare`, or change data in {plan_file}"
+        )
+    for path in [*data.glob("bin/*"), *held_out, *data.glob("copy/*"), source]:
+        _copy(path, target / path.relative_to(data))
 
 
 def _copy_configs(config: Path, target: Path, plan_file: Path) -> None:
@@ -136,14 +153,8 @@ def _copy_configs(config: Path, target: Path, plan_file: Path) -> None:
         raise UserError(f"there is no {config}: check config in {plan_file}")
     others = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path != config]
     for path in [*others, config]:
-        _copy(path, target / path.relative_to(CONFIGS))
-
-
-def _copy_corpus(data: Path, target: Path) -> None:
-    """What training and scoring read of it, its record last."""
-    held_out = [path for split in ("valid", "test") for path in data.glob(f"raw/{split}.*")]
-    for path in [*data.glob("bin/*"), *held_out, *data.glob("copy/*"), data / RECORD]:
-        _copy(path, target / path.relative_to(data))
+        if not (target / path.relative_to(CONFIGS)).is_file():
+            _copy(path, target / path.relative_to(CONFIGS))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -151,52 +162,78 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, partial)
 
 
-def _check_unchanged(folder: Path, run: StudyRun) -> None:
-    state = _read_state(folder / run.name)
-    if state and state["overrides"] != run.overrides:
-        raise UserError(
-            f"{folder / run.name} was trained with other settings ({' '.join(state['overrides'])}):"
-            " give the arm another name in the plan, or name another folder with --output"
-        )
+def _made_with(plan: Plan, run: StudyRun) -> Dict[str, Any]:
+    """What may not change once a run is trained."""
+    return {
+        "overrides": run.overrides,
+        "config": plan.config,
+        "evaluate_every": plan.evaluate_every,
+        "beam": plan.beam,
+    }
 
 
-def _read_state(folder: Path) -> Dict[str, Any]:
-    path = folder / STATE
+def _check_unchanged(run: Path, made_with: Dict[str, Any]) -> None:
+    state = _read_state(run)
+    for key, value in made_with.items():
+        before = state.get(key, value)
+        if before != value:
+            raise UserError(
+                f"{run} was trained with other {key} ({_shown(before)}, not {_shown(value)}): give "
+                "the arm another name in the plan, or name another folder with --output"
+            )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def _read_state(run: Path) -> Dict[str, Any]:
+    path = run / STATE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _records(folder: Path, plan: Plan) -> Dict[str, Dict[str, Any]]:
-    """What ``run.json`` says of each run; composing the settings also checks all of them.
+def _count_parameters(folder: Path, plan: Plan) -> Dict[str, Dict[str, int]]:
+    """``total`` and ``active`` parameters of each arm; building the models checks all settings.
 
     Raises:
         UserError: hydra or the model refuses an arm's settings.
     """
-    import torch
+    from fairseq.data import Dictionary
+    from fairseq.tasks.translation import TranslationTask
 
     from fairseq_sparsemixer.evaluation.options import quiet_libraries
-    from fairseq_sparsemixer.training import record, resources
-    from fairseq_sparsemixer.training.launch import compose, make_task
+    from fairseq_sparsemixer.evaluation.translator import find_languages
+    from fairseq_sparsemixer.training import resources
+    from fairseq_sparsemixer.training.launch import compose
 
     quiet_libraries()
     logging.getLogger("hydra").setLevel(logging.WARNING)
+    binary = folder / "data" / "bin"
+    found = {}
+    for name, overrides in plan.arms.items():
+        try:
+            settings = [*overrides, "checkpoint.save_dir=."]
+            cfg = compose((folder / "configs").resolve(), settings, plan.config)
+            languages = find_languages(cfg.task.source_lang, cfg.task.target_lang, [binary])
+            dictionaries = [Dictionary.load(str(binary / f"dict.{each}.txt")) for each in languages]
+            model = resources.build_on_meta(cfg.model, TranslationTask(cfg.task, *dictionaries))
+        except UserError as error:
+            raise UserError(f"arm {name}: {error}") from error
+        counted = resources.count_parameters(model)
+        found[name] = {"total": counted.total, "active": counted.active}
+    return found
+
+
+def _records(folder: Path, plan: Plan) -> Dict[str, Dict[str, Any]]:
+    """What ``run.json`` says of each run that this machine trains."""
+    from fairseq_sparsemixer.training import record
+
     shared = {
         "versions": record.versions(),
         "git": record.git_state(PACKAGE.parent),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())][:1],
     }
-    configs = (folder / "configs").resolve()
-    parameters = {}
-    for name, overrides in plan.arms.items():
-        data = (folder / "data" / "bin").resolve()
-        settings = [*overrides, f"task.data={data}", "checkpoint.save_dir=."]
-        try:
-            cfg = compose(configs, settings, plan.config)
-            counted = resources.count_parameters(
-                resources.build_on_meta(cfg.model, make_task(cfg, None))
-            )
-        except UserError as error:
-            raise UserError(f"arm {name}: {error}") from error
-        parameters[name] = {"total": counted.total, "active": counted.active}
+    parameters = _count_parameters(folder, plan)
     return {
         f"{name}-seed{seed}": {**shared, "parameters": parameters[name]}
         for name in plan.arms
@@ -210,8 +247,16 @@ def _records(folder: Path, plan: Plan) -> Dict[str, Dict[str, Any]]:
 class _Job:
     """A run at work: its training, then its scoring."""
 
-    def __init__(self, run: StudyRun, folder: Path, environment: Dict[str, str], lock: List[int]):
+    def __init__(
+        self,
+        run: StudyRun,
+        folder: Path,
+        slot: int,
+        environment: Dict[str, str],
+        lock: List[int],
+    ):
         self.run = run
+        self.slot = slot
         self.folder = folder / run.name
         self.stage = ""
         self.shown = len(points.read_points(self.folder / points.FILE))
@@ -269,7 +314,14 @@ def _end_with_parent() -> None:
 class _Failure(NamedTuple):
     run: str
     stage: str
-    log: Path
+    reason: str
+
+
+def _updates(checkpoint: Path) -> int:
+    from fairseq_sparsemixer.evaluation.average import num_updates
+    from fairseq_sparsemixer.evaluation.translator import load_state
+
+    return num_updates(load_state(checkpoint))
 
 
 class _Study:
@@ -287,13 +339,14 @@ class _Study:
         self.folder = folder
         self.plan = plan
         self.records = records
-        self.jobs = jobs
         self.deadline = deadline
         self.lock = lock
         self.waiting = [run for run in plan.runs() if not self._finished(run)]
+        self.jobs = min(jobs, max(1, len(self.waiting)))
         self.done = len(plan.runs()) - len(self.waiting)
         self.at_work: List[_Job] = []
         self.failures: List[_Failure] = []
+        self.gains = 0
 
     def do(self) -> None:
         """Work until all is done, or the time is up.
@@ -316,13 +369,16 @@ class _Study:
                 job.stop()
             for job in self.at_work:
                 job.wait()
-                self._show_points(job)
         if self.failures:
-            listed = "; ".join(f"{each.run} ({each.stage}: {each.log})" for each in self.failures)
+            listed = "; ".join(
+                f"{each.run} ({each.stage}: {each.reason})" for each in self.failures
+            )
             raise UserError(f"{len(self.failures)} of {total} runs failed: {listed}")
         left = total - self.done
         if left:
             print(f"time is up: {left} of {total} runs are left; the same command goes on")
+            if not self.gains:
+                print("nothing was gained: give more --minutes, or a smaller evaluate_every")
         else:
             print(f"all {total} runs are finished: {self.folder}")
             print(f"report     fairseq-sparsemixer report {self.folder} --output report.html")
@@ -332,35 +388,57 @@ class _Study:
 
     def _begin(self, run: StudyRun) -> None:
         from fairseq_sparsemixer.training import process
-        from fairseq_sparsemixer.training.checkpoints import mend_last
+        from fairseq_sparsemixer.training.checkpoints import LAST, mend_last
 
         folder = self.folder / run.name
         folder.mkdir(exist_ok=True)
-        mend_last(folder)
+        try:
+            mend_last(folder)
+            slot = min(set(range(self.jobs)) - {job.slot for job in self.at_work})
+            job = _Job(run, self.folder, slot, self._environment(slot), self.lock)
+            trained = (folder / LAST).is_file() and _updates(folder / LAST) >= self.plan.updates
+        except UserError as error:
+            self._fail(run.name, "start", str(error))
+            return
         process.copy_model_files(self.folder / "data" / "bin", folder)
         write_json(folder / "run.json", self.records[run.name])
-        state = _read_state(folder)
-        write_json(folder / STATE, {"finished_updates": 0, **state, "overrides": run.overrides})
-        environment = process.training_environment(os.environ)
-        if self.jobs > 1:
-            # Threads of several processes that wait for each other are slower than one.
-            threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
-            environment = {"OMP_NUM_THREADS": str(threads), **environment}
-        job = _Job(run, self.folder, environment, self.lock)
-        print(f"{run.name}: training", flush=True)
-        job.start("train", self._training_command(run))
+        state = {"finished_updates": 0, **_read_state(folder), **_made_with(self.plan, run)}
+        write_json(folder / STATE, state)
+        if trained:
+            # fairseq looks at max_update after an update: it would train one more.
+            job.start("evaluate", self._scoring_command(run))
+        else:
+            print(f"{run.name}: training", flush=True)
+            job.start("train", self._training_command(run))
         self.at_work.append(job)
 
+    def _environment(self, slot: int) -> Dict[str, str]:
+        """That of a process, which shares the machine with those of the other slots."""
+        from fairseq_sparsemixer.training.process import training_environment
+
+        environment = training_environment(os.environ)
+        gpus = torch.cuda.device_count()
+        if gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else list(map(str, range(gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = names[slot % gpus]
+        if self.jobs > 1:
+            # Threads of several processes that wait for each other are slower than one.
+            threads = max(1, (os.cpu_count() or 1) // self.jobs)
+            environment = {"OMP_NUM_THREADS": str(threads), **environment}
+        return environment
+
     def _training_command(self, run: StudyRun) -> List[str]:
-        import torch
+        from fairseq_sparsemixer.training.launch import quoted
 
         every = self.plan.evaluate_every
         return [
             *(sys.executable, "-m", "fairseq_cli.hydra_train"),
             *("--config-dir", "configs", "--config-name", self.plan.config),
             f"hydra.run.dir={run.name}",
-            f"common.user_dir={PACKAGE}",
+            f"common.user_dir={quoted(PACKAGE)}",
             f"common.cpu={str(not torch.cuda.is_available()).lower()}",
+            "distributed_training.distributed_world_size=1",
             "task.data=data/bin",
             f"optimization.max_update={self.plan.updates}",
             f"dataset.validate_interval_updates={every}",
@@ -377,20 +455,29 @@ class _Study:
 
     def _look_after(self, job: _Job) -> None:
         """Show what is new of a job, and begin what comes after a stage that has ended."""
-        self._show_points(job)
         status = job.ended()
+        try:
+            self._show_points(job)
+        except UserError as error:
+            job.stop()
+            job.wait()
+            self.at_work.remove(job)
+            self._fail(job.run.name, job.stage, str(error))
+            return
         if status is None:
             return
         if status == 0 and job.stage == "train":
             job.start("evaluate", self._scoring_command(job.run))
             return
         self.at_work.remove(job)
-        if status != 0:
-            log = job.folder / f"{job.stage}.log"
-            print(f"{job.run.name}: {job.stage} failed, see {log}", flush=True)
-            self.failures.append(_Failure(job.run.name, job.stage, log))
-            return
-        self._finish(job)
+        if status == 0:
+            self._finish(job)
+        else:
+            self._fail(job.run.name, job.stage, f"see {job.folder / job.stage}.log")
+
+    def _fail(self, run: str, stage: str, reason: str) -> None:
+        print(f"{run}: {stage} failed: {reason}", flush=True)
+        self.failures.append(_Failure(run, stage, reason))
 
     def _finish(self, job: _Job) -> None:
         for path in job.folder.glob("checkpoint*.pt"):
@@ -399,6 +486,7 @@ class _Study:
         state = _read_state(job.folder)
         write_json(job.folder / STATE, {**state, "finished_updates": self.plan.updates})
         self.done += 1
+        self.gains += 1
         scores = json.loads((job.folder / SCORES).read_text(encoding="utf-8"))["scores"]
         print(
             f"{job.run.name}: finished, BLEU {scores['bleu']['score']:.2f}, chrF2 "
@@ -409,13 +497,16 @@ class _Study:
     def _show_points(self, job: _Job) -> None:
         found = points.read_points(job.folder / points.FILE)
         for point in found[job.shown :]:
-            bleu = f", BLEU {point['bleu']:.2f}" if "bleu" in point else ""
-            speed = point["words_per_second"]
-            print(
-                f"{job.run.name}: update {point['updates']} of {self.plan.updates}, validation nll "
-                f"{point['nll_loss']:.3f}{bleu}{f', {speed:.0f} words/s' if speed else ''}",
-                flush=True,
-            )
+            figures = [f"update {point['updates']} of {self.plan.updates}"]
+            for key, text in (
+                ("nll_loss", "validation nll {:.3f}"),
+                ("bleu", "BLEU {:.2f}"),
+                ("words_per_second", "{:.0f} words/s"),
+            ):
+                if point.get(key) is not None:
+                    figures.append(text.format(point[key]))
+            print(f"{job.run.name}: {', '.join(figures)}", flush=True)
+            self.gains += 1
         job.shown = len(found)
 
     def _finished(self, run: StudyRun) -> bool:

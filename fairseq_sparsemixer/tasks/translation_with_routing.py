@@ -53,27 +53,41 @@ class _Stopwatch:
     """Seconds, CPU seconds and target words of training, from those of a session before."""
 
     def __init__(self, before: points.Clock) -> None:
-        self.total = before
+        self._total = before
         self.running = False
 
-    def count(self, words: int) -> None:
-        """Before a batch is trained on: starts the watch if it does not run."""
+    def set(self, total: points.Clock) -> None:
+        """Go on from there."""
+        self._total = total
+
+    def start(self) -> None:
+        """Start, if it does not run."""
         if not self.running:
             self._since = time.perf_counter(), time.process_time()
             self.running = True
-        self.total = self.total._replace(words=self.total.words + words)
+
+    def count(self, words: float) -> None:
+        """Add words that were trained on."""
+        self._total = self._total._replace(words=_sum(self._total.words, words))
 
     def stop(self) -> points.Clock:
         """Stop, if it runs; all that was trained so far."""
         if self.running:
             wall, cpu = self._since
-            seconds = self.total.seconds
-            self.total = self.total._replace(
-                seconds=None if seconds is None else seconds + time.perf_counter() - wall,
-                cpu_seconds=self.total.cpu_seconds + time.process_time() - cpu,
+            self._total = self._total._replace(
+                seconds=_sum(self._total.seconds, time.perf_counter() - wall),
+                cpu_seconds=_sum(self._total.cpu_seconds, time.process_time() - cpu),
             )
             self.running = False
-        return self.total
+        return self._total
+
+
+def _sum(known: Optional[float], more: float) -> Optional[float]:
+    return None if known is None else known + more
+
+
+def _rounded(value: Optional[float]) -> Optional[float]:
+    return None if value is None else round(value, 3)
 
 
 @register_task("translation_with_routing", dataclass=TranslationWithRoutingConfig)
@@ -108,25 +122,23 @@ class TranslationWithRoutingTask(TranslationTask):
         """See fairseq."""
         if self._path is not None:
             if self._watch is None:
-                self._watch = _Stopwatch(self._clock_before(update_num))
-            self._watch.count(0 if ignore_grad else sample["ntokens"])
+                self._check_text()
+                known = {0: points.Clock(0.0, 0.0, 0.0), **points.read_clocks(self._clocks_path)}
+                self._watch = _Stopwatch(known.get(update_num, points.Clock()))
+            self._watch.start()
             self._updates = update_num + 1
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
-    def _clock_before(self, updates: int) -> points.Clock:
-        """What the training took that led to the checkpoint from which this one goes on."""
-        known = {0: points.Clock(0.0, 0.0, 0.0), **points.read_clocks(self._beside(".clock.json"))}
-        clock = known.get(updates, points.Clock(None, 0.0, 0.0))
-        # Each worker counts its own words; those of all of them were kept.
-        return clock._replace(words=clock.words / points.worker()[1])
+    def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: Any) -> None:
+        """See fairseq, which calls this with what all workers logged."""
+        super().reduce_metrics(logging_outputs, criterion)
+        if self._watch is not None and self._watch.running:  # not of validation
+            self._watch.count(sum(float(output.get("ntokens", 0)) for output in logging_outputs))
 
     def state_dict(self) -> Dict[str, Any]:
         """See fairseq, which calls this for each checkpoint."""
-        if self._watch is not None and points.worker()[0] == 0:
-            clock = self._watch.stop()
-            workers = points.worker()[1]
-            clock = clock._replace(words=clock.words * workers)
-            points.add_clock(self._beside(".clock.json"), self._updates, clock)
+        if self._watch is not None and points.is_first_worker():
+            points.add_clock(self._clocks_path, self._updates, self._watch.stop())
         return super().state_dict()
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
@@ -140,10 +152,10 @@ class TranslationWithRoutingTask(TranslationTask):
     def _path(self) -> Optional[Path]:
         return Path(self.cfg.points_file) if self.cfg.points_file else None
 
-    def _beside(self, ending: str) -> Path:
-        """A file of our own beside that of the points."""
+    @property
+    def _clocks_path(self) -> Path:
         assert self._path is not None
-        return self._path.with_suffix(ending)
+        return self._path.with_suffix(".clock.json")
 
     # Validation
 
@@ -163,14 +175,19 @@ class TranslationWithRoutingTask(TranslationTask):
             return
         self._measured = updates
         sentences = points.all_workers(self._sentences)
-        if points.worker()[0] > 0:
+        if not points.is_first_worker():
             return
         known = {point["updates"]: point for point in points.read_points(self._path)}
         point = known.get(updates)
-        if point is None:
+        # One of another loss was measured in another training.
+        if point is None or point["nll_loss"] != points.number(_nll_loss(stats)):
             point = self._measure(model, stats, sentences)
-            points.save_choices(self._beside(".npz"), points.flat_choices(sentences))
+            points.save_choices(self._path, updates, points.flat_choices(sentences))
             points.add_point(self._path, point)
+            points.forget_choices(self._path, updates)
+        elif self._watch is not None:
+            # Trained again: time goes on from when it was measured.
+            self._watch.set(points.Clock(*(point[key] for key in points.Clock._fields)))
         stats.update(points.scalars(point))
         if self.cfg.tensorboard_logdir:
             _show_load(self.cfg.tensorboard_logdir, point)
@@ -182,22 +199,25 @@ class TranslationWithRoutingTask(TranslationTask):
         num_experts = {
             name: layer.moe.router.num_experts for name, layer in switch_layers(model).items()
         }
-        clock = points.Clock(None, 0.0, 0.0) if self._watch is None else self._watch.stop()
-        words = clock.words * points.worker()[1]
+        clock = points.Clock() if self._watch is None else self._watch.stop()
+        assert self._path is not None
+        updates = int(stats["num_updates"])
+        before = points.load_choices(self._path, updates)
+        nll_loss = points.number(_nll_loss(stats))
         point: Dict[str, Any] = {
-            "updates": int(stats["num_updates"]),
-            "seconds": clock.seconds and round(clock.seconds, 3),
-            "cpu_seconds": round(clock.cpu_seconds, 3),
-            "words": round(words),
-            "words_per_second": round(words / clock.seconds, 1) if clock.seconds else None,
-            "loss": float(stats["loss"]),
-            "nll_loss": float(stats.get("nll_loss", stats["loss"])),
-            "layers": points.layer_figures(
-                sentences, domains, num_experts, stats, points.load_choices(self._beside(".npz"))
+            "updates": updates,
+            "seconds": _rounded(clock.seconds),
+            "cpu_seconds": _rounded(clock.cpu_seconds),
+            "words": None if clock.words is None else round(clock.words),
+            "words_per_second": _rounded(
+                clock.words / clock.seconds if clock.words is not None and clock.seconds else None
             ),
+            "loss": points.number(stats["loss"]),
+            "nll_loss": nll_loss,
+            "layers": points.layer_figures(sentences, domains, num_experts, stats, before),
         }
         by_domain = {} if domains is None else points.domain_losses(sentences, domains)
-        if self.cfg.points_text and self.cfg.points_sentences > 0:
+        if self.cfg.points_text and self.cfg.points_sentences > 0 and nll_loss is not None:
             references = self._text(self.cfg.target_lang)
             lines = points.choose_lines(self.cfg.points_sentences, sentences, domains)
             translations = self._translate(model, lines)
@@ -208,6 +228,14 @@ class TranslationWithRoutingTask(TranslationTask):
         if by_domain:
             point["by_domain"] = by_domain
         return point
+
+    def _check_text(self) -> None:
+        """Before training, rather than at the first point."""
+        if self.cfg.points_text:
+            self._domains()
+            if self.cfg.points_sentences > 0:
+                self._text(self.cfg.target_lang)
+                self._subwords()
 
     def _domains(self) -> Optional[List[str]]:
         if not self.cfg.points_text:
@@ -223,6 +251,11 @@ class TranslationWithRoutingTask(TranslationTask):
         """A file of ``points_text`` that has a line for each pair of the validation set."""
         assert self.cfg.points_text is not None
         path = Path(self.cfg.points_text, f"{self._subset}.{ending}")
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no {path}: give --points-text the folder of the raw text of the "
+                "validation set"
+            )
         lines = read_lines(path)
         pairs = len(self.dataset(self._subset))
         if len(lines) != pairs:
@@ -265,6 +298,11 @@ class TranslationWithRoutingTask(TranslationTask):
         return find_subwords([Path(self.cfg.data.split(":")[0])])
 
 
+def _nll_loss(stats: Mapping[str, Any]) -> float:
+    """Cross-entropy without label smoothing has one loss."""
+    return float(stats.get("nll_loss", stats["loss"]))
+
+
 def _show_load(folder: str, point: Mapping[str, Any]) -> None:
     """Each layer's load as an image for TensorBoard, where its packages are installed."""
     try:
@@ -281,5 +319,7 @@ def _show_load(folder: str, point: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(loads)), list(point["layers"]))
     axes.set(xlabel="expert", title=f"share of the choices, update {point['updates']}")
     figure.colorbar(image)
-    with SummaryWriter(str(Path(folder, "valid"))) as writer:
+    # Files are named by the second: without a suffix it may be that of fairseq's own writer.
+    suffix = f".load{point['updates']}"
+    with SummaryWriter(str(Path(folder, "valid")), filename_suffix=suffix) as writer:
         writer.add_figure("expert_load", figure, point["updates"])

@@ -239,8 +239,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         f"common.seed={args.seed}",
         *([] if given & _PRECISION else _precision(machine, args.recipe)),
         *args.overrides,
-        f"common.user_dir={_quoted(PACKAGE)}",
-        f"checkpoint.save_dir={_quoted(folder)}",
+        f"common.user_dir={quoted(PACKAGE)}",
+        f"checkpoint.save_dir={quoted(folder)}",
     ]
     one = compose(configs, overrides)
     batch = spread(one.dataset.max_tokens, one.optimization.update_freq, machine, args.max_tokens)
@@ -257,7 +257,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         command=[
             *_launcher(machine),
             *("fairseq_cli.hydra_train", "--config-dir", str(configs)),
-            *("--config-name", CONFIG_NAME, f"hydra.run.dir={_quoted(folder)}", *overrides),
+            *("--config-name", CONFIG_NAME, f"hydra.run.dir={quoted(folder)}", *overrides),
         ],
         overrides=overrides,
         settings=_resolved(cfg),
@@ -276,7 +276,7 @@ def _name(args: argparse.Namespace, arm: str) -> str:
     return "-".join([arm, *parts, f"seed{args.seed}"])
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """A path as a value that hydra takes as it is."""
     if re.fullmatch(r"[\w./-]+", str(path)):
         return str(path)
