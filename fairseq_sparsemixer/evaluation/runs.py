@@ -5,6 +5,7 @@ A run folder is what ``fairseq-hydra-train`` and ``fairseq-sparsemixer evaluate`
 ``fairseq-sparsemixer train`` started it.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -80,6 +81,38 @@ class Arm(NamedTuple):
     def counted(self) -> List[Run]:
         """Those that are finished and scored."""
         return [run for run in self.runs if not run.note]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that :func:`read_arms` goes by: ``RUN...`` and ``--scores``."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or a folder that holds run folders",
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="NAME",
+        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
+        "RUN/evaluation/test.checkpoint_best.json",
+    )
+
+
+def read_arms(paths: Iterable[Path], scores: Optional[str]) -> List[Arm]:
+    """The arms of all runs that ``paths`` are or hold.
+
+    Raises:
+        UserError: there is no run, none has the evaluation ``scores``, or a file is damaged.
+    """
+    runs = [read_run(folder, scores) for folder in find_runs(paths)]
+    if scores is not None and not any(run.scores_path for run in runs):
+        raise UserError(
+            f"no run has an evaluation named {scores}; check --scores, or run "
+            "`fairseq-sparsemixer evaluate` first"
+        )
+    return group_runs(runs)
 
 
 def find_runs(paths: Iterable[Path]) -> List[Path]:

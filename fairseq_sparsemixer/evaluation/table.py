@@ -48,10 +48,9 @@ from fairseq_sparsemixer.evaluation.options import quiet_libraries
 from fairseq_sparsemixer.evaluation.runs import (
     Arm,
     Run,
-    find_runs,
+    add_run_arguments,
     further_differences,
-    group_runs,
-    read_run,
+    read_arms,
 )
 from fairseq_sparsemixer.files import atomic_path, check_writable, write_json, write_lines
 from fairseq_sparsemixer.laboratory.tables import markdown
@@ -64,13 +63,7 @@ SUFFIXES = (".md", ".csv", ".json")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``fairseq-sparsemixer table``."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder, or a folder that holds run folders",
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         "--baseline",
         required=True,
@@ -84,12 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEM",
         help="writes STEM.md, STEM.csv and STEM.json",
     )
-    parser.add_argument(
-        "--scores",
-        metavar="NAME",
-        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
-        "RUN/evaluation/test.checkpoint_best.json",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -101,13 +88,7 @@ def run(args: argparse.Namespace) -> None:
         )
     for path in _output_paths(args.output):
         check_writable(path)
-    runs = [read_run(folder, args.scores) for folder in find_runs(args.runs)]
-    if args.scores is not None and not any(run.scores_path for run in runs):
-        raise UserError(
-            f"no run has an evaluation named {args.scores}; check --scores, or run "
-            "`fairseq-sparsemixer evaluate` first"
-        )
-    report = build_report(group_runs(runs), args.baseline)
+    report = build_report(read_arms(args.runs, args.scores), args.baseline)
     text = format_report(report)
     write_report(report, text, args.output)
     print(text)

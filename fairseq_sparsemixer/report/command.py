@@ -22,7 +22,7 @@ from typing import Any, Dict, List, Optional
 from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import quiet_libraries
-from fairseq_sparsemixer.evaluation.runs import Arm, find_runs, group_runs, read_run
+from fairseq_sparsemixer.evaluation.runs import Arm, add_run_arguments, read_arms
 from fairseq_sparsemixer.files import check_writable, scratch_folder, write_lines
 
 HELP = "one HTML page: curves, scores, what each expert takes, translations"
@@ -30,13 +30,7 @@ HELP = "one HTML page: curves, scores, what each expert takes, translations"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``fairseq-sparsemixer report``."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder, or a folder that holds run folders",
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         "--baseline", metavar="NAME", help="the arm to compare with, such as dense or switch-8"
     )
@@ -46,12 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="REPORT.html",
         help="the page; figures go to the folder REPORT_figures beside it",
-    )
-    parser.add_argument(
-        "--scores",
-        metavar="NAME",
-        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
-        "RUN/evaluation/test.checkpoint_best.json",
     )
 
 
@@ -64,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.output)
     folder = args.output.with_name(f"{args.output.stem}_figures")
     _check_figures(folder)
-    arms = group_runs(read_run(each, args.scores) for each in find_runs(args.runs))
+    arms = read_arms(args.runs, args.scores)
     from fairseq_sparsemixer.report import page
 
     with scratch_folder(folder.with_name(f".{folder.name}.partial")) as partial:
