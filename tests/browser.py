@@ -28,20 +28,29 @@ FIGURES = """
 return [...document.querySelectorAll("figure")].map((figure) => {
   const {left, right, width, height} = figure.getBoundingClientRect();
   const drawings = [...figure.querySelectorAll("svg")].map((svg) => {
-    const box = svg.getBoundingClientRect();
-    const parts = [...svg.querySelectorAll("path, use, image")].filter((part) => {
-      const own = part.getBoundingClientRect();
-      return own.width + own.height > 0
-        && own.right > box.left - 1 && own.left < box.right + 1
-        && own.bottom > box.top - 1 && own.top < box.bottom + 1;
-    });
-    return {width: box.width, height: box.height, parts: parts.length};
+    const {width, height} = svg.getBoundingClientRect();
+    const name = svg.getAttribute("aria-labelledby").replace(/-title$/, "");
+    const data = {};
+    for (const group of svg.querySelectorAll(`[id^="${name}-data-"]`)) {
+      const arm = group.id.slice(name.length).split("-")[2];
+      const panel = group.closest(`[id^="${name}-axes_"]`)
+        .querySelector("path").getBoundingClientRect();
+      const shapes = group.matches("image") ? [group] : [...group.querySelectorAll("path, use")];
+      data[arm] = (data[arm] || 0) + shapes.filter((shape) => {
+        const own = shape.getBoundingClientRect();
+        return !shape.closest("defs") && own.width + own.height > 0
+          && own.right > panel.left - 1 && own.left < panel.right + 1
+          && own.bottom > panel.top - 1 && own.top < panel.bottom + 1;
+      }).length;
+    }
+    return {name, width, height, scale: width / svg.viewBox.baseVal.width, data};
   });
   const rows = figure.querySelectorAll("tbody tr").length;
   return {left, right, width, height, rows, drawings};
 })
 """
-"""Place and size of each figure, its rows, and its drawings with the parts that can be seen."""
+"""Place and size of each figure, its rows, and its drawings, each with the number of shapes of each
+arm's data that can be seen within their axes."""
 CONTRASTS = """
 const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
 function luminance(colours) {
@@ -106,6 +115,15 @@ def show(driver, path, width, height=900):
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
     )
     driver.get(Path(path).resolve().as_uri())
+
+
+def on_paper(driver, width):
+    """Lay the page that is open out for paper ``width`` pixels wide."""
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
+    )
 
 
 def open_all(driver, opened):

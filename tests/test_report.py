@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import statistics
+import warnings
 from types import SimpleNamespace
 
 import browser
@@ -20,11 +21,20 @@ from test_table import Log, config, evaluation, straight_log
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.evaluation import scoring
-from fairseq_sparsemixer.evaluation.runs import find_runs, group_runs, read_run
+from fairseq_sparsemixer.evaluation.runs import ROUTING, find_runs, group_runs, read_run
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_json, write_lines
 from fairseq_sparsemixer.models.layers import switch_layers
-from fairseq_sparsemixer.report import canvas, command, gather, page, routing, scores
+from fairseq_sparsemixer.report import (
+    canvas,
+    command,
+    figures,
+    gather,
+    page,
+    routing,
+    scores,
+    speed_up,
+)
 from fairseq_sparsemixer.report.specialisation import (
     MIN_COUNT,
     entropy,
@@ -54,7 +64,7 @@ def point(updates, nll, seconds, experts=4, drift=0.25, bleu=None):
     return {
         "updates": updates,
         "seconds": seconds,
-        "cpu_seconds": seconds + CPU * updates,
+        "cpu_seconds": None if seconds is None else seconds + CPU * updates,
         "words": 100 * updates,
         "words_per_second": 100.0,
         "loss": None if nll is None else nll + 1,
@@ -158,13 +168,33 @@ def test_information_against_scikit_learn():
     words = rng.integers(0, 40, 3000)
     experts = np.where(rng.random(3000) < 0.6, words % 5, rng.integers(0, 5, 3000))
     assert mutual_information(experts, words) == pytest.approx(mutual_info_score(experts, words))
-    found = information(experts, words, of="experts")
+    rng = np.random.default_rng(2)
+    shuffled = [rng.permutation(words) for _ in range(20)]
+    found = information(experts, words, "experts", shuffled)
     assert found.share == pytest.approx(mutual_info_score(experts, words) / entropy(experts))
     # By chance (rows - 1) (columns - 1) / 2T nats, to first order.
     assert found.shuffled == pytest.approx(4 * 39 / 6000 / entropy(experts), rel=0.2)
-    assert information(words % 5, words, of="experts").share == pytest.approx(1)
-    assert information(experts, words, of="others").share < found.share
-    assert information(np.zeros(9, int), words[:9], of="experts") is None
+    by_hand = sorted(mutual_info_score(experts, each) / entropy(experts) for each in shuffled)
+    assert found.chance == pytest.approx(np.quantile(by_hand, 0.95))
+    assert by_hand[0] < found.shuffled < found.chance < by_hand[-1]
+    assert information(words % 5, words, "experts", shuffled).share == pytest.approx(1)
+    assert information(experts, words, "others", shuffled).share < found.share
+    assert information(np.zeros(9, int), words[:9], "experts", []) is None
+
+
+def test_domains_that_experts_know_nothing_of_are_within_chance():
+    """Sentences of one word each differ in their words, and so in experts, but not by domain."""
+    rng = np.random.default_rng(3)
+    translator = SimpleNamespace(model=SimpleNamespace(encoder=SimpleNamespace(dictionary="ab")))
+    pairs = [routing._Pair(n, torch.zeros(30, dtype=int), torch.tensor([0])) for n in range(200)]
+    choices = [
+        {"encoder.0": np.full((30, 1), expert, np.int16)} for expert in rng.integers(0, 4, 200)
+    ]
+    domains = [str(each) for each in rng.integers(0, 4, 200)]
+    found = routing._describe_layer(translator, "encoder.0", 4, pairs, choices, domains)["domains"]
+    # Of 200 sentences, not of 6,000 choices: (4 - 1) (4 - 1) / 2T nats.
+    assert found["shuffled"] == pytest.approx(9 / 400 / math.log(4), rel=0.3)
+    assert found["share"] < found["chance"]
 
 
 def test_typical_words_by_hand():
@@ -209,31 +239,145 @@ def test_speed_up_by_hand(tmp_path, study):
     arms = read_arms(tmp_path)
     histories = gather.read_histories(arms.values())
     assert gather.times_are_of_points(histories)
-    first, second, third = gather.speed_ups(arms["topk-4"], arms["switch-4"], histories)
+    first, second, third = speed_up.speed_ups(arms["topk-4"], arms["switch-4"], histories)
     reached = 20 + 20 * (8.0 - 6.0) / (8.0 - 5.5)
     time, cpu_time = 0.6 * reached, (0.6 + CPU) * reached
     by_cpu_time = 60 * (0.5 + CPU) / cpu_time
     assert first == pytest.approx(
-        (1, 1, 6.0, reached, time, cpu_time, 60 / reached, 50 / reached, by_cpu_time)
+        (1, 1, 6.0, reached, time, cpu_time, 60 / reached, 50 / reached, by_cpu_time, False)
     )
-    assert second == (2, 2, 6.4, *[None] * 6)
+    assert second == (2, 2, 6.4, *[None] * 6, False)
     # Seed 3 against seed 1.
     assert third[:4] == pytest.approx((3, 1, 6.0, 30))
     assert third.by_time is not None and third.cpu_seconds is third.by_cpu_time is None
-    own = gather.speed_ups(arms["switch-4"], arms["switch-4"], histories)
+    own = speed_up.speed_ups(arms["switch-4"], arms["switch-4"], histories)
     assert [each.updates for each in own] == [60, 40]
     assert {each.by_updates for each in own} == {each.by_time for each in own} == {1.0}
-    summary = page.summarise_speed_ups([first, second])
+    summary = speed_up.summarise([first, second])
     assert (summary["never"], summary["by_updates"]) == (1, None)
-    summary = page.summarise_speed_ups([first, third])
+    summary = speed_up.summarise([first, third])
     assert summary["by_updates"] == pytest.approx((60 / reached + 2) / 2)
     # One run without the file: all times are the log's.
     (tmp_path / "topk2" / "points.jsonl").unlink()
     histories = gather.read_histories(arms.values())
     assert not gather.times_are_of_points(histories)
-    (own, _) = gather.speed_ups(arms["switch-4"], arms["switch-4"], histories)
+    (own, _) = speed_up.speed_ups(arms["switch-4"], arms["switch-4"], histories)
     assert own.updates == 60
     assert own.seconds == pytest.approx(36, abs=0.1)
+
+
+def test_speed_ups_that_are_bounds_or_unknown(tmp_path, study):
+    """topk starts below the target, hash and its third seed have no loss."""
+    shutil.copytree(study / "data", tmp_path / "data")
+    for name, losses, settings in (
+        ("s1", (6.0, 5.0, 5.5), {"router": "switch"}),
+        ("t1", (4.9, 4.8, 4.0), {"router": "topk"}),
+        ("h1", (None, None, None), {"router": "hash"}),
+    ):
+        points = [point(u, nll, 0.5 * u) for u, nll in zip((20, 40, 60), losses)]
+        write_run(tmp_path, name, points, **settings)
+    arms = read_arms(tmp_path)
+    histories = gather.read_histories(arms.values())
+    (bound,) = speed_up.speed_ups(arms["topk-4"], arms["switch-4"], histories)
+    assert bound == (1, 1, 5.0, 20, 10, None, 2, 2, None, True)
+    (exact,) = speed_up.speed_ups(arms["switch-4"], arms["switch-4"], histories)
+    assert not exact.or_sooner
+    for one, other in (("hash-4", "switch-4"), ("switch-4", "hash-4")):
+        (unknown,) = speed_up.speed_ups(arms[one], arms[other], histories)
+        assert unknown == (1, 1, *[None] * 7, False)
+    make(tmp_path, "--output", tmp_path / "page.html")
+    text = words_of(tmp_path / "page.html")
+    assert "≤\N{NO-BREAK SPACE}20 ≥\N{NO-BREAK SPACE}2.00" in text
+    assert "unknown: one of the two runs has no loss" in text
+    assert "topk-4, at least 2.00 times as fast in updates" in text
+    make(tmp_path, "--output", tmp_path / "page.html", "--baseline", "hash-4")
+    assert "best validation loss on every seed" not in words_of(tmp_path / "page.html")
+
+
+def test_who_is_the_soonest():
+    table = {
+        "baseline": "a",
+        "rows": [
+            {"model": name, "note": None, "bleu": 1.0, "bleu_deviation": None, "p_value": None}
+            for name in "ab"
+        ],
+    }
+
+    def line(**found):
+        one = speed_up.SpeedUp(1, 1, 5.0, **found)
+        summary = {"b": speed_up.summarise([one])}
+        return page.at_a_glance(2, 2, 2, table, summary, 0.05)[-1]
+
+    assert line(updates=9, by_updates=0.33, by_time=1.2) == (
+        "No other arm reached the baseline's best validation loss in fewer updates; closest: b, "
+        "0.33 times as fast in updates and 1.20 times in time."
+    )
+    assert line(updates=9, by_updates=1.5).startswith("Soonest at")
+    assert "on every seed" in line()
+
+
+def test_arms_are_drawn_over_time_by_the_seeds_that_have_it(tmp_path, study):
+    """Training and BLEU in the time of the points, or all in that of the log."""
+    shutil.copytree(study / "data", tmp_path / "data")
+    for seed, pace in ((1, 0.5), (2, None)):
+        points = [point(u, 7.0, pace and pace * u, bleu=1.0) for u in (20, 40, 60)]
+        write_run(tmp_path, f"s{seed}", points, router="switch", seed=seed)
+    write_run(tmp_path, "t", [point(u, 7.0, None) for u in (20, 40, 60)], router="topk")
+    arms = read_arms(tmp_path)
+    histories = gather.read_histories(arms.values())
+    curves = gather.validation_curves(arms.values(), histories)
+    timed = gather.timed(curves)
+    assert [line.seed for line in timed["switch-4"]] == [1]
+    assert "topk-4" not in timed
+    left_out = "Left out over time, which is not known: switch-4 (seed 2), topk-4."
+    assert gather.without_time(curves) == left_out
+    assert gather.without_time(timed) == ""
+    training = gather.training_curves(arms.values(), histories)["switch-4"][0]
+    assert training.seconds == pytest.approx([10, 20, 30])  # 0.6 s an update in the log
+    make(tmp_path, "--output", tmp_path / "page.html")
+    assert left_out in words_of(tmp_path / "page.html")
+    assert "bleu-minutes.svg" in {p.name for p in (tmp_path / "page_figures").iterdir()}
+    (tmp_path / "t" / "points.jsonl").unlink()
+    histories = gather.read_histories(arms.values())
+    bleu = gather.point_curves(arms.values(), histories, "bleu")["switch-4"]
+    assert [line.seconds for line in bleu] == [pytest.approx([12, 24, 36], abs=0.1)] * 2
+
+
+def test_the_zoom_shows_all_seeds_from_a_fifth_of_the_longest_run_on(tmp_path, monkeypatch):
+    def line(seed, updates, values):
+        return gather.Line(seed, True, updates, [None] * len(updates), values)
+
+    curves = {
+        "a": [line(1, [10, 20, 100], [9.0, 8.0, 2.0]), line(2, [10, 20, 100], [9.0, 8.0, 5.0])],
+        "b": [line(1, [4, 10], [30.0, 20.0])],
+    }
+    seen = []
+    monkeypatch.setattr(figures, "keep", lambda figure, *_: seen.append(figure))
+    painter = figures.Painter(tmp_path, canvas.styles(list(curves), "b"))
+    painter.curves("x", curves, "nll", "updates", zoom=True)
+    (axis,) = seen[0].axes
+    assert axis.get_ylim() == pytest.approx((2 - 0.06 * 6, 8 + 0.06 * 6))
+    single, _, mean, _ = axis.get_lines()
+    assert single.get_linestyle() == mean.get_linestyle() == canvas.styles("ab", "b")["a"].line
+
+
+def test_an_odd_number_of_panels_and_strange_script(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures, "keep", lambda figure, *_: seen.append(figure))
+    painter = figures.Painter(tmp_path, canvas.styles(["新聞"], None))
+    curve = gather.Line(1, True, [1, 2], [None, None], [1.0, 2.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        painter.layers("x", {name: {"新聞": [curve]} for name in ("a", "新聞", "c")}, "y")
+        shown = [axis for axis in seen[0].axes if axis.get_visible()]
+    assert len(shown) == 3
+    labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in shown]
+    assert labelled == [False, True, True]
+    assert [axis.get_xlabel() for axis in shown] == ["", "updates", "updates"]
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        painter.layers("x", {"新聞": {"新聞": [curve]}}, "y")
 
 
 def test_curves_and_their_means(study):
@@ -257,7 +401,7 @@ def test_curves_and_their_means(study):
     assert loads["switch-4"].layers["decoder.0"][-1] == pytest.approx([0.4, 0.2, 0.2, 0.2])
     real = read_points(study / "sparsemixer-4-seed1" / "points.jsonl")
     assert loads["sparsemixer-4"].updates == [p["updates"] for p in real] == [20, 40, 60]
-    training = gather.training_curves(arms.values())
+    training = gather.training_curves(arms.values(), histories)
     assert training["sparsemixer-4"][0].updates == list(range(5, 61, 5))
     assert all(map(math.isfinite, training["sparsemixer-4"][0].values))
 
@@ -329,7 +473,8 @@ def test_a_log_alone_gives_curves_entropy_and_shares(tmp_path, study):
 # Scores
 
 
-def test_scores_by_domain_are_those_of_the_lines(study):
+def test_scores_by_domain_are_those_of_the_lines(study, monkeypatch):
+    monkeypatch.setattr(scores, "LEAST_LINES", 10)
     arms = read_arms(study)
     runs = [run for arm in arms.values() for run in arm.counted]
     text = scores.read_test_text(runs)
@@ -357,6 +502,10 @@ def test_scores_by_domain_are_those_of_the_lines(study):
                 assert score.difference == pytest.approx(score.mean - base_mean)
                 assert score.p_value == pytest.approx(tests[0]["bleu"]["p_value"])
     assert "topk-4" not in results.by_domain
+    monkeypatch.setattr(scores, "LEAST_LINES", 11)
+    results = scores.read_results(list(arms.values()), "switch-4", text, "")
+    tested = [score.p_value is not None for score in results.by_domain["dense"].values()]
+    assert tested == [True, False]
 
 
 def test_settings_that_only_the_dense_arm_lacks_are_common(study):
@@ -382,7 +531,7 @@ def test_default_baseline(study):
 def test_routing_against_sentences_one_at_a_time(study, report, one_thread):
     """Without batches and padding: shares, words and their lifts, domains, samples."""
     folder = study / "sparsemixer-4-seed1"
-    found = json.loads((folder / routing.FILE).read_text())
+    found = json.loads((folder / ROUTING).read_text())
     translator = Translator(str(folder), "checkpoint_last.pt", data=study / "data")
     raw = study / "data" / "raw"
     sources, references = (read_lines(raw / f"test.{language}") for language in ("en", "de"))
@@ -467,7 +616,7 @@ def test_routing_is_kept_and_made_anew_where_the_checkpoint_changed(
 ):
     folder = shutil.copytree(study / "sparsemixer-4-seed1", tmp_path / "run")
     run = read_run(folder)
-    kept = (folder / routing.FILE).read_text()
+    kept = (folder / ROUTING).read_text()
     (folder / "checkpoint_last.pt").unlink()
     problem = "the text is gone"
     assert routing.routing_of_run(run, None, problem) == json.loads(kept)
@@ -481,15 +630,29 @@ def test_routing_is_kept_and_made_anew_where_the_checkpoint_changed(
     shutil.copy(study / "sparsemixer-4-seed1" / "checkpoint_best.pt", folder / "checkpoint_last.pt")
     with pytest.raises(command.UserError, match="is not the checkpoint that"):
         routing.routing_of_run(run, text, "")
-    (folder / routing.FILE).write_text("{")
-    run = read_run(study / "sparsemixer-4-seed1")
-    run.folder = folder
     shutil.copy(study / "sparsemixer-4-seed1" / "checkpoint_last.pt", folder)
+    for damaged in ("{", "[]", '{"of": []}'):
+        (folder / ROUTING).write_text(damaged)
+        run = read_run(folder)
+        assert routing._identity(run, routing._read(folder / ROUTING), None)
     monkeypatch.setattr(routing, "BATCH_TOKENS", 50)
     again = routing.routing_of_run(run, text, "")
     assert again["layers"].keys() == json.loads(kept)["layers"].keys()
     for name, layer in again["layers"].items():
         assert layer["experts"] == json.loads(kept)["layers"][name]["experts"]
+    # Other labels, of the same domains.
+    changed = text._replace(domains=text.domains[1:] + text.domains[:1])
+    assert routing._identity(run, again, changed) != again["of"]
+    assert routing._identity(run, again, None) == again["of"]
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(routing, "write_json", refuse)
+    of_changed = routing.routing_of_run(run, changed, "")
+    assert [sample["domain"] for sample in of_changed["samples"]] != [
+        sample["domain"] for sample in again["samples"]
+    ]
 
 
 # The page
@@ -535,6 +698,11 @@ class Outline(html.parser.HTMLParser):
             self.text.append(data)
 
 
+def words_of(path):
+    """The text of a page, with single spaces (of which those that do not break stay)."""
+    return re.sub("[ \n]+", " ", " ".join(Outline(path.read_text(encoding="utf-8")).text))
+
+
 @pytest.fixture(scope="module")
 def outline(report):
     return Outline(report.read_text(encoding="utf-8"))
@@ -549,6 +717,7 @@ def test_the_page_parses_and_stands_alone(report, outline):
     files = [a for a in outline.addresses if not a.startswith(("#", "data:"))]
     folder = report.with_name("study.v1_figures")
     assert files
+    assert all(command.FIGURES.fullmatch(path.name) for path in folder.iterdir())
     assert {path.relative_to(report.parent).as_posix() for path in folder.iterdir()} == set(files)
     for address in outline.addresses:
         if address.startswith("#"):
@@ -579,8 +748,15 @@ def test_what_the_page_says(report, outline):
     assert "nrefs:1|case:mixed|eff:no|tok:13a" in text
     assert "copy of the nearest training sentence" in text
     assert "common.seed" not in text  # which is no setting
+    assert "p < 0.05 on every seed that both have" in text
+    assert "Domains of fewer than 50 sentences are not tested" in text
+    assert "domains tested" not in text
+    # The dense arm has no load that could be of the test set.
+    assert "On the validation set." in text
+    assert '<summary lang="en">' in report.read_text()
+    assert '<span lang="de">' in report.read_text()
     source = json.loads(
-        (report.parents[1] / "report_study" / "sparsemixer-4-seed1" / routing.FILE).read_text()
+        (report.parents[1] / "report_study" / "sparsemixer-4-seed1" / ROUTING).read_text()
     )["samples"][0]["source"]
     assert source in text
 
@@ -597,6 +773,34 @@ def test_without_data_and_checkpoints_the_report_says_so(study, report, tmp_path
     assert cli.main(["report", str(moved), "--output", str(tmp_path / "p.html"), "--baseline", "x"])
     assert "--baseline: there is no x; choose one of dense, hash-4" in capsys.readouterr().err
     assert not (tmp_path / "page_figures" / "domains.svg").exists()
+
+
+def test_a_test_set_without_domains(study, tmp_path):
+    """Also where a page has samples with and without one, and labels that differ by case."""
+    moved = shutil.copytree(study, tmp_path / "moved")
+    labels = moved / "data" / "raw" / "test.domain"
+    kept = read_lines(labels)
+    labels.unlink()
+    make(moved, "--output", tmp_path / "page.html")
+    text = words_of(tmp_path / "page.html")
+    assert "The test set has one domain" in text
+    assert "<h3>ding</h3>" not in (tmp_path / "page.html").read_text()
+    assert "encoder.0" in text
+    samples = [
+        {"line": n, "domain": domain, "source": str(n), "reference": "", "translation": ""}
+        for n, domain in enumerate(["news", None, "News", "news"])
+    ]
+    groups = page.collect_samples({"a": {"samples": samples}, "b": {"samples": samples[:1]}})
+    assert {domain: [each["source"] for each in own] for domain, own in groups.items()} == {
+        "": ["1"],
+        "News": ["2"],
+        "news": ["0", "3"],
+    }
+    assert list(groups["news"][0]["arms"]) == ["a", "b"]
+    # One domain that is large enough, and no other arm.
+    write_lines(labels, ["a" for _ in kept])
+    make(moved / "dense-seed1", "--output", tmp_path / "alone.html")
+    assert "tested, without correction" not in words_of(tmp_path / "alone.html")
 
 
 def test_a_report_without_any_scored_run(study, tmp_path):
@@ -649,9 +853,14 @@ def test_mistakes_are_told_in_one_sentence(study, capsys, tmp_path, monkeypatch)
     named = error(run, "--output", tmp_path / "x.html", "--baseline", "switch")
     assert "--baseline: there is no switch; choose one of dense" in named
     (tmp_path / "x_figures").mkdir()
-    (tmp_path / "x_figures" / "thesis.tex").touch()
-    assert "holds other files than figures" in error(run, "--output", tmp_path / "x.html")
-    assert (tmp_path / "x_figures" / "thesis.tex").exists()
+    for name in ("thesis.tex", "drawn-by-hand.svg"):
+        own = tmp_path / "x_figures" / name
+        own.touch()
+        message = error(run, "--output", tmp_path / "x.html")
+        assert f"holds other files than a report's figures ({name})" in message
+        own.unlink()
+    (tmp_path / "link_figures").symlink_to(tmp_path / "x_figures")
+    assert "is no folder" in error(run, "--output", tmp_path / "link.html")
     assert not (tmp_path / "x.html").exists()
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     needed = error(run, "--output", tmp_path / "y.html")
@@ -697,7 +906,12 @@ def test_the_page_in_a_browser(driver, report, width):
         for drawing in figure["drawings"]:
             assert drawing["width"] >= 300
             assert drawing["height"] >= 100
-            assert drawing["parts"] > 50
+            # Small text has 7.5 of the units that the figure is drawn in.
+            assert 7.5 * drawing["scale"] >= 9.9
+            assert drawing["data"], drawing
+            assert all(drawing["data"].values()), drawing
+            arms = {"domains": 3, "load-at-end": 2, "validation-updates": 5, "drift": 3}
+            assert len(drawing["data"]) == arms.get(drawing["name"], len(drawing["data"]))
     outside = driver.execute_script(
         """return [...document.querySelectorAll("h1, h2, h3, h4, p, li, summary, .piece, .scroll")]
           .filter((part) => part.getBoundingClientRect().right > innerWidth + 1)
@@ -730,3 +944,47 @@ def test_the_page_on_paper(driver, report, tmp_path):
         *("optimization.max_update", "sparsemixer-4, decoder.0", "nrefs:1|case:mixed|eff:no"),
     ):
         assert part.replace(" ", "") in text
+
+
+def write_wide_study(study, corpus):
+    """Many arms and domains, names that cannot be broken, two sides with experts."""
+    shutil.copytree(corpus, study / "data")
+    raw = study / "data" / "raw"
+    names = [f"domain-number-{n}" for n in range(8)]
+    write_lines(
+        raw / "test.domain", (names[n % 8] for n in range(len(read_lines(raw / "test.en"))))
+    )
+    even = dict.fromkeys(names, 1 / 8)
+    word = {"word": "▁Wort", "count": 9, "lift": 3.0}
+    known = {"share": 0.2, "shuffled": 0.1, "chance": 0.11}
+    layer = {
+        **{"num_experts": 4, "tokens": 99, "unrouted": 0.0, "words": known, "domains": known},
+        "domain_shares": even,
+        "experts": [{"share": 0.25, "words": [word] * 12, "domain_shares": even}] * 4,
+    }
+    for arm in range(12):
+        keys = ("jitter_eps", "attention_dropout", "activation_dropout", "relu_dropout")
+        settings = {f"model.{key}": 0.123456 + arm for key in keys}
+        points = [point(20, 9.0, 9.0), point(60, 6.0, 20.0)]
+        folder = write_run(study, f"run{arm}", points, keep=0.3 + 0.05 * arm, **settings)
+        run = read_run(folder)
+        of = routing._identity(run, {}, scores.read_test_text([run]))
+        found = {"of": of, "sentences": 9, "left_out": 0, "samples": [], "layers": {}}
+        write_json(folder / ROUTING, {**found, "layers": dict.fromkeys(LAYERS, layer)})
+
+
+def test_many_arms_and_domains_fit_on_paper(driver, corpus, tmp_path):
+    write_wide_study(tmp_path, corpus)
+    make(tmp_path, "--output", tmp_path / "page.html")
+    assert "domain-number-7 (2 sentences)" in words_of(tmp_path / "page.html")
+    browser.show(driver, tmp_path / "page.html", 1280)
+    browser.on_paper(driver, 703)  # A4 less its margins, at 96 pixels an inch
+    browser.open_all(driver, True)
+    outside = driver.execute_script(
+        """return [...document.querySelectorAll("table, svg")]
+          .filter((each) => each.getBoundingClientRect().right > document.body.clientWidth + 1)
+          .map((each) => each.textContent.slice(0, 80))"""
+    )
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert outside == []
+    assert driver.execute_script("return document.querySelectorAll('table').length") > 15

@@ -368,8 +368,9 @@ def test_first_reached(seed):
 def test_first_reached_without_a_time_or_after_an_infinite_loss():
     points = [(10, float("nan"), 1.0), (20, 4.0, None), (30, 2.0, 3.0)]
     validations = [Validation(u, 0, nll, seconds, {}) for u, nll, seconds in points]
-    assert comparison.first_reached(validations, 4.5) == (20, None)
-    assert comparison.first_reached(validations, 3.0) == (25, None)
+    assert comparison.first_reached(validations, 4.5) == (20, None, True)
+    assert comparison.first_reached(validations, 4.0) == (20, None, False)
+    assert comparison.first_reached(validations, 3.0) == (25, None, False)
 
 
 def test_means_deviations_and_speed_up(place):
@@ -445,6 +446,35 @@ def sacrebleu_p(baseline, system, reference):
         check=True,
     )
     return json.loads(result.stdout)[1]["BLEU"]["p_value"]
+
+
+def test_seeds_that_contradict_each_other_show_nothing(place):
+    """Each seed differs from its partner for sure, in two directions."""
+    for router, keeps in (("switch", (0.9, 0.5)), ("hash", (0.5, 0.95)), ("topk", (0.95, 0.8))):
+        for seed, keep in enumerate(keeps, 1):
+            place.run(f"{router}{seed}", keep=keep, router=router, seed=seed)
+    report, rows, text = place.table()
+    pairs = report["comparisons"]["hash-4"]
+    assert all(pair["bleu"]["p_value"] < 0.05 for pair in pairs)
+    assert rows["hash-4"]["p_value"] == 1.0
+    assert rows["topk-4"]["p_value"] < 0.05
+    assert "1 unless all differ in the same direction as the means" in text
+    assert comparison.joint_p_value([1.0, 2.0], [0.01, 0.02], 1.5) == 0.02
+    assert comparison.joint_p_value([1.0, 2.0], [0.01, 0.02], -0.5) == 1.0
+
+
+def test_a_run_that_starts_below_the_target(place):
+    place.run("a", router="switch")
+    place.run("b", router="hash", curve={100: 4.0, 300: 3.0})
+    _, rows, text = place.table()
+    assert rows["hash-4"]["updates_to_target"] == 100
+    assert "the first validation of seed 1 is below the target" in text
+
+
+def test_what_the_report_keeps_is_no_evaluation(place):
+    folder = place.run("a")
+    (folder / runs.ROUTING).write_text("{")
+    assert place.table()[1]["switch-4"]["bleu"] > 0
 
 
 def test_p_values_are_those_of_sacrebleu(place):

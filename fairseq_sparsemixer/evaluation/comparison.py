@@ -31,10 +31,18 @@ METRICS = (
 
 
 class Reached(NamedTuple):
-    """When a loss was first reached: updates, and seconds of training if the log tells them."""
+    """When a loss was first reached.
+
+    Attributes:
+        updates: that it took.
+        seconds: of training, if the log tells them.
+        or_sooner: whether it was passed before the first loss that is known: both are the most
+            that it can have taken.
+    """
 
     updates: float
     seconds: Optional[float]
+    or_sooner: bool = False
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -88,7 +96,7 @@ def first_reached(validations: Sequence[Validation], target: float) -> Optional[
     """When the validation nll was first at or below ``target``.
 
     Linear between the first validation at or below it and the one before; the first validation
-    of all has none before it.
+    of all has none before it, and bounds the time only, unless its loss is the target itself.
 
     Returns:
         None if it was never reached.
@@ -97,7 +105,7 @@ def first_reached(validations: Sequence[Validation], target: float) -> Optional[
     for after in validations:
         if after.nll_loss <= target:
             if before is None or not math.isfinite(before.nll_loss):
-                return Reached(after.updates, after.seconds)
+                return Reached(after.updates, after.seconds, after.nll_loss < target)
             share = (before.nll_loss - target) / (before.nll_loss - after.nll_loss)
             seconds = None
             if before.seconds is not None and after.seconds is not None:
@@ -190,6 +198,22 @@ def compare_arms(
             )
         comparisons.append({"seed": run.seed, "baseline_seed": other.seed, **comparison})
     return comparisons
+
+
+def joint_p_value(differences: Sequence[float], p_values: Sequence[float], mean: float) -> float:
+    """One p-value for the pairs of runs of two arms: the largest.
+
+    Args:
+        differences: of each pair.
+        p_values: likewise.
+        mean: the difference of the arms' means.
+
+    Returns:
+        1 unless all pairs differ in the direction of ``mean``: seeds that contradict each other
+        show no difference of the arms.
+    """
+    agree = all(difference * mean > 0 for difference in differences)
+    return max(p_values) if agree else 1.0
 
 
 def _official(run: Run) -> Optional[Dict[str, str]]:

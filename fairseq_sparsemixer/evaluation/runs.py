@@ -17,6 +17,8 @@ from fairseq_sparsemixer.training.logs import TrainingLog, Validation, read_log
 
 CONFIG = Path(".hydra", "config.yaml")
 LOG = "hydra_train.log"
+ROUTING = Path("evaluation", "routing.json")
+"""What ``fairseq-sparsemixer report`` keeps there: no evaluation."""
 
 
 @dataclasses.dataclass
@@ -304,7 +306,7 @@ def find_scores(folder: Path, name: Optional[str]) -> Optional[Path]:
     Raises:
         UserError: there are several.
     """
-    paths = sorted([*folder.glob("*.json"), *folder.glob("evaluation/*.json")])
+    paths = sorted({*folder.glob("*.json"), *folder.glob("evaluation/*.json")} - {folder / ROUTING})
     if name is not None:
         paths = [
             path

@@ -13,7 +13,8 @@ Columns of the table, which is written as STEM.md, STEM.csv and STEM.json:
 
   BLEU, chrF2, valid nll   mean over seeds, +- sample standard deviation; nll in bits per token
   p                        paired bootstrap test of BLEU against the baseline's run of equal seed;
-                           with several seeds the largest (the JSON holds each)
+                           with several seeds the largest, and 1 unless all differ in the same
+                           direction as the means (the JSON holds each)
   updates to target        until the validation nll that the baseline ended with (mean over its
                            seeds) is first reached, linear between two validations; the baseline's
                            own runs: until each one's own final nll is first reached
@@ -40,6 +41,7 @@ from fairseq_sparsemixer.evaluation.comparison import (
     check_comparable,
     compare_arms,
     first_reached,
+    joint_p_value,
     read_references,
     read_texts,
     signature_of,
@@ -203,7 +205,12 @@ def _arm_row(
     if comparisons:
         base = statistics.mean(run.scores["bleu"]["score"] for run in baseline.counted)
         row["bleu_difference"] = row["bleu"] - base
-        row["p_value"] = max(comparison["bleu"]["p_value"] for comparison in comparisons)
+        tests = [comparison["bleu"] for comparison in comparisons]
+        row["p_value"] = joint_p_value(
+            [test["difference"] for test in tests],
+            [test["p_value"] for test in tests],
+            row["bleu_difference"],
+        )
     row["updates_to_target"] = _mean_updates(runs, reached)
     minutes = [
         None if place is None or place.seconds is None else place.seconds / 60
@@ -268,6 +275,13 @@ def _notes(
         never = [str(run.seed) for run in arm.counted if reached[run.folder] is None]
         if never and len(never) < len(arm.counted):
             notes.append(f"{arm.name}: seed {', '.join(never)} never reaches the target")
+        places = [(run.seed, reached[run.folder]) for run in arm.counted]
+        sooner = [str(seed) for seed, place in places if place and place.or_sooner]
+        if sooner and arm is not baseline:
+            notes.append(
+                f"{arm.name}: updates and minutes are the most, the speed-up the least that it can "
+                f"be: the first validation of seed {', '.join(sooner)} is below the target"
+            )
         notes += [
             f"{arm.name}, seed {run.seed} ({run.folder}): {run.note}"
             for run in arm.runs
@@ -362,8 +376,9 @@ def format_report(report: Dict[str, Any]) -> str:
     legend = [
         f"baseline: {report['baseline']}; target: validation nll {report['target_nll']:.3f}, its "
         "last (mean over its seeds)",
-        "±: sample standard deviation over seeds; p: with several seeds the largest; nll: bits "
-        "per token; minutes and words/s depend on the machine",
+        "±: sample standard deviation over seeds; p: with several seeds the largest, 1 unless all "
+        "differ in the same direction as the means; nll: bits per token; minutes and words/s "
+        "depend on the machine",
         *(f"{name}: {signature}" for name, signature in report["signatures"].items()),
         *report["notes"],
         f"paper: {report['paper']}",

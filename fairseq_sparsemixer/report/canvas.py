@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+import warnings
 from html import escape
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -88,7 +89,9 @@ def canvas(
 
     if legend:
         height += LEGEND_ROW * -(-len(legend) // _legend_columns(legend, width)) + 0.1
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        # Names may be in a script that the font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure, axes = pyplot().subplots(
             rows, columns, figsize=(width, height), layout="constrained", squeeze=False,
             sharex=share, sharey=share,
@@ -119,10 +122,18 @@ def _legend_columns(names: Sequence[str], width: float) -> int:
     return max(1, min(len(names), int(width / longest)))
 
 
-def hide(axes: Sequence[Any]) -> None:
-    """Leave out axes that have nothing to show."""
-    for axis in axes:
+def lowest(axes: Sequence[Any], shown: int, columns: int) -> Sequence[Any]:
+    """Leave out the axes from number ``shown`` on.
+
+    Returns:
+        The lowest that is left in each column, with the scale that those below would have had.
+    """
+    for axis in axes[shown:]:
         axis.set_visible(False)
+    found = axes[max(0, shown - columns) : shown]
+    for axis in found:
+        axis.tick_params(labelbottom=True)
+    return found
 
 
 def some(count: int, most: int) -> List[int]:

@@ -5,9 +5,10 @@
 
 RUN is the folder of a run, or a folder that holds such folders; runs whose settings differ by the
 seed alone form one arm, as in `fairseq-sparsemixer table`. The page is one file that needs no
-network; beside it lies a folder REPORT_figures with every figure as SVG and PNG, which is replaced
-as a whole. Where a model and its test set are there, the model is run over the test set once to see
-which experts take which words; what comes out is kept in RUN/evaluation/routing.json.
+network; beside it lies a folder REPORT_figures with every figure as SVG and PNG, which the next
+report replaces as a whole, if it holds nothing else. Where a model and its test set are there, the
+model is run over the test set once to see which experts take which words; what comes out is kept in
+RUN/evaluation/routing.json, where that can be written.
 
 --baseline is what all arms are compared with. Default: the first arm of the router switch, else the
 dense one, else the first, of those with a run that is finished and scored.
@@ -15,6 +16,7 @@ dense one, else the first, of those with a run that is finished and scored.
 
 import argparse
 import datetime
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -25,6 +27,11 @@ from fairseq_sparsemixer.evaluation.options import quiet_libraries
 from fairseq_sparsemixer.evaluation.runs import Arm, add_run_arguments, read_arms
 from fairseq_sparsemixer.files import check_writable, scratch_folder, write_lines
 
+FIGURES = re.compile(
+    r"((validation|training|bleu)-(updates|minutes)|domains|load-at-end|load-over-time-\d+"
+    r"|entropy|drift|min-share|max-share|specialisation-(words|domains))\.(svg|png)"
+)
+"""Names of all files that :func:`_draw` may write."""
 HELP = "one HTML page: curves, scores, what each expert takes, translations"
 
 
@@ -77,13 +84,17 @@ def _check_packages() -> None:
 
 
 def _check_figures(folder: Path) -> None:
-    """Refuse to replace a folder that holds anything but figures."""
-    if not folder.exists():
-        return
-    if not folder.is_dir() or any(path.suffix not in (".svg", ".png") for path in folder.iterdir()):
+    """Refuse to replace anything but a folder of a report's figures."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(
-            f"{folder} would be replaced and holds other files than figures; move it away, or "
-            "choose another --output"
+            f"{folder} would be replaced and is no folder; move it away, or choose another --output"
+        )
+    others = [] if not folder.exists() else sorted(path.name for path in folder.iterdir())
+    others = [name for name in others if not FIGURES.fullmatch(name)]
+    if others:
+        raise UserError(
+            f"{folder} would be replaced and holds other files than a report's figures "
+            f"({others[0]}); move it away, or choose another --output"
         )
 
 
@@ -98,7 +109,7 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
     Raises:
         UserError: no such baseline, or runs that cannot be compared.
     """
-    from fairseq_sparsemixer.report import canvas, figures, gather, page, scores
+    from fairseq_sparsemixer.report import canvas, figures, gather, page, scores, speed_up
 
     runs = [run for arm in arms for run in arm.runs]
     counted = [run for arm in arms for run in arm.counted]
@@ -115,7 +126,7 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
     speed_ups = {}
     if baseline:
         speed_ups = {
-            arm.name: page.summarise_speed_ups(gather.speed_ups(arm, by_name[baseline], histories))
+            arm.name: speed_up.summarise(speed_up.speed_ups(arm, by_name[baseline], histories))
             for arm in arms
             if arm.counted
         }
@@ -123,6 +134,11 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
     routing, problems = _routing(arms, text, problem)
     layers = [layer for each in routing.values() for layer in each["layers"].values()]
     painter = figures.Painter(folder, canvas.styles(list(by_name), baseline))
+    curves = {
+        "validation": gather.validation_curves(arms, histories),
+        "training": gather.training_curves(arms, histories),
+        "bleu": gather.point_curves(arms, histories, "bleu"),
+    }
     loads = gather.find_loads(arms, histories)
     return {
         "arms": arms,
@@ -136,17 +152,23 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
             scores.SIGNIFICANT,
         ),
         "significant": scores.SIGNIFICANT,
+        "least_lines": scores.LEAST_LINES,
+        "languages": scores.languages(counted),
         "results": results,
         "notes": scores.notes(results.table, arms) if results else [],
         "copy": scores.nearest_copy(counted),
         "speed_ups": speed_ups,
         "times_of_points": gather.times_are_of_points(histories),
+        "without_time": {name: gather.without_time(found) for name, found in curves.items()},
         "routing": routing,
         "routing_problems": problems,
         "samples": page.collect_samples(routing),
         "most_experts": max((layer["num_experts"] for layer in layers), default=0),
         "unrouted": any(layer["unrouted"] for layer in layers),
         "loads": loads,
+        "loads_of_test_set": [
+            arm for arm, each in routing.items() if each["layers"] and arm not in loads
+        ],
         "common": common,
         "differing": differing,
         "origins": scores.origins(runs),
@@ -154,7 +176,7 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
         "left_out": [(arm, run) for arm in arms for run in arm.runs if run.note],
         "version": __version__,
         "date": datetime.date.today().isoformat(),
-        "figures": _draw(painter, arms, histories, results, loads, routing),
+        "figures": _draw(painter, arms, curves, histories, results, loads, routing),
     }
 
 
@@ -178,20 +200,26 @@ def _routing(arms: List[Arm], text: Any, problem: str) -> Any:
 
 
 def _draw(
-    painter: Any, arms: List[Arm], histories: Any, results: Any, loads: Any, routing: Any
+    painter: Any,
+    arms: List[Arm],
+    curves: Dict[str, Any],
+    histories: Any,
+    results: Any,
+    loads: Any,
+    routing: Any,
 ) -> Dict[str, List[Any]]:
     """The figures of each part of the page; an empty list where there is nothing to draw."""
     from fairseq_sparsemixer.report import figures, gather
 
-    curves = {
-        "validation": (gather.validation_curves(arms, histories), "validation nll, bits a token"),
-        "training": (gather.training_curves(arms), "training nll, bits a token"),
-        "bleu": (gather.point_curves(arms, histories, "bleu"), "BLEU on validation sentences"),
+    labels = {
+        "validation": "validation nll, bits a token",
+        "training": "training nll, bits a token",
+        "bleu": "BLEU on validation sentences",
     }
     drawn: Dict[str, List[Any]] = {}
-    for name, (found, label) in curves.items():
+    for name, label in labels.items():
         both = [
-            painter.curves(f"{name}-{over}", found, label, over, zoom=name != "bleu")
+            painter.curves(f"{name}-{over}", curves[name], label, over, zoom=name != "bleu")
             for over in ("updates", "minutes")
         ]
         drawn[name] = [figure for figure in both if figure is not None]

@@ -1,5 +1,6 @@
 """The report's figures. Each is written to a folder as SVG and PNG, and returned for the page."""
 
+import itertools
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -13,11 +14,11 @@ from fairseq_sparsemixer.report.canvas import (
     Style,
     add_legend,
     canvas,
-    hide,
     keep,
+    lowest,
     some,
 )
-from fairseq_sparsemixer.report.gather import Curves, Line, Loads, mean_line
+from fairseq_sparsemixer.report.gather import Curves, Line, Loads, mean_line, timed
 from fairseq_sparsemixer.report.scores import SIGNIFICANT, DomainScore
 
 HEAT = "cividis"
@@ -29,7 +30,7 @@ MARKERS_OF_A_LINE = 8
 
 
 class Painter:
-    """Draws figures into a folder.
+    """Draws figures into a folder. What shows data has an id that starts with data-ARM, by number.
 
     Args:
         folder: where NAME.svg and NAME.png go.
@@ -39,6 +40,10 @@ class Painter:
     def __init__(self, folder: Path, arm_styles: Dict[str, Style]) -> None:
         self.folder = folder
         self.styles = arm_styles
+        self._numbers = itertools.count()
+
+    def _id(self, arm: str) -> str:
+        return f"data-{list(self.styles).index(arm)}-{next(self._numbers)}"
 
     def curves(
         self, name: str, curves: Curves, label: str, over: str, zoom: bool
@@ -50,21 +55,21 @@ class Painter:
             curves: of each arm.
             label: of the values.
             over: "updates" or "minutes".
-            zoom: leave out what is above the values at a fifth of the training.
+            zoom: leave out what is above the values from a fifth of the longest training on.
         """
-        means = {arm: _over(mean_line(lines), over) for arm, lines in curves.items()}
-        means = {arm: points for arm, points in means.items() if points[0]}
-        if not means:
+        if over == "minutes":
+            curves = timed(curves)
+        if not curves:
             return None
-        with canvas(HALF, 2.9, list(means)) as (figure, (axis,)):
-            for arm in means:
-                self._lines(axis, arm, means[arm], [_over(line, over) for line in curves[arm]])
+        with canvas(HALF, 2.9, list(curves)) as (figure, (axis,)):
+            for arm, lines in curves.items():
+                self._lines(axis, arm, lines, over)
             if zoom:
-                _zoom(axis, list(means.values()))
+                _zoom(axis)
             axis.set(xlabel="minutes of training" if over == "minutes" else over, ylabel=label)
             axis.set_xlim(left=0)
-            add_legend(figure, self._styles_of(means))
-            alt = f"{label} against {over}; a line for each of {', '.join(means)}"
+            add_legend(figure, self._styles_of(curves))
+            alt = f"{label} against {over}; a line for each of {', '.join(curves)}"
             return keep(figure, self.folder, name, alt)
 
     def layers(self, name: str, by_layer: Dict[str, Curves], label: str) -> Figure:
@@ -74,11 +79,9 @@ class Painter:
         with canvas(FULL, 2.3 * rows, list(shown), rows, 2, share=True) as (figure, axes):
             for axis, (layer, curves) in zip(axes, by_layer.items()):
                 for arm, lines in curves.items():
-                    single = [_over(line, "updates") for line in lines]
-                    self._lines(axis, arm, _over(mean_line(lines), "updates"), single)
+                    self._lines(axis, arm, lines, "updates")
                 axis.set_title(layer, loc="left")
-            hide(axes[len(by_layer) :])
-            for axis in axes[-2:]:
+            for axis in lowest(axes, len(by_layer), 2):
                 axis.set_xlabel("updates")  # figure.supxlabel would stand in the legend
             figure.supylabel(label, fontsize="medium")
             add_legend(figure, shown)
@@ -96,7 +99,7 @@ class Painter:
             for axis, (arm, table) in zip(axes, tables.items()):
                 image = axis.imshow(
                     table * table.shape[1], cmap=HEAT, vmin=0, vmax=max(LEAST_TOP, most),
-                    aspect="auto",
+                    aspect="auto", gid=self._id(arm),
                 )  # fmt: skip
                 if table.shape[1] <= MOST_NUMBERED:
                     _number(axis, 100 * table, image)
@@ -105,7 +108,7 @@ class Painter:
                 axis.tick_params(length=0)
                 axis.spines[:].set_visible(False)
                 axis.set_title(arm, loc="left")
-            hide(axes[len(loads) :])
+            lowest(axes, len(loads), columns)
             figure.supxlabel("expert", fontsize="medium")
             _colour_bar(figure, axes, image, shrink=min(1, 2.2 / height))
             alt = (
@@ -121,14 +124,14 @@ class Painter:
         with canvas(FULL, 1.55 * rows + 0.3, (), rows, columns, share=True) as (figure, axes):
             for axis, (layer, shares) in zip(axes, loads.layers.items()):
                 table = np.array(shares).T
-                image = axis.pcolormesh(
+                # An image: lines show between cells that are drawn one by one.
+                image = axis.pcolorfast(
                     _edges(loads.updates), np.arange(len(table) + 1) - 0.5, table * len(table),
-                    cmap=HEAT, vmin=0, vmax=top,
-                    rasterized=True,  # lines show between cells of a vector
+                    cmap=HEAT, vmin=0, vmax=top, gid=self._id(arm),
                 )  # fmt: skip
                 axis.set_title(layer, loc="left")
                 axis.set_yticks(some(len(table), 8))
-            hide(axes[len(loads.layers) :])
+            lowest(axes, len(loads.layers), columns)
             figure.supxlabel("updates", fontsize="medium")
             figure.supylabel("expert", fontsize="medium")
             _colour_bar(figure, axes, image)
@@ -145,12 +148,12 @@ class Painter:
         with canvas(FULL, height, (), rows, 2, share=True) as (figure, axes):
             for axis, (domain, size) in zip(axes, sizes.items()):
                 for place, arm in enumerate(arms):
-                    _bar(axis, place, by_domain[arm][domain])
+                    _bar(axis, place, by_domain[arm][domain], self._id(arm))
                 axis.set_yticks(range(len(arms)), arms)
                 axis.set_title(f"{domain} ({size} sentences)", loc="left")
             axes[0].invert_yaxis()  # of all
             axes[0].set_xlim(right=axes[0].get_xlim()[1] * 1.08)  # room for the numbers
-            hide(axes[len(sizes) :])
+            lowest(axes, len(sizes), 2)
             figure.supxlabel("BLEU", fontsize="medium")
             alt = f"BLEU of {', '.join(arms)} on each of the domains {', '.join(sizes)}"
             return keep(figure, self.folder, name, alt)
@@ -158,7 +161,7 @@ class Painter:
     def specialisation(
         self, name: str, found: Dict[str, Dict[str, Any]], key: str, label: str
     ) -> Figure:
-        """``key`` ("words", "domains") of each arm's layers; dashes: shuffled experts."""
+        """``key`` ("words", "domains") of each arm's layers; dashes: the most by chance."""
         layers = list(dict.fromkeys(layer for values in found.values() for layer in values))
         with canvas(HALF, 2.8, list(found)) as (figure, (axis,)):
             for i, (arm, by_layer) in enumerate(found.items()):
@@ -170,9 +173,9 @@ class Painter:
                         place = layers.index(layer) + shift
                         axis.plot(
                             place, values[key]["share"], ls="", ms=5, marker=style.marker,
-                            color=style.colour,
+                            color=style.colour, gid=self._id(arm),
                         )  # fmt: skip
-                        axis.plot(place, values[key]["shuffled"], marker="_", color="#333333", ms=6)
+                        axis.plot(place, values[key]["chance"], marker="_", color="#333333", ms=6)
             for edge in range(1, len(layers)):
                 axis.axvline(edge - 0.5, color="#dddddd", lw=0.7)
             axis.set_xticks(range(len(layers)), layers, rotation=30 if len(layers) > 6 else 0)
@@ -187,18 +190,18 @@ class Painter:
     def _styles_of(self, arms: Any) -> Dict[str, Style]:
         return {arm: style for arm, style in self.styles.items() if arm in arms}
 
-    def _lines(
-        self, axis: Any, arm: str, mean: Tuple[Any, Any], single: Sequence[Tuple[Any, Any]]
-    ) -> None:
+    def _lines(self, axis: Any, arm: str, lines: Sequence[Line], over: str) -> None:
+        """The lines of an arm ``over`` "updates" or "minutes", and their mean."""
         style = self.styles[arm]
-        for points in single if len(single) > 1 else []:
-            axis.plot(*points, color=style.colour, lw=0.6, alpha=0.35)
-        every = max(1, len(mean[0]) // MARKERS_OF_A_LINE)
+        for line in lines if len(lines) > 1 else []:
+            axis.plot(*_over(line, over), color=style.colour, ls=style.line, lw=0.6, alpha=0.35)
+        places, values = _over(mean_line(lines), over)
+        every = max(1, len(places) // MARKERS_OF_A_LINE)
         # Lines that lie on each other have their markers in different places.
         first = list(self.styles).index(arm) % every
         axis.plot(
-            *mean, color=style.colour, marker=style.marker, ls=style.line, lw=1.3, ms=4,
-            markevery=(first, every),
+            places, values, color=style.colour, marker=style.marker, ls=style.line, lw=1.3, ms=4,
+            markevery=(first, every), gid=self._id(arm),
         )  # fmt: skip
         axis.grid(alpha=0.25)
 
@@ -214,29 +217,30 @@ def top_of_loads(loads: Sequence[Loads]) -> float:
 
 
 def _over(line: Line, over: str) -> Tuple[List[float], List[float]]:
-    """A curve's points over "updates" or "minutes", those of unknown time left out."""
+    """A curve's points over "updates" or "minutes", of which the time has to be known."""
     if over == "updates":
         return line.updates, line.values
-    known = [(s / 60, value) for s, value in zip(line.seconds, line.values) if s is not None]
-    return [s for s, _ in known], [value for _, value in known]
+    return [seconds / 60 for seconds in line.seconds if seconds is not None], line.values
 
 
-def _zoom(axis: Any, means: Sequence[Tuple[List[float], List[float]]]) -> None:
-    """End the axis where the worst of the curves is after a fifth of its own length."""
-    late = [v for places, values in means for p, v in zip(places, values) if p >= places[-1] / 5]
-    top, bottom = max(late), min(v for _, values in means for v in values)
+def _zoom(axis: Any) -> None:
+    """End the axis at the worst that any line has from a fifth of the longest one on."""
+    points = [point for line in axis.get_lines() for point in zip(*line.get_data())]
+    longest = max(place for place, _ in points)
+    top = max(value for place, value in points if place >= longest / 5)
+    bottom = min(value for _, value in points)
     if top > bottom:
         margin = 0.06 * (top - bottom)
         axis.set_ylim(bottom - margin, top + margin)
 
 
-def _bar(axis: Any, place: int, score: DomainScore) -> None:
+def _bar(axis: Any, place: int, score: DomainScore, gid: str) -> None:
     """One arm's bar with its number; the baseline's is hatched, and a line goes on from it."""
     base = score.difference is None
     axis.barh(
         place, score.mean, height=0.72, xerr=score.deviation, error_kw={"lw": 1, "capsize": 2},
         color=COLOURS["grey"] if base else COLOURS["sky"], hatch="///" if base else None,
-        edgecolor="#333333", linewidth=0.5,
+        edgecolor="#333333", linewidth=0.5, gid=gid,
     )  # fmt: skip
     if base:
         axis.axvline(score.mean, color="#333333", lw=0.7, ls=":")

@@ -1,4 +1,4 @@
-"""Training as plain data: curves, speed-up, the experts' load."""
+"""Training as plain data: curves and the experts' load."""
 
 import math
 import statistics
@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
-from fairseq_sparsemixer.evaluation.comparison import first_reached
+import numpy as np
+
 from fairseq_sparsemixer.evaluation.runs import Arm, Run
 from fairseq_sparsemixer.study.points import FILE, read_points
 from fairseq_sparsemixer.training.logs import Validation, by_layer
@@ -50,28 +51,6 @@ class Line(NamedTuple):
 
 Curves = Dict[str, List[Line]]
 """The lines of each arm that has any, by its name."""
-
-
-class SpeedUp(NamedTuple):
-    """How soon a run was as good as a run of the baseline.
-
-    Attributes:
-        seed, baseline_seed: of the two.
-        target: the best validation nll of the baseline's run, bits a token.
-        updates, seconds, cpu_seconds: when it was first reached; None for never, or where the time
-            is unknown. CPU time where both trained without a GPU.
-        by_updates, by_time, by_cpu_time: the baseline's over the run's own; None likewise.
-    """
-
-    seed: int
-    baseline_seed: int
-    target: float
-    updates: Optional[float]
-    seconds: Optional[float]
-    cpu_seconds: Optional[float]
-    by_updates: Optional[float]
-    by_time: Optional[float]
-    by_cpu_time: Optional[float]
 
 
 class Loads(NamedTuple):
@@ -138,22 +117,15 @@ def validations(histories: Dict[Path, History]) -> Dict[Path, List[Validation]]:
     if not times_are_of_points(histories):
         return {folder: history.run.validations for folder, history in histories.items()}
     return {
-        folder: [_validation(point, point["seconds"]) for point in history.points]
+        folder: [as_validation(point, point["seconds"]) for point in history.points]
         for folder, history in histories.items()
     }
 
 
-def _validation(point: Dict[str, Any], seconds: Optional[float]) -> Validation:
+def as_validation(point: Dict[str, Any], seconds: Optional[float]) -> Validation:
+    """A point as a validation of the log; ``seconds`` are those to go by."""
     loss, nll_loss = (_number(point[key]) for key in ("loss", "nll_loss"))
     return Validation(point["updates"], loss, nll_loss, seconds, {})
-
-
-def _cpu_validations(history: History) -> List[Validation]:
-    """The run's losses and its CPU time, where no GPU did the work."""
-    on_cpu = history.run.record.get("gpus") == []
-    return [
-        _validation(point, point.get("cpu_seconds") if on_cpu else None) for point in history.points
-    ]
 
 
 def _number(value: Optional[float]) -> float:
@@ -169,22 +141,48 @@ def validation_curves(arms: Iterable[Arm], histories: Dict[Path, History]) -> Cu
     )
 
 
-def training_curves(arms: Iterable[Arm]) -> Curves:
+def training_curves(arms: Iterable[Arm], histories: Dict[Path, History]) -> Curves:
     """Training nll, bits a token, at most :data:`MOST_POINTS` values a run."""
-    return _curves(
-        arms,
-        lambda run: _thinned(
-            [(p.updates, p.seconds, p.nll_loss) for p in run.log.training] if run.log else []
-        ),
-    )
+    seconds = _clocks(histories)
+    of_points = times_are_of_points(histories)
+
+    def points_of(run: Run) -> List[Any]:
+        lines = run.log.training if run.log else []
+        return _thinned(
+            [
+                (p.updates, seconds(run, p.updates) if of_points else p.seconds, p.nll_loss)
+                for p in lines
+            ]
+        )
+
+    return _curves(arms, points_of)
 
 
 def point_curves(arms: Iterable[Arm], histories: Dict[Path, History], key: str) -> Curves:
     """A figure of the points themselves, such as ``bleu``."""
+    seconds = _clocks(histories)
     return _curves(
         arms,
-        lambda run: [(p["updates"], p["seconds"], p.get(key)) for p in _points(histories, run)],
+        lambda run: [
+            (p["updates"], seconds(run, p["updates"]), p.get(key)) for p in _points(histories, run)
+        ],
     )
+
+
+def _clocks(histories: Dict[Path, History]) -> Callable[[Run, float], Optional[float]]:
+    """When a run had made so many updates, in the time of :func:`validations`, linear between."""
+    known = {}
+    for folder, found in validations(histories).items():
+        timed = [(v.updates, v.seconds) for v in found if v.seconds is not None]
+        if timed:
+            known[folder] = np.array([(0, 0), *timed]).T
+
+    def seconds(run: Run, updates: float) -> Optional[float]:
+        if run.folder not in known or updates > known[run.folder][0, -1]:
+            return None
+        return float(np.interp(updates, *known[run.folder]))
+
+    return seconds
 
 
 def layer_curves(
@@ -247,57 +245,34 @@ def mean_line(lines: Sequence[Line]) -> Line:
     return Line(None, chosen[0].counts, shared, seconds, values)
 
 
+def timed(curves: Curves) -> Curves:
+    """The curves without what has no time, and without lines of which nothing is left."""
+    found: Curves = {}
+    for arm, lines in curves.items():
+        for line in lines:
+            points = zip(line.updates, line.seconds, line.values)
+            kept = [point for point in points if point[1] is not None]
+            if kept:
+                columns = map(list, zip(*kept))
+                found.setdefault(arm, []).append(Line(line.seed, line.counts, *columns))
+    return found
+
+
+def without_time(curves: Curves) -> str:
+    """Which arms and seeds :func:`timed` leaves out, in a sentence; empty if none."""
+    kept = {arm: {line.seed for line in lines} for arm, lines in timed(curves).items()}
+    missing = []
+    for arm, lines in curves.items():
+        seeds = [str(line.seed) for line in lines if line.seed not in kept.get(arm, ())]
+        if seeds:
+            missing.append(arm + (f" (seed {', '.join(seeds)})" if arm in kept else ""))
+    return f"Left out over time, which is not known: {', '.join(missing)}." if missing else ""
+
+
 def mean_or_none(values: Sequence[Optional[float]]) -> Optional[float]:
     """The mean; None where a value is missing, or there is none."""
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known and len(known) == len(values) else None
-
-
-def speed_ups(arm: Arm, baseline: Arm, histories: Dict[Path, History]) -> List[SpeedUp]:
-    """When each counted run reached the best validation nll of the baseline's run of equal seed.
-
-    The baseline's first run stands in where it has not the seed. Linear between two validations.
-    """
-    found = validations(histories)
-    others = {run.seed: run for run in baseline.counted}
-    return [
-        _speed_up(run, others.get(run.seed, baseline.counted[0]), found, histories)
-        for run in arm.counted
-    ]
-
-
-def _speed_up(
-    run: Run, other: Run, found: Dict[Path, List[Validation]], histories: Dict[Path, History]
-) -> SpeedUp:
-    losses = [v.nll_loss for v in found[other.folder] if math.isfinite(v.nll_loss)]
-    target = min(losses)
-    own, base = (first_reached(found[each.folder], target) for each in (run, other))
-    assert base is not None  # its own best
-    if own is None:
-        return SpeedUp(run.seed, other.seed, target, *[None] * 6)
-    cpu_own, cpu_base = (
-        _seconds_to(_cpu_validations(histories[each.folder]), target) for each in (run, other)
-    )
-    return SpeedUp(
-        run.seed,
-        other.seed,
-        target,
-        own.updates,
-        own.seconds,
-        cpu_own,
-        base.updates / own.updates,
-        _ratio(base.seconds, own.seconds),
-        _ratio(cpu_base, cpu_own),
-    )
-
-
-def _seconds_to(found: Sequence[Validation], target: float) -> Optional[float]:
-    reached = first_reached(found, target)
-    return reached and reached.seconds
-
-
-def _ratio(one: Optional[float], other: Optional[float]) -> Optional[float]:
-    return one / other if one is not None and other else None
 
 
 def find_loads(arms: Iterable[Arm], histories: Dict[Path, History]) -> Dict[str, Loads]:

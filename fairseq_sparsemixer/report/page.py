@@ -2,10 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional
 
 from fairseq_sparsemixer.figures import COLOURS
-from fairseq_sparsemixer.report.gather import SpeedUp, mean_or_none
 
 NO_FIGURE = "–"
 PIECE_COLOURS = [colour for name, colour in COLOURS.items() if name != "black"]
@@ -37,9 +36,12 @@ def render(content: Dict[str, Any]) -> str:
         percent=percent,
         with_deviation=with_deviation,
         duration=duration,
+        bound=bound,
         millions=lambda count: NO_FIGURE if count is None else f"{count / 1e6:.1f} M",
     )
-    environment.globals.update(piece_colours=PIECE_COLOURS, piece_lines=PIECE_LINES, tint=tint)
+    environment.globals.update(
+        piece_colours=PIECE_COLOURS, piece_lines=PIECE_LINES, tint=tint, count=count
+    )
     return environment.get_template("page.html.j2").render(content)
 
 
@@ -77,24 +79,15 @@ def duration(seconds: Optional[float]) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def bound(text: str, is_one: bool, sign: str) -> str:
+    """``≥ 1.25`` for a figure that is a bound; a dash stays."""
+    return f"{sign}\N{NO-BREAK SPACE}{text}" if is_one and text != NO_FIGURE else text
+
+
 def tint(share: float, even: float) -> str:
     """A background for a share: none up to the even one, deeper towards three times as much."""
     depth = min(1.0, max(0.0, (share / even - 1) / 2)) if even else 0.0
     return f"rgba(0, 114, 178, {0.45 * depth:.2f})"
-
-
-def summarise_speed_ups(found: Sequence[SpeedUp]) -> Dict[str, Any]:
-    """Means over seeds, None where a seed has none, and how many of them never got there."""
-    return {
-        "never": sum(each.updates is None for each in found),
-        "updates": mean_or_none([each.updates for each in found]),
-        "seconds": mean_or_none([each.seconds for each in found]),
-        "cpu_seconds": mean_or_none([each.cpu_seconds for each in found]),
-        "by_updates": mean_or_none([each.by_updates for each in found]),
-        "by_time": mean_or_none([each.by_time for each in found]),
-        "by_cpu_time": mean_or_none([each.by_cpu_time for each in found]),
-        "seeds": found,
-    }
 
 
 def at_a_glance(
@@ -107,7 +100,7 @@ def at_a_glance(
 ) -> List[str]:
     """The findings in a few sentences."""
     lines = [
-        f"{_count(arms, 'arm')}, {_count(runs, 'run')}, of which {counted} are finished and scored."
+        f"{count(arms, 'arm')}, {count(runs, 'run')}, of which {counted} are finished and scored."
     ]
     if table is None:
         return lines
@@ -126,40 +119,47 @@ def at_a_glance(
             if row["p_value"] < significant
         ]
         lines.append(
-            f"BLEU differs from the baseline's with p < {significant} on every seed: "
-            f"{', '.join(different) or 'in no arm'}."
+            f"BLEU differs from the baseline's with p < {significant} on every seed that both "
+            f"have: {', '.join(different) or 'in no arm'}."
         )
-    faster = {
-        name: each
-        for name, each in speed_ups.items()
-        if name != base["model"] and each["by_updates"]
-    }
-    if faster:
-        name, first = max(faster.items(), key=lambda item: item[1]["by_updates"])
-        text = (
-            f"Soonest at the baseline's best validation loss: {name}, {number(first['by_updates'])}"
-        )
-        text += " times as fast in updates"
+    others = {name: each for name, each in speed_ups.items() if name != base["model"]}
+    known = {name: each for name, each in others.items() if each["known"]}
+    there = {name: each for name, each in known.items() if each["by_updates"]}
+    if there:
+        name, first = max(there.items(), key=lambda item: item[1]["by_updates"])
+        text = "Soonest at the baseline's best validation loss"
+        if first["by_updates"] <= 1 and not first["or_sooner"]:
+            text = (
+                "No other arm reached the baseline's best validation loss in fewer updates; closest"
+            )
+        least = "at least " if first["or_sooner"] else ""
+        text += f": {name}, {least}{number(first['by_updates'])} times as fast in updates"
         if first["by_time"] is not None:
-            text += f" and {number(first['by_time'])} times in time"
+            text += f" and {least}{number(first['by_time'])} times in time"
         lines.append(text + ".")
-    elif speed_ups.keys() - {base["model"]}:
+    elif known:
         lines.append("No other arm reached the baseline's best validation loss on every seed.")
     return lines
 
 
-def _count(number_of: int, what: str) -> str:
+def count(number_of: int, what: str) -> str:
+    """``1 arm``, ``2 arms``."""
     return f"{number_of} {what}{'' if number_of == 1 else 's'}"
 
 
-def collect_samples(routing: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The samples of all arms by sentence: ``domain``, ``source``, ``reference`` and ``arms``."""
-    found: Dict[int, Dict[str, Any]] = {}
+def collect_samples(routing: Dict[str, Dict[str, Any]]) -> Dict[str, List[Dict[str, Any]]]:
+    """The samples of all arms, by sentence within each domain ("" for none).
+
+    Returns:
+        For each domain ``source``, ``reference`` and ``arms`` of each sentence.
+    """
+    found: Dict[str, Dict[int, Dict[str, Any]]] = {}
     for arm, each in routing.items():
         for sample in each["samples"]:
-            shared = {key: sample[key] for key in ("domain", "source", "reference")}
-            entry = found.setdefault(sample["line"], {**shared, "arms": {}})
+            shared = {key: sample[key] for key in ("source", "reference")}
+            own = found.setdefault(sample["domain"] or "", {})
+            entry = own.setdefault(sample["line"], {**shared, "arms": {}})
             entry["arms"][arm] = {
                 key: sample.get(key) for key in ("translation", "encoder", "decoder")
             }
-    return [found[line] for line in sorted(found)]
+    return {domain: [own[line] for line in sorted(own)] for domain, own in sorted(found.items())}

@@ -4,6 +4,8 @@ What comes out is kept in ``RUN/evaluation/routing.json``, so that the next repo
 model nor its data.
 """
 
+import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.comparison import read_texts
-from fairseq_sparsemixer.evaluation.runs import Run
+from fairseq_sparsemixer.evaluation.runs import ROUTING, Run
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import sha256_of, write_json
 from fairseq_sparsemixer.models.layers import switch_layers
@@ -24,14 +26,15 @@ from fairseq_sparsemixer.report.scores import TestText
 from fairseq_sparsemixer.report.specialisation import Information, information, typical_words
 from fairseq_sparsemixer.study.choices import SentenceChoices, choices_of_batch, watch_routing
 
-FORMAT = 1
-FILE = Path("evaluation", "routing.json")
+FORMAT = 2
 MOST_SENTENCES = 2000
 MOST_WORDS = 12
 SAMPLES_OF_A_DOMAIN, SAMPLES_WITHOUT_DOMAINS = 2, 6
 SAMPLE_WORDS = (4, 20)
 """Least and most words of a sample's source."""
 BATCH_TOKENS = 4000
+SHUFFLES_OF_WORDS, SHUFFLES_OF_DOMAINS = 20, 100
+"""The former vary little: there are far more pieces than sentences."""
 
 
 class _Pair(NamedTuple):
@@ -53,21 +56,22 @@ def routing_of_run(run: Run, text: Optional[TestText], problem: str) -> Dict[str
     Returns:
         ``sentences`` and ``left_out`` (numbers of lines), ``samples``, and for each layer
         ``num_experts``, ``tokens``, ``unrouted`` (share of tokens without expert), ``words`` and
-        ``domains`` (``share`` and ``shuffled`` of :class:`.specialisation.Information`, or None),
+        ``domains`` (the attributes of :class:`.specialisation.Information`, or None),
         ``domain_shares`` and ``experts``, a list with ``share``, ``words``, ``domain_shares``
         of each. ``layers`` is empty for a dense model.
 
     Raises:
         UserError: the checkpoint or the test set is not there or was changed.
     """
-    path = run.folder / FILE
+    path = run.folder / ROUTING
     found = _read(path)
     of = _identity(run, found, text)
     if found.get("of") != of:
         if text is None:
             raise UserError(problem)
         found = {"of": of, **_analyse(run, text)}
-        write_json(path, found)
+        with contextlib.suppress(OSError):  # the runs of others can be read alone
+            write_json(path, found)
     return found
 
 
@@ -76,22 +80,24 @@ def _read(path: Path) -> Dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # it is only a copy
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and isinstance(found.get("of"), dict) else {}
 
 
 def _identity(run: Run, found: Dict[str, Any], text: Optional[TestText]) -> Dict[str, Any]:
     """What the file's content depends on; labels of domains as they were, if they are gone."""
     data = run.evaluation["data"]
-    domains = found.get("of", {}).get("domains")
+    domains = found.get("of", {}).get("domains_sha256")
     if text is not None:
-        domains = None if text.domains is None else sorted(set(text.domains))
+        domains = None
+        if text.domains is not None:
+            domains = hashlib.sha256("\n".join(text.domains).encode()).hexdigest()
     return {
         "format": FORMAT,
         "checkpoints": [checkpoint["sha256"] for checkpoint in run.evaluation["checkpoints"]],
         "source_sha256": data["source_sha256"],
         "reference_sha256": data["reference_sha256"],
         "bleu": run.scores["bleu"]["score"],  # of the translations that samples are taken from
-        "domains": domains,
+        "domains_sha256": domains,
     }
 
 
@@ -240,22 +246,28 @@ def _describe_layer(
     side = _side(name)
     chosen_TK = np.concatenate([choice[name] for choice in choices]).astype(np.int64)
     words_T = np.concatenate([getattr(pair, side).numpy() for pair in pairs])
-    lengths = [len(getattr(pair, side)) for pair in pairs]
     labels = sorted(set(domains)) if domains else []
-    domain_T = np.repeat(
-        [labels.index(domains[pair.line]) if domains else 0 for pair in pairs], lengths
-    )
+    domain_S = np.array([labels.index(domains[pair.line]) if domains else 0 for pair in pairs])
+    choices_S = [int((choice[name] >= 0).sum()) for choice in choices]
     made_TK = chosen_TK >= 0
     experts = chosen_TK[made_TK]  # one entry for each choice, in all that follows
-    words, domain = (np.repeat(each, made_TK.sum(1)) for each in (words_T, domain_T))
+    words, domain = np.repeat(words_T, made_TK.sum(1)), np.repeat(domain_S, choices_S)
+    rng = np.random.default_rng(0)
+    shuffled_words = (rng.permutation(words) for _ in range(SHUFFLES_OF_WORDS))
+    # A sentence has one domain: its choices are no independent samples of it.
+    shuffled_domains = (
+        np.repeat(rng.permutation(domain_S), choices_S) for _ in range(SHUFFLES_OF_DOMAINS)
+    )
     counts = np.bincount(experts, minlength=num_experts)
     dictionary = _dictionary(translator, name)
     return {
         "num_experts": num_experts,
         "tokens": len(words_T),
         "unrouted": float((~made_TK.any(1)).mean()),
-        "words": _as_dict(information(experts, words, of="experts")),
-        "domains": _as_dict(information(experts, domain, of="others")) if labels else None,
+        "words": _as_dict(information(experts, words, "experts", shuffled_words)),
+        "domains": _as_dict(information(experts, domain, "others", shuffled_domains))
+        if labels
+        else None,
         "domain_shares": _shares(domain, labels),
         "experts": [
             {

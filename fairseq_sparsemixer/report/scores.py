@@ -9,12 +9,19 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
-from fairseq_sparsemixer.evaluation.comparison import check_comparable, find_text, read_texts
+from fairseq_sparsemixer.evaluation.comparison import (
+    check_comparable,
+    find_text,
+    joint_p_value,
+    read_texts,
+)
 from fairseq_sparsemixer.evaluation.runs import Arm, Run
 from fairseq_sparsemixer.evaluation.table import build_report
 from fairseq_sparsemixer.files import read_lines
 
 SIGNIFICANT = 0.05
+LEAST_LINES = 50
+"""Of a domain that is tested: resamples of a few lines are no sample of a domain."""
 
 
 class TestText(NamedTuple):
@@ -32,13 +39,23 @@ class TestText(NamedTuple):
     domains: Optional[List[str]]
 
 
+def languages(runs: Sequence[Run]) -> Dict[str, Optional[str]]:
+    """``source`` and ``target`` of scored runs, where they tell."""
+    data = [run.evaluation["data"] for run in runs]
+    return {
+        side: next((each[f"{side}_lang"] for each in data if each.get(f"{side}_lang")), None)
+        for side in ("source", "target")
+    }
+
+
 class DomainScore(NamedTuple):
     """BLEU of one arm on one domain.
 
     Attributes:
         by_seed: of each counted run.
         difference: of its mean to the baseline's mean; None for the baseline.
-        p_value: the largest over the pairs of runs; None for the baseline.
+        p_value: :func:`.comparison.joint_p_value` of the pairs of runs; None for the baseline, and
+            for a domain of less than :data:`LEAST_LINES` lines.
     """
 
     by_seed: Dict[int, float]
@@ -179,16 +196,23 @@ def _by_domain(
                 }
                 score = DomainScore(by_seed, None, None)
                 if arm is not base:
-                    p_values = [
-                        scoring.compare(
-                            chosen(arm.name, pair["seed"]),
-                            chosen(baseline, pair["baseline_seed"]),
-                            reference,
-                        )["bleu"]["p_value"]
-                        for pair in comparisons[arm.name]
-                    ]
                     difference = score.mean - scores[baseline][domain].mean
-                    score = DomainScore(by_seed, difference, max(p_values))
+                    p_value = None
+                    if len(own) >= LEAST_LINES:
+                        tests = [
+                            scoring.compare(
+                                chosen(arm.name, pair["seed"]),
+                                chosen(baseline, pair["baseline_seed"]),
+                                reference,
+                            )["bleu"]
+                            for pair in comparisons[arm.name]
+                        ]
+                        p_value = joint_p_value(
+                            [test["difference"] for test in tests],
+                            [test["p_value"] for test in tests],
+                            difference,
+                        )
+                    score = DomainScore(by_seed, difference, p_value)
                 scores.setdefault(arm.name, {})[domain] = score
                 bar.update()
     return {arm.name: scores[arm.name] for arm in arms if arm.name in scores}
@@ -211,17 +235,20 @@ def notes(table: Dict[str, Any], arms: Sequence[Arm]) -> List[str]:
         note
         for note in table["notes"]
         # Its target is another than the report's.
-        if not note.endswith("never reaches the target")
+        if not note.endswith(("never reaches the target", "is below the target"))
         and not any(note.endswith(f": {each}") for each in of_runs)
     ]
 
 
-def compare_settings(arms: Sequence[Arm]) -> Tuple[Dict[str, str], Dict[str, Dict[str, str]]]:
-    """The settings that all arms share, and for each other one its value by arm.
+def compare_settings(
+    arms: Sequence[Arm],
+) -> Tuple[Dict[str, str], Dict[str, Dict[str, List[str]]]]:
+    """The settings that all arms share, and for each other one the arms of each value.
 
     What dense arms have not is shared if all others share it.
     """
-    common, differing = {}, {}
+    common: Dict[str, str] = {}
+    differing: Dict[str, Dict[str, List[str]]] = {}
     with_experts = [arm for arm in arms if "model.router" in arm.runs[0].settings]
     for key in sorted({key for arm in arms for key in arm.runs[0].settings}):
         holders = [arm for arm in arms if key in arm.runs[0].settings]
@@ -229,7 +256,8 @@ def compare_settings(arms: Sequence[Arm]) -> Tuple[Dict[str, str], Dict[str, Dic
         if len({values[arm.name] for arm in holders}) == 1 and holders in (arms, with_experts):
             common[key] = values[holders[0].name]
         else:
-            differing[key] = values
+            for name, value in values.items():
+                differing.setdefault(key, {}).setdefault(value, []).append(name)
     return common, differing
 
 

@@ -3,12 +3,12 @@
 All from pairs: for each choice of an expert the number of the expert, and that of a word or domain.
 """
 
-from typing import List, NamedTuple, Optional
+from typing import Iterable, List, NamedTuple, Optional
 
 import numpy as np
 
-SHUFFLES = 5
 MIN_COUNT = 5
+QUANTILE = 0.95
 
 
 class Information(NamedTuple):
@@ -16,12 +16,14 @@ class Information(NamedTuple):
 
     Attributes:
         share: of the pairs as they are.
-        shuffled: mean of the same with the experts shuffled over the pairs: what a sample of this
-            size shows where experts know nothing.
+        shuffled: mean of the same over shuffled pairs: what a sample of this size shows where
+            experts know nothing.
+        chance: what :data:`QUANTILE` of the shuffled pairs stay below.
     """
 
     share: float
     shuffled: float
+    chance: float
 
 
 class Word(NamedTuple):
@@ -53,18 +55,28 @@ def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
     return max(0.0, entropy(one) + entropy(other) - entropy(joint))
 
 
-def information(experts: np.ndarray, others: np.ndarray, of: str) -> Optional[Information]:
+def information(
+    experts: np.ndarray, others: np.ndarray, of: str, shuffled: Iterable[np.ndarray]
+) -> Optional[Information]:
     """I(expert; other) / H, where ``of`` ("experts", "others") says of what H is the entropy.
+
+    Args:
+        experts, others: the pairs.
+        of: see above.
+        shuffled: ``others`` as they could as well be, had they nothing to do with the experts.
 
     Returns:
         None where H is 0: there is nothing to know.
     """
-    total = entropy(experts if of == "experts" else others)
-    if total == 0:
+
+    def share(others: np.ndarray) -> float:
+        total = entropy(experts if of == "experts" else others)
+        return mutual_information(experts, others) / total if total else 0.0
+
+    if entropy(experts if of == "experts" else others) == 0:
         return None
-    rng = np.random.default_rng(0)
-    chance = [mutual_information(rng.permutation(experts), others) for _ in range(SHUFFLES)]
-    return Information(mutual_information(experts, others) / total, float(np.mean(chance)) / total)
+    values = [share(each) for each in shuffled]
+    return Information(share(others), float(np.mean(values)), float(np.quantile(values, QUANTILE)))
 
 
 def typical_words(experts: np.ndarray, words: np.ndarray, expert: int, most: int) -> List[Word]:
