@@ -247,7 +247,7 @@ def test_names_of_runs():
 def test_released_recipe_is_that_of_the_example():
     """The flags of example/run_moe.sh in github.com/microsoft/SparseMixer."""
     cfg = compose("recipe=released", "data=wmt14_en_de_moses")
-    resources.build_on_meta(cfg.model, launch._task(cfg, 100))
+    resources.build_on_meta(cfg.model, launch.make_task(cfg, 100))
     expected = {
         "dataset": {
             "num_workers": 8,
@@ -304,7 +304,7 @@ def test_recommended_recipe_differs_where_it_says():
 def test_every_router_composes(router):
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose(*build_arm(router, 6).overrides, *tiny)
-    layers = list(moe_layers(resources.build_on_meta(cfg.model, launch._task(cfg, 100))))
+    layers = list(moe_layers(resources.build_on_meta(cfg.model, launch.make_task(cfg, 100))))
     assert {layer.experts.num_experts for layer in layers} == {6}
 
 
@@ -342,8 +342,8 @@ def base_models():
     models = {}
     for name, number in (("dense", 1), ("two", 2), ("eight", 8)):
         cfg = compose(f"experts={name}")
-        meta = resources.build_on_meta(cfg.model, launch._task(cfg, 1000))
-        models[number] = meta, launch._task(cfg, 1000).build_model(cfg.model)
+        meta = resources.build_on_meta(cfg.model, launch.make_task(cfg, 1000))
+        models[number] = meta, launch.make_task(cfg, 1000).build_model(cfg.model)
     return models
 
 
@@ -379,7 +379,7 @@ def test_one_token_uses_the_active_parameters():
     """Those that get a gradient from a sentence of one word, top_k of N experts in each layer."""
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose(*build_arm("gshard", 4).overrides, "model.jitter_eps=0", *tiny)
-    model = launch._task(cfg, 100).build_model(cfg.model)
+    model = launch.make_task(cfg, 100).build_model(cfg.model)
     word = torch.tensor([[7]])
     model.eval()(word, torch.tensor([1]), word)[0].sum().backward()
     for layer in moe_layers(model):
@@ -392,7 +392,7 @@ def test_one_token_uses_the_active_parameters():
 def test_a_yardstick_computes_more_than_it_counts_as_active():
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose(*build_arm("straight-through", 4).overrides, *tiny)
-    counted = resources.count_parameters(launch._task(cfg, 100).build_model(cfg.model))
+    counted = resources.count_parameters(launch.make_task(cfg, 100).build_model(cfg.model))
     assert counted.active < counted.computed == counted.total
 
 
@@ -403,7 +403,7 @@ def test_memory_is_that_of_a_real_optimiser(half):
 
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose("common.fp16=false", f"common.bf16={half}", *tiny)
-    model = launch._task(cfg, 100).build_model(cfg.model)
+    model = launch.make_task(cfg, 100).build_model(cfg.model)
     parameters = list((model.bfloat16() if half else model).parameters())
     build = FP16Optimizer.build_optimizer if half else optim.build_optimizer
     optimizer = build(cfg if half else cfg.optimizer, parameters)
