@@ -817,6 +817,8 @@ def test_flags_and_hydra_train_the_same_model(by_hydra, toy_corpus, tmp_path):
         tmp_path,
         criterion={"criterion": commands.CRITERION["criterion"]},
         optimizer={**adam, "lr-scheduler": "inverse_sqrt"},
+        task="translation_with_routing",
+        points_file=tmp_path / "points.jsonl",
         **settings,
     )
     assert_same(

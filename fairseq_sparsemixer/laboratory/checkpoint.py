@@ -20,6 +20,7 @@ from fairseq_sparsemixer.laboratory.problems import Loss, Problem
 from fairseq_sparsemixer.models.layers import SwitchLayer, switch_layers
 from fairseq_sparsemixer.moe import MoEFeedForward, Router, Routing
 from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
+from fairseq_sparsemixer.study.choices import watch_routing
 
 TOKENS_AT_ONCE = 4000
 """Of source and target together, in one forward pass."""
@@ -89,28 +90,17 @@ class Sentences:
 
     def _record_choices(self) -> None:
         """Note which experts evaluation gives every token, in every layer."""
-        captured: Dict[str, Routing] = {}
-        handles = [
-            layer.moe.register_forward_hook(
-                lambda _, __, output, name=name: captured.__setitem__(name, output[1])
-            )
-            for name, layer in switch_layers(self.model).items()
-        ]
-        try:
-            with torch.no_grad():
-                for run in self.batches(list(range(len(self.pairs)))):
-                    self._run(run)
-                    for name, routing in captured.items():
-                        by_token = _Choice(routing.expert_index, routing.sampling_probs > 0)
-                        # (length x batch, ...) to one (length, ...) for each sentence
-                        columns = [value.unflatten(0, (-1, len(run))) for value in by_token]
-                        self._choices.setdefault(name, []).extend(
-                            _Choice(*(value[:, column] for value in columns))
-                            for column in range(len(run))
-                        )
-        finally:
-            for handle in handles:
-                handle.remove()
+        with watch_routing(self.model) as seen, torch.no_grad():
+            for run in self.batches(list(range(len(self.pairs)))):
+                self._run(run)
+                for name, routing in seen.items():
+                    by_token = _Choice(routing.expert_index, routing.sampling_probs > 0)
+                    # (length x batch, ...) to one (length, ...) for each sentence
+                    columns = [value.unflatten(0, (-1, len(run))) for value in by_token]
+                    self._choices.setdefault(name, []).extend(
+                        _Choice(*(value[:, column] for value in columns))
+                        for column in range(len(run))
+                    )
 
     def read_by(self, side: str, number: int) -> Tensor:
         """(length,) what the encoder, or the decoder under teacher forcing, reads."""

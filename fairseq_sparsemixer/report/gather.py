@@ -75,11 +75,10 @@ def read_histories(arms: Iterable[Arm]) -> Dict[Path, History]:
     """
     histories = {}
     for run in (run for arm in arms for run in arm.runs):
-        # A run that was resumed may have measured some updates twice: the later one holds.
-        by_updates = {point["updates"]: point for point in read_points(run.folder / FILE)}
-        points = list(by_updates.values()) or [_point_of_log(each) for each in run.validations]
+        measured = read_points(run.folder / FILE)
+        points = measured or [_point_of_log(each) for each in run.validations]
         if points:
-            histories[run.folder] = History(run, points, bool(by_updates))
+            histories[run.folder] = History(run, points, bool(measured))
     return histories
 
 

@@ -180,8 +180,8 @@ def choose_lines(count: int, sentences: Sentences, domains: Optional[Sequence[st
     share = max(1, count // max(1, len(by_domain)))
     chosen = []
     for lines in by_domain.values():
-        number = min(share, len(lines))
-        chosen += [lines[i * len(lines) // number] for i in range(number)]
+        taken = min(share, len(lines))
+        chosen += [lines[i * len(lines) // taken] for i in range(taken)]
     return sorted(chosen)
 
 

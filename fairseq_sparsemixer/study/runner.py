@@ -30,6 +30,8 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, report_full_disk, write_json
 from fairseq_sparsemixer.study import points
 from fairseq_sparsemixer.study.plan import Plan, StudyRun, read_plan
+from fairseq_sparsemixer.training import process
+from fairseq_sparsemixer.training.checkpoints import LAST, mend_last
 
 HELP = "train and score arms x seeds as a plan names them, stoppable at any time"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -40,8 +42,6 @@ STATE = "study.json"
 SCORES = Path("evaluation", "test.json")
 LAYOUT_MEGABYTES = 200
 """Of disk for corpus and configs, and for the checkpoints of one small model."""
-STOP_SECONDS = 10
-"""How long a stopped process may take to end."""
 POLL_SECONDS = 0.2
 
 
@@ -66,8 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Lay the study out and do what is left of it."""
-    from fairseq_sparsemixer.training.process import sole_user
-
     started = time.monotonic()
     for flag, value in (("--jobs", args.jobs), ("--minutes", args.minutes)):
         if value is not None and not value > 0:
@@ -77,14 +75,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--output {folder} is not a folder")
     with report_full_disk(folder, LAYOUT_MEGABYTES):
         folder.mkdir(parents=True, exist_ok=True)
-        with sole_user(folder, "--output") as lock:
-            plan = lay_out(plan_file, folder)
+        with process.sole_user(folder, "--output") as lock:
+            plan, parameters = lay_out(plan_file, folder)
             if args.prepare_only:
                 runs = len(plan.runs())
                 print(f"laid out: {folder}; {runs} runs to do with this folder as STUDY")
                 return
             deadline = None if args.minutes is None else started + 60 * args.minutes
-            records = _records(folder, plan)
+            records = _records(plan, parameters)
             _Study(folder, plan, records, args.jobs or plan.jobs, deadline, lock).do()
 
 
@@ -104,11 +102,14 @@ def _find(args: argparse.Namespace) -> Tuple[Path, Path]:
 # The folder
 
 
-def lay_out(plan_file: Path, folder: Path) -> Plan:
+def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, "Parameters"]:
     """Copy corpus, configs and plan into the study's folder, so that it depends on nothing else.
 
     What is there stays: corpus and configs are those that the study began with. A plan may have
     grown by arms, seeds or updates; it is copied last, once nothing speaks against it.
+
+    Returns:
+        The plan, and the parameters of each arm.
 
     Raises:
         UserError: the plan is wrong or does not go with what was trained; there is no such corpus.
@@ -119,10 +120,10 @@ def lay_out(plan_file: Path, folder: Path) -> Plan:
     if plan_file != folder / PLAN:
         _copy_corpus(plan.data, folder / "data", plan_file)
         _copy_configs(CONFIGS / f"{plan.config}.yaml", folder / "configs", plan_file)
-    _count_parameters(folder, plan)
+    parameters = _count_parameters(folder, plan)
     if plan_file != folder / PLAN:
         _copy(plan_file, folder / PLAN)
-    return plan
+    return plan, parameters
 
 
 def _copy_corpus(data: Path, target: Path, plan_file: Path) -> None:
@@ -192,8 +193,12 @@ def _read_state(run: Path) -> Dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _count_parameters(folder: Path, plan: Plan) -> Dict[str, Dict[str, int]]:
-    """``total`` and ``active`` parameters of each arm; building the models checks all settings.
+Parameters = Dict[str, Dict[str, int]]
+"""By arm, ``total`` and ``active``."""
+
+
+def _count_parameters(folder: Path, plan: Plan) -> Parameters:
+    """Count those of each arm; building the models checks all settings.
 
     Raises:
         UserError: hydra or the model refuses an arm's settings.
@@ -209,7 +214,7 @@ def _count_parameters(folder: Path, plan: Plan) -> Dict[str, Dict[str, int]]:
     quiet_libraries()
     logging.getLogger("hydra").setLevel(logging.WARNING)
     binary = folder / "data" / "bin"
-    found = {}
+    found: Parameters = {}
     for name, overrides in plan.arms.items():
         try:
             settings = [*overrides, "checkpoint.save_dir=."]
@@ -224,7 +229,7 @@ def _count_parameters(folder: Path, plan: Plan) -> Dict[str, Dict[str, int]]:
     return found
 
 
-def _records(folder: Path, plan: Plan) -> Dict[str, Dict[str, Any]]:
+def _records(plan: Plan, parameters: Parameters) -> Dict[str, Dict[str, Any]]:
     """What ``run.json`` says of each run that this machine trains."""
     from fairseq_sparsemixer.training import record
 
@@ -233,7 +238,6 @@ def _records(folder: Path, plan: Plan) -> Dict[str, Dict[str, Any]]:
         "git": record.git_state(PACKAGE.parent),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())][:1],
     }
-    parameters = _count_parameters(folder, plan)
     return {
         f"{name}-seed{seed}": {**shared, "parameters": parameters[name]}
         for name in plan.arms
@@ -298,7 +302,7 @@ class _Job:
         """Until the process has ended, which is killed where it takes too long."""
         assert self._process is not None
         try:
-            self._process.wait(STOP_SECONDS)
+            self._process.wait(process.STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -387,9 +391,6 @@ class _Study:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _begin(self, run: StudyRun) -> None:
-        from fairseq_sparsemixer.training import process
-        from fairseq_sparsemixer.training.checkpoints import LAST, mend_last
-
         folder = self.folder / run.name
         folder.mkdir(exist_ok=True)
         try:
@@ -414,9 +415,7 @@ class _Study:
 
     def _environment(self, slot: int) -> Dict[str, str]:
         """That of a process, which shares the machine with those of the other slots."""
-        from fairseq_sparsemixer.training.process import training_environment
-
-        environment = training_environment(os.environ)
+        environment = process.training_environment(os.environ)
         gpus = torch.cuda.device_count()
         if gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -449,7 +448,7 @@ class _Study:
     def _scoring_command(self, run: StudyRun) -> List[str]:
         return [
             *(sys.executable, "-m", "fairseq_sparsemixer.cli", "evaluate", run.name),
-            *("--checkpoint", "checkpoint_last.pt", "--data", "data"),
+            *("--checkpoint", LAST, "--data", "data"),
             *("--beam", str(self.plan.beam), "--output", str(Path(run.name, SCORES))),
         ]
 
@@ -481,7 +480,7 @@ class _Study:
 
     def _finish(self, job: _Job) -> None:
         for path in job.folder.glob("checkpoint*.pt"):
-            if path.name != "checkpoint_last.pt":
+            if path.name != LAST:
                 path.unlink()  # a study of many runs would fill the disk
         state = _read_state(job.folder)
         write_json(job.folder / STATE, {**state, "finished_updates": self.plan.updates})
