@@ -219,6 +219,9 @@ def test_tokens(text, expected):
         ("one two", "eins zwei drei vier fünf", "too_short"),
         ("IP 127.0.0.1:8123", "Adresse 127.0.0.1:8123", "few_letters"),
         ("Temperature !?", "Eine Temperatur !?", "few_words"),
+        ("Files for the parrot", "Dateien fÃ¼r den Papagei", "unreadable"),
+        ("Files for \ufffd", "Dateien für \ufffd", "unreadable"),
+        ("Ã and Ä are letters", "Ã und Ä sind Buchstaben", None),
     ],
 )
 def test_drop_reason(source, target, reason):
@@ -273,6 +276,14 @@ def test_split_pair_is_symmetric():
     assert cleaning.split_pair(*together) == [together]
     lopsided = ("No. " + "Long words " * 9, "Lange Wörter " * 9 + ". Nein.")
     assert len(cleaning.split_pair(*lopsided)) == 1
+
+
+def test_dashes_of_options_and_numbers_are_no_marks_of_a_list():
+    assert cleaning.paragraphs("-c, --config\n -1 or -\n*args*") == [
+        "-c, --config",
+        "-1 or -",
+        "*args*",
+    ]
 
 
 def test_split_pair_takes_paragraphs_and_list_items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 from fairseq_sparsemixer.corpora.steps import say
-from fairseq_sparsemixer.corpora.subprocesses import last_line
+from fairseq_sparsemixer.corpora.subprocesses import last_line, raise_full_disk
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
@@ -141,7 +141,10 @@ def obtain(folder: Path, required: Sequence[str], optional: Sequence[str]) -> Do
         return downloads
     if shutil.which("apt-get") is None:
         raise UserError(f"this machine has no apt to fetch {folder} with: {ELSEWHERE}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--downloads {folder}: {error.strerror}") from error
     with scratch_folder(folder.resolve() / ".apt.partial") as scratch:
         apt = _Apt(scratch)
         say("apt fetches the lists of packages and their descriptions (tens of MB)")
@@ -302,7 +305,7 @@ class _Apt:
     def _run(
         self, program: str, *arguments: str, folder: Optional[Path] = None
     ) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
+        process = subprocess.run(
             [program, *self._options, *arguments],
             cwd=folder,
             env={**os.environ, "LC_ALL": "C"},
@@ -312,6 +315,8 @@ class _Apt:
             errors="replace",
             check=False,
         )
+        raise_full_disk(process.stderr)
+        return process
 
 
 def _both_languages(entries: Sequence[Dict[str, str]]) -> List[Dict[str, str]]:

@@ -53,6 +53,10 @@ def character_map() -> Dict[int, str]:
 
 
 _CHARACTER_MAP = character_map()
+UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+"""Stands in a text for what could not be read."""
+# UTF-8 that was read as Latin-1: "fÃ¼r".
+_NOT_DECODED = re.compile(f"{UNREADABLE}|Ã[\\x80-\\xbf]")
 _SPACES = re.compile(r" +")
 _TOKEN = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 _LETTER = re.compile(r"[^\W\d_]")
@@ -73,6 +77,8 @@ def drop_reason(source: str, target: str, limits: Limits) -> Optional[str]:
     """Why a normalised pair is of no use for training, or None where it is to be kept."""
     if not source or not target:
         return "empty"
+    if _NOT_DECODED.search(source) or _NOT_DECODED.search(target):
+        return "unreadable"
     if source.lower() == target.lower():
         return "identical"
     lengths = [len(tokens(source)), len(tokens(target))]
@@ -127,6 +133,7 @@ _ABBREVIATION = re.compile(
 )
 _BOUNDARY = re.compile(r"[.!?][\"'”“»)\]]*\s+(?=[\"'„“«(\[]?[A-ZÄÖÜ0-9])")
 _PARAGRAPH_BREAK = re.compile(r"\n+")
+_LIST_MARK = re.compile(r"^\s*[-*]\s")  # not the dash of "-1" or "--option"
 
 
 def sentences(text: str) -> List[str]:
@@ -146,7 +153,7 @@ def sentences(text: str) -> List[str]:
 def paragraphs(text: str) -> List[str]:
     """The lines of a message that hold anything, without the marks of a list."""
     lines = (line for line in _PARAGRAPH_BREAK.split(text) if line.strip())
-    return [line.strip(" -*\t") for line in lines]
+    return [_LIST_MARK.sub("", line).strip() for line in lines]
 
 
 def split_pair(source: str, target: str) -> List[Tuple[str, str]]:

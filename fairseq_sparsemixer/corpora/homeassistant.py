@@ -37,6 +37,7 @@ _PLACEHOLDER = re.compile(r"\{[^}]*\}")
 _LINK = re.compile(r"\[([^\]]*)\]\((?:[^()]|\([^)]*\))*\)")
 _TAG = re.compile(r"<[^>]+>")
 _EMPHASIS = re.compile(r"\*\*|__|`")
+_LINE_MARKS = re.compile(r"^[ \t*-]+|[ \t*-]+$", re.M)  # of lists, and more emphasis
 
 
 class Extraction(NamedTuple):
@@ -85,8 +86,8 @@ def placeholders(text: str) -> List[str]:
 
 
 def strip_markup(text: str) -> str:
-    """Remove tags, emphasis and the addresses of Markdown links; keep the words."""
-    return _EMPHASIS.sub("", _TAG.sub(" ", _LINK.sub(r"\1", text)))
+    """Remove tags, emphasis, marks of lists and the addresses of Markdown links; keep the words."""
+    return _LINE_MARKS.sub("", _EMPHASIS.sub("", _TAG.sub(" ", _LINK.sub(r"\1", text))))
 
 
 def _messages(wheel: Path) -> Iterator[Tuple[str, str, str]]:

@@ -333,7 +333,7 @@ def prepare_debian(
     with steps_in(output, debian.MEGABYTES) as steps:
         pairs_path = output / "raw" / "all.tsv"
         limits = dataclasses.asdict(debian.LIMITS)
-        settings = {"version": __version__, "limits": limits}
+        settings = {"version": __version__, "revision": debian.REVISION, "limits": limits}
         extraction = steps.run("extract", settings, [], extract)
         present = apt.read_record(folder)
         if present is not None and present.describe() != extraction["source"]:
@@ -344,6 +344,7 @@ def prepare_debian(
         split = _split_step(steps, pairs_path, languages, debian.SPLIT)
         record = {
             "corpus": "debian",
+            "revision": debian.REVISION,
             "source": extraction["source"],
             "settings": {
                 "vocab_size": vocab_size,
@@ -353,6 +354,7 @@ def prepare_debian(
             "extraction": extraction["counts"],
             "split": split["counts"],
             "domains": split["domains"],
+            "held_out_documents": split["held_out_documents"],
             "leaks": split["leaks"],
             "copy_bleu_by_domain": split["copy_bleu_by_domain"],
         }
@@ -595,6 +597,9 @@ def _split_step(
             domains = {name: [pair.domain for pair in getattr(split, name)] for name in SPLITS}
             outputs += _write_domains(folder, domains)
             result["domains"] = _count(domains)
+            result["held_out_documents"] = {
+                name: splitting.describe_documents(getattr(split, name)) for name in SPLITS[1:]
+            }
             random = splitting.random_split(pairs, split, settings)
             measures = {
                 "random": (splitting.copies(random.train, [random.test]), [random.test]),
@@ -687,7 +692,10 @@ def _read_domains(raw_dir: Path, split: str, source_lang: str) -> List[str]:
             f"{domains} has {len(labels)} lines and {text} has {lines}: line N of one must name "
             "the domain of line N of the other"
         )
-    return labels
+    blank = next((number for number, label in enumerate(labels, 1) if not label.strip()), None)
+    if blank is not None:
+        raise UserError(f"{domains}, line {blank}: the line names no domain")
+    return [label.strip() for label in labels]
 
 
 def _finish(

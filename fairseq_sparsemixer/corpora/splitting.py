@@ -1,4 +1,6 @@
-"""Train, valid and test text that share no document and no near duplicates; and how much they do.
+"""Train, valid and test text without a common document; how much one still gives away of another.
+
+Training text has no near duplicates of valid and test; these two may have some of each other.
 
 Similarity is the cosine of TF-IDF vectors over character 4-grams within words, with numbers made
 equal. Shapes: S training sentences, Q queries.
@@ -309,6 +311,19 @@ def describe_leak(
     near = sum(cosine >= min_cosine for cosine in cosines) / len(cosines)
     bleu = _sacrebleu(targets, references).bleu
     return {"sentences": len(references), "bleu": bleu, "near": round(near, 4)}
+
+
+def describe_documents(part: Sequence[Pair]) -> Dict[str, Dict[str, Any]]:
+    """By domain, how many ``documents`` a part is from, and the ``largest`` with its ``pairs``.
+
+    A domain of few documents says little about other text of its kind.
+    """
+    found: Dict[str, Dict[str, Any]] = {}
+    for domain in sorted({pair.domain for pair in part}):
+        sizes = Counter(pair.document for pair in part if pair.domain == domain)
+        (largest, pairs), *_ = sizes.most_common(1)
+        found[domain] = {"documents": len(sizes), "largest": largest, "pairs": pairs}
+    return found
 
 
 def bleu_by_domain(copied: Copies, part: Sequence[Pair]) -> Dict[str, float]:

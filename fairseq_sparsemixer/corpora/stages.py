@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.corpora import binarise, bpe
 from fairseq_sparsemixer.corpora.binarise import (
+    SPLITS,
     Languages,
     TextPath,
     paths_of,
@@ -29,7 +30,7 @@ def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
     with report_full_disk(output, megabytes):
         try:
             output.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--output {output} is not a folder") from error
         except PermissionError as error:
             raise UserError(f"--output {output}: {error.strerror}") from error
@@ -107,7 +108,13 @@ def _made_with(languages: Languages) -> Dict[str, Any]:
 def write_record(
     steps: Steps, languages: Languages, record: Dict[str, Any], cut: Dict[str, Any]
 ) -> Dict[str, Any]:
-    """Write ``record.json``: ``record`` and what the steps said of the pieces; returns it."""
+    """Write ``record.json``: ``record`` and what the steps said of the pieces; returns it.
+
+    Domains that an earlier corpus left in the folder are no longer those of its lines.
+    """
+    if "domains" not in record:
+        for split in SPLITS:
+            domain_path(steps.folder, split).unlink(missing_ok=True)
     record = {
         **record,
         "languages": list(languages),

@@ -39,9 +39,14 @@ def run_python(
     )
     if process.returncode == 0:
         return
-    if os.strerror(errno.ENOSPC) in process.stderr:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise_full_disk(process.stderr)
     raise ProgramError(process.stderr)
+
+
+def raise_full_disk(errors: str) -> None:
+    """Raise the OSError of a full disk where a program's messages tell of one."""
+    if os.strerror(errno.ENOSPC) in errors:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def last_line(text: str) -> str:

@@ -15,7 +15,21 @@ PATH = "usr/share/trans/de-en"
 
 _ANNOTATION = re.compile(r"\[[^\]]*\]|\{[^}]*\}|<[^>]*>|\([^)]*\)")
 _SPACE_BEFORE_MARK = re.compile(r"\s+([,.!?;:])")
-_ALTERNATIVE_WORDS = re.compile(r"([^\s/]+)/[^\s/]+(?:/[^\s/]+)*")
+_ALTERNATIVE_WORDS = re.compile(r"([^\s/]+)((?:/[^\s/]+)+)")
+_YEARS = re.compile(r"\d+/\d+")  # and such: "2009/10", "24/7"
+_END_MARKS = ".,;:!?"
+# Beside another kind of word they show that the slash separates phrases: "on the ice/in the snow".
+_WORDS = """
+    a an the this that these those my your his her its our their i you he she it we they me him us
+    them to at in on of for with from by into over under up out off as if and or not no all any some
+    en very quite so too more
+    der die das den dem des ein eine einen einem einer eines kein keine keinen keinem keiner mein
+    meine meinen meinem meiner dein deine deinen deinem deiner sein seine seinen seinem seiner ihr
+    ihre ihren ihrem ihrer ich du er sie es wir man mich mir dich dir ihn ihm uns euch ihnen sich zu
+    zum zur im ins am ans auf aus bei beim mit nach von vom vor für über unter um durch gegen ohne
+    wie als dass ob und oder nicht nichts nur noch mehr sehr ganz ist sind war hat haben etwas
+"""
+_FUNCTION_WORDS = frozenset(_WORDS.split())
 _SENTENCE_END = re.compile(r"[.!?][\"'”“’»«]?$")
 _OPENING_QUOTE = ("'", '"', "“", "‘")
 
@@ -76,10 +90,24 @@ def alternatives(cell: str) -> List[str]:
 
 
 def one_of_each(text: str) -> Optional[str]:
-    """Take the first of ``word/word``; None where it is unclear what the slash separates."""
-    chosen = _ALTERNATIVE_WORDS.sub(r"\1", text)
-    if "/" in chosen:
+    """Take the first of ``word/word``; None where the slash seems to separate phrases."""
+    found = [match for match in _ALTERNATIVE_WORDS.finditer(text) if not _YEARS.search(match[0])]
+    if any(_are_phrases(match) for match in found):
         return None
-    # The mark at the end may have gone with the last word.
-    ends_lost = text[-1:] in tuple(".!?") and chosen[-1:] not in tuple(".!?")
-    return chosen + text[-1] if ends_lost else chosen
+    chosen = text
+    for match in reversed(found):
+        # The mark after the last word is that of the sentence.
+        mark = match[2][-1] if match[2][-1] in _END_MARKS else ""
+        chosen = chosen[: match.start()] + match[1] + mark + chosen[match.end() :]
+    return None if "/" in _YEARS.sub("", chosen) else chosen
+
+
+def _are_phrases(match: "re.Match[str]") -> bool:
+    """Whether the words around a slash differ in kind: a function word, in capitals, or neither."""
+    if match[1][-1] in _END_MARKS:
+        return True
+    kinds = {
+        (word.lower() in _FUNCTION_WORDS, word[:1].isupper())
+        for word in (re.sub(r"^\W+|\W+$", "", each) for each in match[0].split("/"))
+    }
+    return len(kinds) > 1

@@ -61,6 +61,7 @@ class _Element:
         id: of a paragraph or heading that is to be collected.
         switch: whether it is a span whose children are alternatives.
         branch: for an alternative the system or application, "" for the default; else None.
+        mac: whether it is a span around whole paragraphs for the Mac, which are left out.
         text: of a paragraph, heading or alternative.
         branches: of a switch.
     """
@@ -69,6 +70,7 @@ class _Element:
     id: Optional[str] = None
     switch: bool = False
     branch: Optional[str] = None
+    mac: bool = False
     text: List[str] = field(default_factory=list)
     branches: Dict[str, str] = field(default_factory=dict)
 
@@ -94,11 +96,13 @@ class _Reader(HTMLParser):
         attributes = dict(attrs)
         name = attributes.get("class") or ""
         if tag in _BLOCKS:
-            self._open.append(_Element(tag, id=attributes.get("id")))
+            left_out = any(element.mac for element in self._open)
+            self._open.append(_Element(tag, id=None if left_out else attributes.get("id")))
         elif tag == "span":
             inside_switch = bool(self._open) and self._open[-1].switch
             branch = name if inside_switch else None
-            self._open.append(_Element(tag, switch=name == "switchinline", branch=branch))
+            mac = name == "MAC" and not inside_switch
+            self._open.append(_Element(tag, switch=name == "switchinline", branch=branch, mac=mac))
         elif tag == "br":
             self._add(" ")
 

@@ -11,7 +11,13 @@ import re
 import zlib
 from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Tuple
 
-from fairseq_sparsemixer.corpora.cleaning import Pair, normalise, similar_length, split_pair
+from fairseq_sparsemixer.corpora.cleaning import (
+    UNREADABLE,
+    Pair,
+    normalise,
+    similar_length,
+    split_pair,
+)
 from fairseq_sparsemixer.errors import UserError
 
 _PATH = re.compile(r"usr/share/man/(de/)?man\d[a-z]*/([^/]+)\.gz")
@@ -125,6 +131,8 @@ _FONTS = {"B", "I", "R", "SM", "SB"}
 _TWO_FONTS = {"BR", "RB", "BI", "IB", "IR", "RI"}
 _VERBATIM = {"nf": "fi", "EX": "EE", "TS": "TE", "Vb": "Ve", "de": ".", "ig": "."}
 _LINKS = {"UR": "UE", "MT": "ME"}
+_WHOLE_LINKS = {"URL", "MTO"}  # address, text, what follows
+_NOT_READ = {"OP", "SY", "q", "Quoted"}  # print their arguments in ways of their own
 _BREAKS = {"PP", "P", "LP", "IP", "HP", "RS", "RE", "sp", "Sp", "br", "TH", "in", "fi", "EE", "TE"}
 _ARGUMENT = re.compile(r'"((?:[^"]|"")*)"?|(\S+)')
 
@@ -137,8 +145,11 @@ _CHARACTERS = {
     "rB": "]", "lC": "{", "rC": "}", "ba": "|", "or": "|", "sl": "/", "at": "@", "sh": "#",
     "Do": "$", "Eu": "€", "de": "°", "<=": "≤", ">=": "≥", "!=": "≠", "+-": "±", "pl": "+",
     "mi": "−", "eq": "=", "**": "*", "hy": "-", "sc": "§", "mc": "µ", "if": "∞", "12": "½",
+    "S1": "¹", "S2": "²", "S3": "³",
 }  # fmt: skip
-_STRINGS = {"Aq": "'", "lq": "“", "rq": "”", "R": "®", "Tm": "™", "C+": "C++", "C'": "", "C`": ""}
+_CHARACTER_NUMBER = re.compile(r"char(\d{2,3})")
+_STRINGS = {"Aq": "'", "lq": "“", "rq": "”", "``": "“", "''": "”", "R": "®", "Tm": "™", "C+": "C++",
+            "C'": "", "C`": ""}  # fmt: skip
 _ESCAPE = re.compile(
     r"""\\(?:
     ["\#].*                                             # comment
@@ -156,7 +167,7 @@ _PLAIN = {"-": "-", "e": "\\", "E": "\\", "\\": "\\", "'": "´", "`": "`", ".": 
 
 
 def plain_text(line: str) -> str:
-    """A line of roff without its escapes."""
+    """A line of roff without its escapes; unknown characters and strings are UNREADABLE."""
 
     def replace(match: "re.Match[str]") -> str:
         groups = match.groupdict()
@@ -164,10 +175,11 @@ def plain_text(line: str) -> str:
             return chr(int(groups["code"], 16))
         string = groups["string"] or groups["string2"] or groups["string1"]
         if string:
-            return _STRINGS.get(string, "")
+            return _STRINGS.get(string, UNREADABLE)
         name = groups["name"] or groups["name2"]
         if name:
-            return _CHARACTERS.get(name, "")
+            number = _CHARACTER_NUMBER.fullmatch(name)
+            return chr(int(number.group(1))) if number else _CHARACTERS.get(name, UNREADABLE)
         return _PLAIN.get(groups["character"] or "", "")
 
     return _ESCAPE.sub(replace, line)
@@ -243,6 +255,11 @@ class _Reader:
             self._address = "".join(arguments(rest)[:1])
         elif name in _LINKS.values():
             self._end_link(rest)
+        elif name in _WHOLE_LINKS:
+            address, title, follows, *_ = [*arguments(rest), "", "", ""]
+            self._add(f"{title or address}{follows}")
+        elif name in _NOT_READ:
+            self._add(UNREADABLE)
 
     def _end_link(self, after: str) -> None:
         if self._address:
