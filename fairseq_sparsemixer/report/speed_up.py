@@ -103,6 +103,9 @@ def _cpu_validations(history: History) -> List[Validation]:
     ]
 
 
+_MEANS = ("updates", "seconds", "cpu_seconds", "by_updates", "by_time", "by_cpu_time")
+
+
 def summarise(found: Sequence[SpeedUp]) -> Dict[str, Any]:
     """Means over seeds, None where a seed has none.
 
@@ -115,11 +118,6 @@ def summarise(found: Sequence[SpeedUp]) -> Dict[str, Any]:
         "known": all(each.target is not None for each in found),
         "never": sum(each.target is not None and each.updates is None for each in found),
         "or_sooner": any(each.or_sooner for each in found),
-        "updates": mean_or_none([each.updates for each in found]),
-        "seconds": mean_or_none([each.seconds for each in found]),
-        "cpu_seconds": mean_or_none([each.cpu_seconds for each in found]),
-        "by_updates": mean_or_none([each.by_updates for each in found]),
-        "by_time": mean_or_none([each.by_time for each in found]),
-        "by_cpu_time": mean_or_none([each.by_cpu_time for each in found]),
+        **{name: mean_or_none([getattr(each, name) for each in found]) for name in _MEANS},
         "seeds": found,
     }

@@ -15,8 +15,8 @@ PATH = "usr/share/trans/de-en"
 
 _ANNOTATION = re.compile(r"\[[^\]]*\]|\{[^}]*\}|<[^>]*>|\([^)]*\)")
 _SPACE_BEFORE_MARK = re.compile(r"\s+([,.!?;:])")
-_ALTERNATIVE_WORDS = re.compile(r"([^\s/]+)((?:/[^\s/]+)+)")
-_YEARS = re.compile(r"\d+/\d+")  # and such: "2009/10", "24/7"
+_NUMBERS = re.compile(r"\d/\d")  # such as "2009/10" and "24/7"
+_ALTERNATIVE_WORDS = re.compile(rf"(?<!\S)(?!\S*{_NUMBERS.pattern})([^\s/]+)(?:/[^\s/]+)+")
 _END_MARKS = ".,;:!?"
 # Beside another kind of word they show that the slash separates phrases: "on the ice/in the snow".
 _WORDS = """
@@ -91,15 +91,15 @@ def alternatives(cell: str) -> List[str]:
 
 def one_of_each(text: str) -> Optional[str]:
     """Take the first of ``word/word``; None where the slash seems to separate phrases."""
-    found = [match for match in _ALTERNATIVE_WORDS.finditer(text) if not _YEARS.search(match[0])]
-    if any(_are_phrases(match) for match in found):
+    if any(map(_are_phrases, _ALTERNATIVE_WORDS.finditer(text))):
         return None
-    chosen = text
-    for match in reversed(found):
-        # The mark after the last word is that of the sentence.
-        mark = match[2][-1] if match[2][-1] in _END_MARKS else ""
-        chosen = chosen[: match.start()] + match[1] + mark + chosen[match.end() :]
-    return None if "/" in _YEARS.sub("", chosen) else chosen
+    chosen = _ALTERNATIVE_WORDS.sub(_first_word, text)
+    return None if "/" in _NUMBERS.sub("", chosen) else chosen
+
+
+def _first_word(match: "re.Match[str]") -> str:
+    # The mark after the last word is that of the sentence.
+    return match[1] + (match[0][-1] if match[0][-1] in _END_MARKS else "")
 
 
 def _are_phrases(match: "re.Match[str]") -> bool:
