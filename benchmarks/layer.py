@@ -18,6 +18,10 @@ on a CPU use that of the step before). A sample is the mean of as many steps in 
 Peak memory is that of a forward and backward pass, the weights and their gradients not counted.
 ``weights (ms)`` is the time that it takes to read, from memory, the weights of all experts that
 some token chose.
+
+A small layer on a GPU takes the time that Python needs to launch its kernels. ``--graph`` measures
+every arm that can be captured in a CUDA graph as its replay too, which is held against the dense
+layer's replay.
 """
 
 import argparse
@@ -38,10 +42,12 @@ from fairseq_sparsemixer.moe.dispatch import BACKENDS
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 DENSE, ONEDNN, LOOP = "dense", "dense, oneDNN", "loop over modules"
+GRAPH = ", graph"
+"""Ends the name of an arm that replays a CUDA graph."""
 SAMPLE_SECONDS = 0.02
 MOST_CALLS = 100
 WARM_UP_STEPS = 3
-SETTINGS = ("router", "backend", "recompute", "inference_dtype")
+SETTINGS = ("router", "backend", "recompute", "inference_dtype", "graph")
 """Of a layer with experts, in its row."""
 
 
@@ -182,6 +188,13 @@ class _Arm:
             else functools.partial(self.module, x)
         )
 
+    def capture(self) -> None:
+        """Make ``step`` the replay of its CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        self.step = graph.replay
+
     def _train(self, x: Tensor, upstream: Tensor) -> None:
         for tensor in (x, *self.weights):
             tensor.grad = None
@@ -244,6 +257,10 @@ def _arms(case: Case, args: argparse.Namespace) -> Dict[str, _Arm]:
             "inference_dtype": inference_dtype,
         }
         arms[name] = _Arm(_build(case, **settings), **settings)
+    if args.graph:
+        for name, arm in list(arms.items()):
+            if name != LOOP:  # which reads back from the device how many tokens an expert has
+                arms[f"{name}{GRAPH}"] = _Arm(arm.module, **arm.about, graph=True)
     return arms
 
 
@@ -273,6 +290,8 @@ def _measure_case(case: Case, args: argparse.Namespace, bandwidth: float) -> Lis
         arm.prepare(case, x, upstream)
         for _ in range(WARM_UP_STEPS):
             arm.step()
+        if arm.about.get("graph"):
+            arm.capture()
         calls = math.ceil(SAMPLE_SECONDS / measuring.wall_seconds(arm.step, device))
         row: Record = {**case._asdict(), "arm": name, **arm.about, "calls": min(calls, MOST_CALLS)}
         expert_tokens = arm.expert_tokens(x)
@@ -281,9 +300,9 @@ def _measure_case(case: Case, args: argparse.Namespace, bandwidth: float) -> Lis
             experts_read = int(expert_tokens.count_nonzero())
             shares = expert_tokens / expert_tokens.sum()
             row["smallest_share"], row["largest_share"] = shares.min().item(), shares.max().item()
-        if case.mode == BACKWARD:
+        if case.mode == BACKWARD and not arm.about.get("graph"):
             row["peak_bytes"] = measuring.peak_bytes(arm.step, arm.weights, device)
-        elif name != LOOP:
+        elif case.mode == FORWARD and name != LOOP:
             row["weight_bytes"] = experts_read * one_expert
             row["weight_seconds"] = row["weight_bytes"] / bandwidth
         rows[name] = row
@@ -342,10 +361,11 @@ def _table_of(case: Case, rows: List[Record]) -> str:
         head += ["weights (ms)", "time / weights"]
     cells = [head]
     for row in rows:
-        bases = [*(arms[name] for name in yardsticks), _switch_beside(row, rows)]
+        ending = GRAPH if row.get("graph") else ""
+        bases = [*(arms.get(f"{name}{ending}") for name in yardsticks), _switch_beside(row, rows)]
         cells.append([row["arm"], measuring.milliseconds(row["seconds"])])
         cells[-1] += [measuring.ratio(row["seconds"], b["seconds"]) if b else "" for b in bases]
-        if case.mode == BACKWARD:
+        if "peak_bytes" in row:
             peak = row["peak_bytes"]
             cells[-1] += [f"{peak / 1e6:.1f}", f"{peak / arms[DENSE]['peak_bytes']:.2f}"]
         elif "weight_seconds" in row:
@@ -410,6 +430,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--laid-out",
         action="store_true",
         help="also with weights laid out for inference (CPU, float32, forward)",
+    )
+    parser.add_argument(
+        "--graph", action="store_true", help="also as the replay of a CUDA graph (GPU)"
     )
     measuring.add_arguments(parser)
     return parser

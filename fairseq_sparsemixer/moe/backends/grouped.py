@@ -18,6 +18,7 @@ from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.backends.loop import loop
 from fairseq_sparsemixer.moe.backends.slots import Slots, operands
 from fairseq_sparsemixer.moe.experts import Experts
+from fairseq_sparsemixer.moe.operators import operator
 from fairseq_sparsemixer.moe.routing import Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -125,13 +126,19 @@ class _AddBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_SX: Tensor) -> Any:  # type: ignore[override]
         (end_N,) = ctx.saved_tensors
-        return grad_SX, _sums(grad_SX, end_N), None, None
+        return grad_SX, sums_by_expert(grad_SX, end_N), None, None
 
 
-def _sums(value_SX: Tensor, end_N: Tensor) -> Tensor:
+def _sums_like(value_SX: Tensor, end_N: Tensor) -> Tensor:
+    return value_SX.new_empty(len(end_N), value_SX.shape[1])
+
+
+# An operator, for Inductor would give the transposed ones other strides than the product takes.
+@operator(_sums_like)
+def sums_by_expert(value_SX: Tensor, end_N: Tensor) -> Tensor:
     """(N, X): the sum of each expert's rows, as a grouped product with rows of ones."""
     unit = 16 // value_SX.element_size()
     width = value_SX.shape[1]
     ones_SU = value_SX.new_ones(len(value_SX), unit)
     padded_SX = F.pad(value_SX, (0, -width % unit)) if width % unit else value_SX.contiguous()
-    return F.grouped_mm(ones_SU.t(), padded_SX, offs=end_N)[:, 0, :width]
+    return F.grouped_mm(ones_SU.t(), padded_SX, offs=end_N)[:, 0, :width].contiguous()

@@ -158,7 +158,7 @@ class _Mixture(torch.autograd.Function):
         kept_SF = None if recompute else inner_SF
         ctx.save_for_backward(kept_SF, out_SD, gate_TK, scale_D, x_TD, w1, b1, w2)
         ctx.mark_non_differentiable(out_SD)
-        return _of_tokens(y_SD, slots.top_k).to(x_TD.dtype), out_SD
+        return _of_tokens(y_SD, slots.top_k, x_TD.dtype), out_SD
 
     @staticmethod
     @once_differentiable
@@ -187,7 +187,7 @@ class _Mixture(torch.autograd.Function):
         return (
             *(None, None, None, None, d_gate_TK),
             None if scale_D is None else d_scale_D,
-            _of_tokens(d_x_SD, slots.top_k).to(x_TD.dtype),
+            _of_tokens(d_x_SD, slots.top_k, x_TD.dtype),
             *(d_w1, d_b1, d_w2, d_b2),
         )
 
@@ -217,9 +217,10 @@ def _dense(value: Optional[Tensor]) -> Optional[Tensor]:
     return None if value is None else value.contiguous()
 
 
-def _of_tokens(value_SD: Tensor, top_k: int) -> Tensor:
+def _of_tokens(value_SD: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
     """(T, D): the sum over each token's slots, in the order that these come in."""
-    return value_SD if top_k == 1 else value_SD.unflatten(0, (-1, top_k)).sum(1)
+    # A conversion that changes nothing takes the gradient away in compiled code of torch 2.11.
+    return value_SD if top_k == 1 else value_SD.unflatten(0, (-1, top_k)).sum(1).to(dtype)
 
 
 def _sorted_product_like(a: Tensor, a_row: Optional[Tensor], w: Tensor, *_: Any) -> Tensor:
