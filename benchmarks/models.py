@@ -15,7 +15,7 @@ from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing im
 )
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
-from fairseq_sparsemixer.training.arms import DENSE
+from fairseq_sparsemixer.runs.arms import DENSE
 
 
 class RandomWords:

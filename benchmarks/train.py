@@ -27,7 +27,7 @@ from benchmarks import measuring, models
 from benchmarks.measuring import Record
 from fairseq_sparsemixer.files import write_lines
 from fairseq_sparsemixer.laboratory.tables import markdown
-from fairseq_sparsemixer.training.arms import DENSE
+from fairseq_sparsemixer.runs.arms import DENSE
 from fairseq_sparsemixer.training.resources import count_parameters
 
 SENTENCE_WORDS = (10, 40)

@@ -18,7 +18,7 @@ COMMANDS = {
     "train": "fairseq_sparsemixer.training.launch",
     "average": "fairseq_sparsemixer.evaluation.average",
     "evaluate": "fairseq_sparsemixer.evaluation.evaluate",
-    "table": "fairseq_sparsemixer.evaluation.table",
+    "table": "fairseq_sparsemixer.comparison.table",
     "report": "fairseq_sparsemixer.report.command",
     "translate": "fairseq_sparsemixer.evaluation.translate",
     "study": "fairseq_sparsemixer.study.runner",

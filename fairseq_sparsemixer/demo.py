@@ -16,8 +16,8 @@ from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, write_json
-from fairseq_sparsemixer.training.arms import DENSE, Arm, build_arm
-from fairseq_sparsemixer.training.logs import by_layer, read_log
+from fairseq_sparsemixer.runs.arms import DENSE, Arm, build_arm
+from fairseq_sparsemixer.runs.logs import by_layer, read_log
 from fairseq_sparsemixer.training.process import copy_model_files, run_with_progress
 
 HELP = "train, translate and score a small model on real text, in minutes on a CPU"

@@ -22,17 +22,10 @@ import pytest
 from phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import (
-    binarise,
-    cleaning,
-    homeassistant,
-    prepare,
-    splitting,
-    steps,
-    subprocesses,
-    wheels,
-)
+from fairseq_sparsemixer.corpora import binarise, cleaning, prepare, splitting, steps, subprocesses
 from fairseq_sparsemixer.corpora.cleaning import Limits, Pair
+from fairseq_sparsemixer.corpora.homeassistant import extraction as homeassistant
+from fairseq_sparsemixer.corpora.homeassistant import wheels
 from fairseq_sparsemixer.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -91,7 +84,8 @@ SECOND_RUN = """
 import dataclasses, sys
 from pathlib import Path
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import homeassistant, prepare, splitting
+from fairseq_sparsemixer.corpora import prepare, splitting
+from fairseq_sparsemixer.corpora.homeassistant import extraction as homeassistant
 wheel, output, vocab_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 homeassistant.WHEEL = dataclasses.replace(homeassistant.WHEEL, sha256=files.sha256_of(wheel))
 homeassistant.SPLIT = splitting.SplitSettings(0.3, "1", 5, 0.70)

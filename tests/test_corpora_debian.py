@@ -17,13 +17,15 @@ import pytest
 from phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import apt, binarise, packages, prepare, splitting
+from fairseq_sparsemixer.corpora import binarise, prepare, splitting
 from fairseq_sparsemixer.corpora.cleaning import Pair, clean
 from fairseq_sparsemixer.corpora.debian import (
+    apt,
     descriptions,
     ding,
     help_pages,
     manual_pages,
+    packages,
     sources,
 )
 from fairseq_sparsemixer.corpora.stages import read_pairs

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_sparsemixer.corpora import moses
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.text import moses
 
 HARD_LINES = json.loads(
     (Path(__file__).parent / "data/moses_hard_lines.json").read_text(encoding="utf-8")

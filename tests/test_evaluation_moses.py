@@ -21,11 +21,11 @@ from small_run import USER_DIR, python
 from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
 
-from fairseq_sparsemixer.corpora import moses
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import average, evaluate, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
+from fairseq_sparsemixer.text import moses
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_wmt14.sh"
 LANGUAGES = ("en", "de")

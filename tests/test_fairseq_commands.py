@@ -13,7 +13,7 @@ import torch
 from commands import EVERY_SENTENCE, PACKAGE, SENTENCES, SIZE, flags, parameters
 
 from fairseq_sparsemixer.files import read_lines
-from fairseq_sparsemixer.study import points
+from fairseq_sparsemixer.runs import points
 
 PLAIN_CRITERION = {"criterion": "label_smoothed_cross_entropy", "label-smoothing": 0.1}
 ROUTING_METRICS = ("balance_loss", "z_loss", "router_entropy", "max_expert_share")

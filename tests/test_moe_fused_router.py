@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fairseq_sparsemixer.moe import MoEFeedForward, build_router, fused_router, load_balance_loss
+from fairseq_sparsemixer.moe import MoEFeedForward, build_router, load_balance_loss
+from fairseq_sparsemixer.moe.kernels import router as fused_router
 
 pytestmark = pytest.mark.skipif(
     fused_router.triton is None or torch.cuda.is_available(),

@@ -10,11 +10,11 @@ from fairseq_sparsemixer.moe import (
     ROUTERS,
     RoutingStatistics,
     build_router,
-    fused_router,
-    fused_statistics,
     load_balance_loss,
     z_loss,
 )
+from fairseq_sparsemixer.moe.kernels import router as fused_router
+from fairseq_sparsemixer.moe.kernels import statistics as fused_statistics
 from fairseq_sparsemixer.moe.routing import Routing
 
 pytestmark = pytest.mark.skipif(

@@ -8,11 +8,11 @@ from fairseq_sparsemixer.moe import (
     ROUTERS,
     MoEFeedForward,
     RoutingStatistics,
-    fused_router,
     load_balance_loss,
     z_loss,
 )
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for
+from fairseq_sparsemixer.moe.kernels import router as fused_router
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,9 +22,9 @@ from fairseq_sparsemixer.moe import (
     load_balance_loss,
     z_loss,
 )
-from fairseq_sparsemixer.moe.backends import triton_experts
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for, dispatch
 from fairseq_sparsemixer.moe.experts import Experts
+from fairseq_sparsemixer.moe.kernels import experts as triton_experts
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -395,8 +395,9 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fairseq_sparsemixer.moe import router_kernels, statistics_kernels
-from fairseq_sparsemixer.moe.backends import triton_kernels as kernels
+from fairseq_sparsemixer.moe.kernels import router_kernels
+from fairseq_sparsemixer.moe.kernels import statistics_kernels
+from fairseq_sparsemixer.moe.kernels import expert_kernels as kernels
 
 TYPES = {"a_row_ptr": "*i64", "slot_ptr": "*i64", "seed_ptr": "*i64", "end_ptr": "*i32",
          "index_ptr": "*i64", "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_scale_ptr": "*fp32",

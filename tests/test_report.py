@@ -20,21 +20,13 @@ from sklearn.metrics import mutual_info_score
 from test_table import Log, config, evaluation, straight_log
 
 from fairseq_sparsemixer import cli
+from fairseq_sparsemixer.comparison import results as scores
+from fairseq_sparsemixer.comparison import speed_up
 from fairseq_sparsemixer.evaluation import scoring
-from fairseq_sparsemixer.evaluation.runs import ROUTING, find_runs, group_runs, read_run
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_json, write_lines
 from fairseq_sparsemixer.models.layers import switch_layers
-from fairseq_sparsemixer.report import (
-    canvas,
-    command,
-    figures,
-    gather,
-    page,
-    routing,
-    scores,
-    speed_up,
-)
+from fairseq_sparsemixer.report import canvas, command, figures, gather, page, routing
 from fairseq_sparsemixer.report.specialisation import (
     MIN_COUNT,
     entropy,
@@ -42,8 +34,9 @@ from fairseq_sparsemixer.report.specialisation import (
     mutual_information,
     typical_words,
 )
-from fairseq_sparsemixer.study.points import read_points
-from fairseq_sparsemixer.training.logs import read_log
+from fairseq_sparsemixer.runs.folder import ROUTING, find_runs, group_runs, read_run
+from fairseq_sparsemixer.runs.logs import read_log
+from fairseq_sparsemixer.runs.points import read_points
 
 DOMAINS = ["ding", "travel & <food>"]
 LAYERS = ("encoder.0", "decoder.0")

@@ -20,14 +20,15 @@ from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.corpora.stages import RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring, translator
-from fairseq_sparsemixer.evaluation.runs import find_runs, group_runs, read_run
 from fairseq_sparsemixer.files import read_lines, write_json, write_lines
+from fairseq_sparsemixer.models.watching import choices_of_batch, watch_routing
 from fairseq_sparsemixer.moe import Routing
-from fairseq_sparsemixer.study import points, runner
-from fairseq_sparsemixer.study.choices import choices_of_batch, watch_routing
+from fairseq_sparsemixer.runs import points
+from fairseq_sparsemixer.runs.folder import find_runs, group_runs, read_run
+from fairseq_sparsemixer.runs.logs import by_layer, read_log
+from fairseq_sparsemixer.study import runner
 from fairseq_sparsemixer.study.plan import read_plan
 from fairseq_sparsemixer.tasks import translation_with_routing
-from fairseq_sparsemixer.training.logs import by_layer, read_log
 
 DOMAINS = ("poems", "manuals")
 # Small batches: of the sentences of a second epoch fairseq makes other batches when it starts anew.

@@ -15,9 +15,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from fairseq_sparsemixer import cli
-from fairseq_sparsemixer.evaluation import comparison, runs, scoring
+from fairseq_sparsemixer.comparison import conditions as comparison
+from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_json, write_lines
-from fairseq_sparsemixer.training.logs import Validation, by_layer, line_stats, read_log
+from fairseq_sparsemixer.runs import folder as runs
+from fairseq_sparsemixer.runs.logs import Validation, by_layer, line_stats, read_log
 
 ROOT = Path(__file__).parents[1]
 WORDS = (ROOT / "LICENSE").read_text().split()

@@ -19,10 +19,13 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import sha256_of
 from fairseq_sparsemixer.moe import ROUTERS
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
-from fairseq_sparsemixer.training import checkpoints, launch, process, record, report, resources
-from fairseq_sparsemixer.training.arms import build_arm
+from fairseq_sparsemixer.runs import mending as checkpoints
+from fairseq_sparsemixer.runs import record
+from fairseq_sparsemixer.runs.arms import build_arm
+from fairseq_sparsemixer.runs.logs import read_log
+from fairseq_sparsemixer.training import dry_run as report
+from fairseq_sparsemixer.training import launch, process, resources
 from fairseq_sparsemixer.training.launch import Batch, Machine
-from fairseq_sparsemixer.training.logs import read_log
 
 CONFIGS = launch.CHECKOUT / "configs"
 SCRIPTS = launch.CHECKOUT / "scripts"

@@ -19,7 +19,9 @@ import pytest
 import statmt
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import archives, binarise, bpe, downloads, parallel, prepare, wmt14
+from fairseq_sparsemixer.corpora import binarise, bpe, parallel, prepare
+from fairseq_sparsemixer.corpora.wmt14 import archives, downloads
+from fairseq_sparsemixer.corpora.wmt14 import extraction as wmt14
 from fairseq_sparsemixer.errors import UserError
 
 VOCAB_SIZE = 300
@@ -146,7 +148,7 @@ def test_sacrebleu_reads_the_test_set_alike(built, tmp_path):
 def test_moses_tokens_in_pieces(built):
     from subword_nmt.apply_bpe import BPE
 
-    from fairseq_sparsemixer.corpora import moses
+    from fairseq_sparsemixer.text import moses
 
     record, folder = built["moses"]
     with (folder / "bin" / "bpecodes").open(encoding="utf-8") as file:

@@ -8,12 +8,7 @@
 ``cleaning``            sentence pairs: normalised, split, kept or dropped for a counted reason
 ``splitting``           train/valid/test by document, near duplicates, the copy score
 ``binarise``            SentencePiece model, pieces, ``fairseq-preprocess``
-``moses``, ``bpe``      tokens as the Moses scripts make them, cut by subword-nmt
-``apt``                 packages and their descriptions, from the machine's own apt sources
-``packages``            Debian packages, read as archives
-``wheels``              pinned wheels, fetched with the user's pip and read as zip files
-``downloads``           files of a web server: resumed and verified
-``archives``            members of a tar archive, copied out by name
+``bpe``                 Moses tokens cut by subword-nmt
 ``homeassistant``       extraction of pairs from its wheel
 ``debian``              extraction of pairs from Debian's packages, in four domains
 ``wmt14``               the archives of WMT14 English-German, and how they are cleaned

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer import __version__
-from fairseq_sparsemixer.corpora import apt, bpe, homeassistant, moses, splitting, wmt14
+from fairseq_sparsemixer.corpora import bpe, splitting
 from fairseq_sparsemixer.corpora.binarise import (
     SPLITS,
     Languages,
@@ -39,8 +39,10 @@ from fairseq_sparsemixer.corpora.binarise import (
     raw_path,
 )
 from fairseq_sparsemixer.corpora.cleaning import Pair, clean
+from fairseq_sparsemixer.corpora.debian import apt
 from fairseq_sparsemixer.corpora.debian import sources as debian
-from fairseq_sparsemixer.corpora.downloads import Checksums
+from fairseq_sparsemixer.corpora.homeassistant import extraction as homeassistant
+from fairseq_sparsemixer.corpora.homeassistant.wheels import check_given, obtain_wheel
 from fairseq_sparsemixer.corpora.stages import (
     domain_path,
     moses_steps,
@@ -51,9 +53,11 @@ from fairseq_sparsemixer.corpora.stages import (
     write_record,
 )
 from fairseq_sparsemixer.corpora.steps import StepResult, Steps, say
-from fairseq_sparsemixer.corpora.wheels import check_given, obtain_wheel
+from fairseq_sparsemixer.corpora.wmt14 import extraction as wmt14
+from fairseq_sparsemixer.corpora.wmt14.downloads import Checksums
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, report_full_disk, sha256_of, write_lines
+from fairseq_sparsemixer.text import moses
 
 HELP = "build a corpus: download or take text, split, cut into pieces, fairseq-preprocess"
 DEFAULT_VOCAB_SIZE = 4000

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from fairseq_sparsemixer.corpora import moses
 from fairseq_sparsemixer.corpora.stages import RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_in_run
@@ -34,6 +33,7 @@ from fairseq_sparsemixer.evaluation.options import (
     quiet_libraries,
 )
 from fairseq_sparsemixer.files import check_writable, read_lines, sha256_of, write_json, write_lines
+from fairseq_sparsemixer.text import moses
 
 if TYPE_CHECKING:
     from fairseq_sparsemixer.evaluation.translator import Translation, Translator

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import num_updates
-from fairseq_sparsemixer.evaluation.subwords import Subwords, find_subwords, not_found
+from fairseq_sparsemixer.text.subwords import Subwords, find_subwords, not_found
 
 logger = logging.getLogger(__name__)
 

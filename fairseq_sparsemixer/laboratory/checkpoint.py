@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from fairseq_sparsemixer.laboratory.problems import Loss, Problem
 from fairseq_sparsemixer.models.layers import SwitchLayer, switch_layers
+from fairseq_sparsemixer.models.watching import watch_routing
 from fairseq_sparsemixer.moe import MoEFeedForward, Router, Routing
 from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
-from fairseq_sparsemixer.study.choices import watch_routing
 
 TOKENS_AT_ONCE = 4000
 """Of source and target together, in one forward pass."""

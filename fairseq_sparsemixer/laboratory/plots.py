@@ -6,8 +6,8 @@ Needs matplotlib (``pip install 'fairseq-sparsemixer[report]'``).
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from fairseq_sparsemixer.figures import COLOURS, pyplot, save
 from fairseq_sparsemixer.laboratory.tables import Record, mean_of_measured
+from fairseq_sparsemixer.plotting import COLOURS, pyplot, save
 
 STYLES: Dict[str, Tuple[str, str, str]] = {
     "switch (arg-max)": (COLOURS["black"], "s", "-"),

@@ -9,10 +9,11 @@ from typing import Callable, Dict, Optional
 import torch
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.moe.backends import Observer, grouped, triton_experts
+from fairseq_sparsemixer.moe.backends import Observer, grouped
 from fairseq_sparsemixer.moe.backends.loop import loop
 from fairseq_sparsemixer.moe.backends.sorted import sorted_experts
 from fairseq_sparsemixer.moe.experts import Experts
+from fairseq_sparsemixer.moe.kernels import experts as triton_experts
 from fairseq_sparsemixer.moe.routing import Routing
 
 Backend = Callable[[Tensor, Routing, Experts, Optional[Tensor], Optional[Observer]], Tensor]

@@ -8,8 +8,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe import fused_router, fused_statistics
 from fairseq_sparsemixer.moe.adaptation import count_tokens
+from fairseq_sparsemixer.moe.kernels import router as fused_router
+from fairseq_sparsemixer.moe.kernels import statistics as fused_statistics
 from fairseq_sparsemixer.moe.routing import Routing
 
 

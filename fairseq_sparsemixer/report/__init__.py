@@ -3,8 +3,6 @@
 ===================  ==============================================================================
 ``command``          ``fairseq-sparsemixer report``
 ``gather``           training as plain data: curves, the experts' load
-``speed_up``         how soon runs are as good as the baseline
-``scores``           the test set as plain data: scores, significance, domains, settings
 ``routing``          runs a model over the test set: which experts take which words and domains
 ``specialisation``   how much an expert tells of words and domains, and its typical words
 ``canvas``           styles of arms, legends, SVG for a page

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from fairseq_sparsemixer.figures import COLOURS, pyplot, save
+from fairseq_sparsemixer.plotting import COLOURS, pyplot, save
 
 MARKERS = "sov^DPX<>p*h"
 LINES = ("-", "--", "-.", ":")

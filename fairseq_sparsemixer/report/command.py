@@ -24,8 +24,8 @@ from typing import Any, Dict, List, Optional
 from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import quiet_libraries
-from fairseq_sparsemixer.evaluation.runs import Arm, add_run_arguments, read_arms
 from fairseq_sparsemixer.files import check_writable, scratch_folder, write_lines
+from fairseq_sparsemixer.runs.folder import Arm, add_run_arguments, read_arms
 
 FIGURES = re.compile(
     r"((validation|training|bleu)-(updates|minutes)|domains|load-at-end|load-over-time-\d+"
@@ -109,7 +109,9 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
     Raises:
         UserError: no such baseline, or runs that cannot be compared.
     """
-    from fairseq_sparsemixer.report import canvas, figures, gather, page, scores, speed_up
+    from fairseq_sparsemixer.comparison import results as scores
+    from fairseq_sparsemixer.comparison import speed_up
+    from fairseq_sparsemixer.report import canvas, figures, gather, page
 
     runs = [run for arm in arms for run in arm.runs]
     counted = [run for arm in arms for run in arm.counted]

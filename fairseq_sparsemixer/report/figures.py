@@ -6,7 +6,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from fairseq_sparsemixer.figures import COLOURS
+from fairseq_sparsemixer.comparison.results import SIGNIFICANT, DomainScore
+from fairseq_sparsemixer.plotting import COLOURS
 from fairseq_sparsemixer.report.canvas import (
     FULL,
     HALF,
@@ -19,7 +20,6 @@ from fairseq_sparsemixer.report.canvas import (
     some,
 )
 from fairseq_sparsemixer.report.gather import Curves, Line, Loads, mean_line, timed
-from fairseq_sparsemixer.report.scores import SIGNIFICANT, DomainScore
 
 HEAT = "cividis"
 MOST_NUMBERED = 16

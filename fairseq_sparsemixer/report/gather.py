@@ -8,9 +8,9 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 
 import numpy as np
 
-from fairseq_sparsemixer.evaluation.runs import Arm, Run
-from fairseq_sparsemixer.study.points import FILE, read_points
-from fairseq_sparsemixer.training.logs import Validation, by_layer
+from fairseq_sparsemixer.runs.folder import Arm, Run
+from fairseq_sparsemixer.runs.logs import Validation, by_layer
+from fairseq_sparsemixer.runs.points import FILE, read_points
 
 MOST_POINTS = 200
 """Of a curve of training: longer ones are averaged over stretches."""
@@ -21,7 +21,7 @@ class History(NamedTuple):
 
     Attributes:
         run: whose.
-        points: of its ``points.jsonl`` (:mod:`fairseq_sparsemixer.study.points`) by ascending
+        points: of its ``points.jsonl`` (:mod:`fairseq_sparsemixer.runs.points`) by ascending
             updates; without one, the same as far as the log tells, where a layer has
             ``min_share`` and ``max_share`` in place of ``load`` and ``drift``.
         has_file: whether there is a ``points.jsonl``.

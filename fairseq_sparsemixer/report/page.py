@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from fairseq_sparsemixer.figures import COLOURS
+from fairseq_sparsemixer.plotting import COLOURS
 
 NO_FIGURE = "–"
 PIECE_COLOURS = [colour for name, colour in COLOURS.items() if name != "black"]

@@ -16,15 +16,15 @@ from fairseq import utils
 from fairseq.data import data_utils
 from tqdm import tqdm
 
+from fairseq_sparsemixer.comparison.conditions import read_texts
+from fairseq_sparsemixer.comparison.results import TestText
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.comparison import read_texts
-from fairseq_sparsemixer.evaluation.runs import ROUTING, Run
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import sha256_of, write_json
 from fairseq_sparsemixer.models.layers import switch_layers
-from fairseq_sparsemixer.report.scores import TestText
+from fairseq_sparsemixer.models.watching import SentenceChoices, choices_of_batch, watch_routing
 from fairseq_sparsemixer.report.specialisation import Information, information, typical_words
-from fairseq_sparsemixer.study.choices import SentenceChoices, choices_of_batch, watch_routing
+from fairseq_sparsemixer.runs.folder import ROUTING, Run
 
 FORMAT = 2
 MOST_SENTENCES = 2000

@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple
 import yaml
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.training.arms import DENSE, build_arm
+from fairseq_sparsemixer.runs.arms import DENSE, build_arm
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a folder, and a value for hydra
 _ARM_KEYS = {"router", "experts", "overrides"}

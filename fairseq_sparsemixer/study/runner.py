@@ -28,10 +28,10 @@ import torch
 from fairseq_sparsemixer.corpora.stages import RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, report_full_disk, write_json
-from fairseq_sparsemixer.study import points
+from fairseq_sparsemixer.runs import points
+from fairseq_sparsemixer.runs.mending import LAST, mend_last
 from fairseq_sparsemixer.study.plan import Plan, StudyRun, read_plan
 from fairseq_sparsemixer.training import process
-from fairseq_sparsemixer.training.checkpoints import LAST, mend_last
 
 HELP = "train and score arms x seeds as a plan names them, stoppable at any time"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -231,7 +231,7 @@ def _count_parameters(folder: Path, plan: Plan) -> Parameters:
 
 def _records(plan: Plan, parameters: Parameters) -> Dict[str, Dict[str, Any]]:
     """What ``run.json`` says of each run that this machine trains."""
-    from fairseq_sparsemixer.training import record
+    from fairseq_sparsemixer.runs import record
 
     shared = {
         "versions": record.versions(),

@@ -13,11 +13,11 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from fairseq.utils import move_to_cuda
 from omegaconf import II, OmegaConf
 
-from fairseq_sparsemixer.evaluation.subwords import Subwords, find_subwords
 from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.layers import switch_layers
-from fairseq_sparsemixer.study import points
+from fairseq_sparsemixer.runs import points
+from fairseq_sparsemixer.text.subwords import Subwords, find_subwords
 
 TOKENS_AT_ONCE = 4096
 """In one batch of beam search."""

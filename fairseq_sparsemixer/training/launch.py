@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     logging.getLogger("hydra").setLevel(logging.WARNING)
     plan = make_plan(args)
     if args.dry_run:
-        from fairseq_sparsemixer.training.report import format_plan
+        from fairseq_sparsemixer.training.dry_run import format_plan
 
         print(format_plan(plan))
         return
@@ -218,8 +218,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         UserError: they do not fit together, or not this machine.
     """
+    from fairseq_sparsemixer.runs.arms import build_arm
     from fairseq_sparsemixer.training import resources
-    from fairseq_sparsemixer.training.arms import build_arm
 
     configs = CHECKOUT / "configs"
     if not (configs / f"{CONFIG_NAME}.yaml").is_file():
@@ -446,8 +446,9 @@ def _check_data(plan: Plan) -> None:
 
 def _train(plan: Plan) -> None:
     """Start or resume the run in its folder."""
-    from fairseq_sparsemixer.training import process, record
-    from fairseq_sparsemixer.training.checkpoints import LAST, mend_last
+    from fairseq_sparsemixer.runs import record
+    from fairseq_sparsemixer.runs.mending import LAST, mend_last
+    from fairseq_sparsemixer.training import process
 
     folder, batch = plan.folder, plan.batch
     print(f"== Training {folder.name}: {folder}", flush=True)
@@ -497,7 +498,8 @@ def _help_to_train(plan: Plan) -> None:
 
 def _start(plan: Plan) -> Dict[str, Any]:
     """What ``run.json`` says of this start."""
-    from fairseq_sparsemixer.training import process, record, resources
+    from fairseq_sparsemixer.runs import record
+    from fairseq_sparsemixer.training import process, resources
 
     parameters = resources.count_parameters(plan.model)
     return {
@@ -517,7 +519,7 @@ def _start(plan: Plan) -> Dict[str, Any]:
 
 def _finished(folder: Path) -> bool:
     """Whether training came to its own end."""
-    from fairseq_sparsemixer.training.logs import read_log
+    from fairseq_sparsemixer.runs.logs import read_log
 
     return (folder / LOG).is_file() and read_log(folder / LOG).ended
 

@@ -14,7 +14,7 @@ import torch
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
-from fairseq_sparsemixer.training.logs import line_stats
+from fairseq_sparsemixer.runs.logs import line_stats
 
 STOP_SECONDS = 10
 """How long an interrupted training may take to end by itself."""

@@ -1,6 +1,8 @@
 """The corpus ``debian``: English-German text of Debian's packages, in four domains.
 
 ======================  =========================================================================
+``apt``                 packages and their descriptions, from the machine's own apt sources
+``packages``            Debian packages, read as archives
 ``descriptions``        package descriptions
 ``ding``                the sentences of a dictionary
 ``help_pages``          LibreOffice's help

@@ -5,10 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
-from fairseq_sparsemixer.corpora import apt
 from fairseq_sparsemixer.corpora.cleaning import Limits, Pair, clean
-from fairseq_sparsemixer.corpora.debian import descriptions, ding, help_pages, manual_pages
-from fairseq_sparsemixer.corpora.packages import read_files
+from fairseq_sparsemixer.corpora.debian import apt, descriptions, ding, help_pages, manual_pages
+from fairseq_sparsemixer.corpora.debian.packages import read_files
 from fairseq_sparsemixer.corpora.splitting import SplitSettings
 from fairseq_sparsemixer.errors import UserError
 

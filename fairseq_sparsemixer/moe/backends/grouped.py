@@ -18,7 +18,7 @@ from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.backends.loop import loop
 from fairseq_sparsemixer.moe.backends.slots import Slots, operands
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.moe.operators import operator
+from fairseq_sparsemixer.moe.kernels.operators import operator
 from fairseq_sparsemixer.moe.routing import Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -19,7 +19,7 @@ from fairseq_sparsemixer.moe.backends.memory import GRADIENTS
 from fairseq_sparsemixer.moe.backends.products import linear, rows_to_compute
 from fairseq_sparsemixer.moe.backends.slots import operands, tokens_of
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.moe.operators import once_differentiable
+from fairseq_sparsemixer.moe.kernels.operators import once_differentiable
 from fairseq_sparsemixer.moe.routing import Routing, without_autocast
 
 

@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.moe import fused_router
 from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
+from fairseq_sparsemixer.moe.kernels import router as fused_router
 from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
 
 

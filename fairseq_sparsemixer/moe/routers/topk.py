@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_sparsemixer.moe import fused_router
 from fairseq_sparsemixer.moe.adaptation import ExpertMeans
+from fairseq_sparsemixer.moe.kernels import router as fused_router
 from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
 
 ESTIMATOR = fused_router.Estimator()

@@ -24,8 +24,6 @@ from typing import (
     Union,
 )
 
-from fairseq_sparsemixer.corpora import moses
-from fairseq_sparsemixer.corpora.archives import extract_members
 from fairseq_sparsemixer.corpora.binarise import (
     SPLITS,
     count_lines,
@@ -35,9 +33,10 @@ from fairseq_sparsemixer.corpora.binarise import (
 )
 from fairseq_sparsemixer.corpora.bpe import token_path
 from fairseq_sparsemixer.corpora.cleaning import Limits, drop_reason, normalise
-from fairseq_sparsemixer.corpora.downloads import Checksums, RemoteFile, md5_of, obtain
 from fairseq_sparsemixer.corpora.parallel import map_chunks
 from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.corpora.wmt14.archives import extract_members
+from fairseq_sparsemixer.corpora.wmt14.downloads import Checksums, RemoteFile, md5_of, obtain
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
@@ -47,6 +46,7 @@ from fairseq_sparsemixer.files import (
     scratch_folder,
     write_lines,
 )
+from fairseq_sparsemixer.text import moses
 
 LANGUAGES = ("en", "de")
 TEST_SET = "wmt14/full"

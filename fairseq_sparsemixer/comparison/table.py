@@ -33,8 +33,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 from tqdm import tqdm
 
-from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.comparison import (
+from fairseq_sparsemixer.comparison.conditions import (
     METRICS,
     Metric,
     Reached,
@@ -46,16 +45,17 @@ from fairseq_sparsemixer.evaluation.comparison import (
     read_texts,
     signature_of,
 )
+from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import quiet_libraries
-from fairseq_sparsemixer.evaluation.runs import (
+from fairseq_sparsemixer.files import atomic_path, check_writable, write_json, write_lines
+from fairseq_sparsemixer.laboratory.tables import markdown
+from fairseq_sparsemixer.runs.folder import (
     Arm,
     Run,
     add_run_arguments,
     further_differences,
     read_arms,
 )
-from fairseq_sparsemixer.files import atomic_path, check_writable, write_json, write_lines
-from fairseq_sparsemixer.laboratory.tables import markdown
 
 HELP = "finished runs side by side: means over seeds, significance, speed-up"
 PAPER = "fill in from the paper"

@@ -30,8 +30,8 @@ from torch import nn
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, write_json, write_lines
-from fairseq_sparsemixer.study.choices import SentenceChoices, choices_of_batch, watch_routing
-from fairseq_sparsemixer.training.logs import by_layer
+from fairseq_sparsemixer.models.watching import SentenceChoices, choices_of_batch, watch_routing
+from fairseq_sparsemixer.runs.logs import by_layer
 
 FILE = "points.jsonl"
 """In the folder of a run."""

@@ -10,8 +10,8 @@ from typing import Any, List, Optional, Tuple, Union
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE
 
-from fairseq_sparsemixer.corpora import moses
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.text import moses
 
 
 class SentencePiece:

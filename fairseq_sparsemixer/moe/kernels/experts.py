@@ -15,13 +15,13 @@ from torch import Tensor
 from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.backends.slots import Slots, operands
 from fairseq_sparsemixer.moe.experts import Activation, Experts
-from fairseq_sparsemixer.moe.operators import once_differentiable, operator
+from fairseq_sparsemixer.moe.kernels.operators import once_differentiable, operator
 from fairseq_sparsemixer.moe.routing import Routing
 
 try:
     import triton
 
-    from fairseq_sparsemixer.moe.backends import triton_kernels as kernels
+    from fairseq_sparsemixer.moe.kernels import expert_kernels as kernels
 except ImportError:
     triton = None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.training.logs import TrainingLog, Validation, read_log
+from fairseq_sparsemixer.runs.logs import TrainingLog, Validation, read_log
 
 CONFIG = Path(".hydra", "config.yaml")
 LOG = "hydra_train.log"

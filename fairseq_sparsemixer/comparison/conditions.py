@@ -6,9 +6,9 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.evaluate import COMPOUND_SPLIT, TOKENISED
-from fairseq_sparsemixer.evaluation.runs import Arm, Run
 from fairseq_sparsemixer.files import read_lines, sha256_of
-from fairseq_sparsemixer.training.logs import Validation
+from fairseq_sparsemixer.runs.folder import Arm, Run
+from fairseq_sparsemixer.runs.logs import Validation
 
 TOLERANCE = 0.005
 """By how much a difference in BLEU may be off the recorded one."""

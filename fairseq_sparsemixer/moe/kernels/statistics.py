@@ -10,14 +10,14 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.fused_router import blocks
-from fairseq_sparsemixer.moe.operators import once_differentiable, operator
+from fairseq_sparsemixer.moe.kernels.operators import once_differentiable, operator
+from fairseq_sparsemixer.moe.kernels.router import blocks
 from fairseq_sparsemixer.moe.routing import Routing
 
 try:
     import triton
 
-    from fairseq_sparsemixer.moe import statistics_kernels as kernels
+    from fairseq_sparsemixer.moe.kernels import statistics_kernels as kernels
 except ImportError:
     triton = None
 

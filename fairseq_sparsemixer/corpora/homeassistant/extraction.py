@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from fairseq_sparsemixer.corpora.cleaning import Limits, Pair, split_pair
+from fairseq_sparsemixer.corpora.homeassistant.wheels import Wheel
 from fairseq_sparsemixer.corpora.splitting import SplitSettings
-from fairseq_sparsemixer.corpora.wheels import Wheel
 
 WHEEL = Wheel(
     name="homeassistant",

@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`fairseq_sparsemixer.moe.fused_router`."""
+"""Triton kernels of :mod:`fairseq_sparsemixer.moe.kernels.router`."""
 
 # mypy: allow-untyped-defs
 # Types of a kernel's arguments are made up by Triton for each call.

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.operators import once_differentiable, operator
+from fairseq_sparsemixer.moe.kernels.operators import once_differentiable, operator
 
 try:
     import triton
 
-    from fairseq_sparsemixer.moe import router_kernels as kernels
+    from fairseq_sparsemixer.moe.kernels import router_kernels as kernels
 except ImportError:
     triton = None
 

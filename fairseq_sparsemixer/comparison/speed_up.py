@@ -4,15 +4,15 @@ import math
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-from fairseq_sparsemixer.evaluation.comparison import first_reached
-from fairseq_sparsemixer.evaluation.runs import Arm, Run
+from fairseq_sparsemixer.comparison.conditions import first_reached
 from fairseq_sparsemixer.report.gather import (
     History,
     as_validation,
     mean_or_none,
     validations,
 )
-from fairseq_sparsemixer.training.logs import Validation
+from fairseq_sparsemixer.runs.folder import Arm, Run
+from fairseq_sparsemixer.runs.logs import Validation
 
 
 class SpeedUp(NamedTuple):

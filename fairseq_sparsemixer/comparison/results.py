@@ -7,17 +7,17 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
-from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation import scoring
-from fairseq_sparsemixer.evaluation.comparison import (
+from fairseq_sparsemixer.comparison.conditions import (
     check_comparable,
     find_text,
     joint_p_value,
     read_texts,
 )
-from fairseq_sparsemixer.evaluation.runs import Arm, Run
-from fairseq_sparsemixer.evaluation.table import build_report
+from fairseq_sparsemixer.comparison.table import build_report
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.files import read_lines
+from fairseq_sparsemixer.runs.folder import Arm, Run
 
 SIGNIFICANT = 0.05
 LEAST_LINES = 50

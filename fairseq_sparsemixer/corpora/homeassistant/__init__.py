@@ -1,0 +1,1 @@
+"""The corpus ``homeassistant``: user-interface text from a pinned wheel."""

@@ -1,0 +1,1 @@
+"""The corpus ``wmt14``: the archives of WMT14 English-German."""

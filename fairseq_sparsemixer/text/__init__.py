@@ -1,0 +1,1 @@
+"""Raw lines to the pieces that a model reads, and back."""
