@@ -24,9 +24,9 @@ from fairseq.sequence_generator import SequenceGenerator
 
 from benchmarks import measuring, models
 from benchmarks.measuring import Record
-from fairseq_sparsemixer.laboratory.tables import markdown
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs.arms import DENSE
+from fairseq_sparsemixer.tables import markdown
 
 SOURCE_TOKENS = (20, 30)
 """The shortest and the longest source sentence, end of sentence included."""

@@ -36,9 +36,9 @@ from torch.nn import functional as F
 
 from benchmarks import measuring
 from benchmarks.measuring import Record
-from fairseq_sparsemixer.laboratory.tables import markdown
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 from fairseq_sparsemixer.moe.dispatch import BACKENDS
+from fairseq_sparsemixer.tables import markdown
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 DENSE, ONEDNN, LOOP = "dense", "dense, oneDNN", "loop over modules"

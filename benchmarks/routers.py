@@ -22,9 +22,9 @@ from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing im
     LabelSmoothedCrossEntropyWithRouting,
 )
 from fairseq_sparsemixer.files import write_json
-from fairseq_sparsemixer.laboratory.tables import markdown
 from fairseq_sparsemixer.moe import ROUTERS
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
+from fairseq_sparsemixer.tables import markdown
 
 VOCABULARY = 4000
 EXTRA = {

@@ -26,8 +26,8 @@ from fairseq_cli import preprocess
 from benchmarks import measuring, models
 from benchmarks.measuring import Record
 from fairseq_sparsemixer.files import write_lines
-from fairseq_sparsemixer.laboratory.tables import markdown
 from fairseq_sparsemixer.runs.arms import DENSE
+from fairseq_sparsemixer.tables import markdown
 from fairseq_sparsemixer.training.resources import count_parameters
 
 SENTENCE_WORDS = (10, 40)

@@ -7,7 +7,7 @@ fairseq is not installed.
 
 from importlib.util import find_spec
 
-__version__ = "0.1.0"
+from fairseq_sparsemixer.version import __version__  # noqa: F401
 
 if find_spec("fairseq") is not None:
     from fairseq_sparsemixer import compat

@@ -9,9 +9,9 @@ import importlib
 import sys
 from typing import Optional, Sequence
 
-from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.training.process import interrupted_by_sigterm
+from fairseq_sparsemixer.version import __version__
 
 COMMANDS = {
     "prepare": "fairseq_sparsemixer.corpora.prepare",

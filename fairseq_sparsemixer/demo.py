@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo."""
-    from fairseq_sparsemixer.corpora.prepare import prepare_homeassistant
+    from fairseq_sparsemixer.corpora.homeassistant.preparation import prepare_homeassistant
 
     configs = CHECKOUT / "configs"
     if not (configs / "demo.yaml").is_file():
@@ -157,7 +157,8 @@ def _read_configs(configs: Path) -> Dict[str, str]:
 
 def _result(arm: Arm, folder: Path, data: Path) -> Dict[str, Any]:
     """Average, translate and score; what the table shows of one run."""
-    from fairseq_sparsemixer.evaluation.average import average_checkpoints, last_checkpoints
+    from fairseq_sparsemixer.evaluation.average import average_checkpoints
+    from fairseq_sparsemixer.runs.checkpoints import last_checkpoints
 
     scores_path = folder / "test.json"
     if not scores_path.is_file():
@@ -188,7 +189,7 @@ def _cli(*arguments: Any) -> None:
 
 def _table(results: List[Dict[str, Any]]) -> str:
     """The results as aligned text, the signature and the experts' smallest shares below."""
-    from fairseq_sparsemixer.evaluation.scoring import format_table
+    from fairseq_sparsemixer.tables import format_table
 
     rows = [["model", "BLEU", "chrF2", "valid nll", "entropy", "shares", "updates", "minutes"]]
     for result in results:

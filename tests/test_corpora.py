@@ -22,10 +22,19 @@ import pytest
 from phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import binarise, cleaning, prepare, splitting, steps, subprocesses
+from fairseq_sparsemixer.corpora import (
+    binarise,
+    cleaning,
+    prepare,
+    split_step,
+    splitting,
+    steps,
+    subprocesses,
+)
 from fairseq_sparsemixer.corpora.cleaning import Limits, Pair
 from fairseq_sparsemixer.corpora.homeassistant import extraction as homeassistant
-from fairseq_sparsemixer.corpora.homeassistant import wheels
+from fairseq_sparsemixer.corpora.homeassistant import preparation, wheels
+from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
 from fairseq_sparsemixer.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -84,12 +93,13 @@ SECOND_RUN = """
 import dataclasses, sys
 from pathlib import Path
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import prepare, splitting
+from fairseq_sparsemixer.corpora import splitting
 from fairseq_sparsemixer.corpora.homeassistant import extraction as homeassistant
+from fairseq_sparsemixer.corpora.homeassistant import preparation
 wheel, output, vocab_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 homeassistant.WHEEL = dataclasses.replace(homeassistant.WHEEL, sha256=files.sha256_of(wheel))
 homeassistant.SPLIT = splitting.SplitSettings(0.3, "1", 5, 0.70)
-prepare.prepare_homeassistant(output, vocab_size=vocab_size, wheel=wheel)
+preparation.prepare_homeassistant(output, vocab_size=vocab_size, wheel=wheel)
 """
 
 
@@ -120,7 +130,7 @@ def built(fake, tmp_path_factory):
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         first = tmp_path_factory.mktemp("first")
-        record = prepare.prepare_homeassistant(first, vocab_size=VOCAB_SIZE, wheel=fake)
+        record = preparation.prepare_homeassistant(first, vocab_size=VOCAB_SIZE, wheel=fake)
         _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
@@ -670,7 +680,7 @@ def test_damaged_cache_is_downloaded_again(fake, offline, tmp_path, capsys):
 def test_no_network_says_what_to_do(fake, offline, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(UserError) as caught:
-        prepare.prepare_homeassistant(output)
+        preparation.prepare_homeassistant(output)
     message = str(caught.value)
     assert "homeassistant==2026.2.3" in message
     assert str(output / "download" / "homeassistant-2026.2.3-py3-none-any.whl") in message
@@ -692,7 +702,7 @@ def test_given_wheel_must_be_whole_even_when_all_is_done(fake, corpus, tmp_path)
     damaged.write_bytes(fake.read_bytes()[:-1])
     for given, problem in [(damaged, "damaged"), (tmp_path / "no.whl", "no such file")]:
         with pytest.raises(UserError, match=problem) as caught:
-            prepare.prepare_homeassistant(corpus, vocab_size=VOCAB_SIZE, wheel=given)
+            preparation.prepare_homeassistant(corpus, vocab_size=VOCAB_SIZE, wheel=given)
         assert f"--wheel {given}" in str(caught.value)
 
 
@@ -845,14 +855,14 @@ def test_finished_corpus_needs_nothing(fake, corpus, monkeypatch, capsys):
     monkeypatch.setattr(binarise, "build_binary", unexpected)
     monkeypatch.setattr(wheels, "run_python", unexpected)
     before = contents(corpus)
-    prepare.prepare_homeassistant(corpus, vocab_size=VOCAB_SIZE)
+    preparation.prepare_homeassistant(corpus, vocab_size=VOCAB_SIZE)
     assert contents(corpus) == before
     assert capsys.readouterr().err.count("already done") == 4
 
 
 def test_another_vocab_size_redoes_what_depends_on_it(fake, corpus, monkeypatch, no_binary):
     monkeypatch.setattr(splitting, "hold_out", lambda *a: pytest.fail("split again"))
-    record = prepare.prepare_homeassistant(corpus, vocab_size=200, wheel=fake)
+    record = preparation.prepare_homeassistant(corpus, vocab_size=200, wheel=fake)
     assert record["vocabulary"] == 200
     assert len(files.read_lines(corpus / "spm" / "dict.txt")) == 196
     assert len(no_binary) == 1
@@ -870,15 +880,15 @@ def test_resume_after_a_kill_in_the_middle(built, fake, tmp_path, monkeypatch, n
         files.write_lines(path, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_lines", killed)
+        patch.setattr(split_step, "write_lines", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
+            preparation.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
     assert [path.name for path in written] == ["train.en", "train.de", "valid.en"]
     # What a kill without a chance to tidy up leaves behind.
     (output / "raw" / ".test.de.partial").write_text("half a")
     (output / "spm" / ".partial").mkdir(parents=True)
     (output / "spm" / ".partial" / "text").write_text("half")
-    prepare.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
+    preparation.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
     assert partial_files(output) == []
     for folder in ("raw", "spm", "copy"):
         assert contents(output / folder) == contents(built[0] / folder)
@@ -887,7 +897,7 @@ def test_resume_after_a_kill_in_the_middle(built, fake, tmp_path, monkeypatch, n
 def test_truncated_output_is_noticed_and_redone(built, fake, corpus, no_binary, capsys):
     path = corpus / "raw" / "train.de"
     path.write_bytes(path.read_bytes()[:-100])
-    prepare.prepare_homeassistant(corpus, vocab_size=VOCAB_SIZE, wheel=fake)
+    preparation.prepare_homeassistant(corpus, vocab_size=VOCAB_SIZE, wheel=fake)
     assert "raw/train.de is missing or has changed" in capsys.readouterr().err
     for folder in ("raw", "spm", "copy"):
         assert contents(corpus / folder) == contents(built[0] / folder)
@@ -910,12 +920,12 @@ def test_full_disk_leaves_nothing_half_written(fake, tmp_path, monkeypatch, no_b
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match="no space left") as caught:
-            prepare.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
+            preparation.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
     assert str(output) in str(caught.value)
     assert "150 MB" in str(caught.value)
     assert partial_files(output) == []
     assert len(contents(output)) == calls
-    prepare.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
+    preparation.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
 
 
 @pytest.mark.parametrize(
@@ -923,7 +933,7 @@ def test_full_disk_leaves_nothing_half_written(fake, tmp_path, monkeypatch, no_b
 )
 def test_unsuitable_vocab_size(fake, corpus, no_binary, vocab_size, message):
     with pytest.raises(UserError, match=f"--vocab-size {vocab_size} .*{message}") as caught:
-        prepare.prepare_homeassistant(corpus, vocab_size=vocab_size, wheel=fake)
+        preparation.prepare_homeassistant(corpus, vocab_size=vocab_size, wheel=fake)
     assert "\n" not in str(caught.value)
     assert partial_files(corpus) == []
 
@@ -931,7 +941,7 @@ def test_unsuitable_vocab_size(fake, corpus, no_binary, vocab_size, message):
 def test_output_that_is_a_file(fake, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="not a folder"):
-        prepare.prepare_homeassistant(tmp_path / "out", wheel=fake)
+        preparation.prepare_homeassistant(tmp_path / "out", wheel=fake)
 
 
 # --- the user's own text and the command line ----------------------------------------------------
@@ -1012,7 +1022,7 @@ def test_own_text_again_after_a_change(own_text, tmp_path, no_binary, capsys):
 def test_own_text_problems(own_text, tmp_path, damage, message):
     damage(own_text)
     with pytest.raises(UserError, match=message):
-        prepare.prepare_raw_text(
+        prepare_raw_text(
             tmp_path / "out", own_text, source_lang="xx", target_lang="yy", vocab_size=VOCAB_SIZE
         )
 
@@ -1022,7 +1032,7 @@ def test_own_text_may_not_lie_where_the_copy_goes(own_text, tmp_path):
     shutil.copytree(own_text, raw)
     before = contents(raw)
     with pytest.raises(UserError, match="move it"):
-        prepare.prepare_raw_text(tmp_path / "out", raw, source_lang="xx", target_lang="yy")
+        prepare_raw_text(tmp_path / "out", raw, source_lang="xx", target_lang="yy")
     assert contents(raw) == before
 
 
@@ -1055,7 +1065,7 @@ def test_command_builds_the_named_corpus(fake, tmp_path, no_binary, capsys):
 def test_real_corpus(tmp_path):
     """The published counts of the real wheel, within 2 %."""
     try:
-        record = prepare.prepare_homeassistant(tmp_path)
+        record = preparation.prepare_homeassistant(tmp_path)
     except UserError as error:
         pytest.skip(f"the wheel cannot be had: {error}")
     assert record["extraction"]["pairs"] == pytest.approx(15_405, rel=0.02)

@@ -17,7 +17,7 @@ import pytest
 from phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import binarise, prepare, splitting
+from fairseq_sparsemixer.corpora import binarise, prepare, split_step, splitting
 from fairseq_sparsemixer.corpora.cleaning import Pair, clean
 from fairseq_sparsemixer.corpora.debian import (
     apt,
@@ -26,8 +26,10 @@ from fairseq_sparsemixer.corpora.debian import (
     help_pages,
     manual_pages,
     packages,
+    preparation,
     sources,
 )
+from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
 from fairseq_sparsemixer.corpora.stages import read_pairs
 from fairseq_sparsemixer.errors import UserError
 
@@ -957,15 +959,15 @@ def test_required_packages_and_indices(archive, tmp_path):
 def test_a_full_disk_is_not_taken_for_a_missing_network(archive, tmp_path):
     (archive / "full").touch()
     with pytest.raises(UserError, match=r"no space left on the disk of .*, or .* --downloads"):
-        prepare.prepare_debian(tmp_path / "out", vocab_size=VOCAB_SIZE)
+        preparation.prepare_debian(tmp_path / "out", vocab_size=VOCAB_SIZE)
 
 
 def test_folders_below_a_file(archive, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--downloads .*Not a directory"):
-        prepare.prepare_debian(tmp_path / "out", downloads=tmp_path / "file" / "x")
+        preparation.prepare_debian(tmp_path / "out", downloads=tmp_path / "file" / "x")
     with pytest.raises(UserError, match=r"--output .* is not a folder"):
-        prepare.prepare_debian(tmp_path / "file" / "x", downloads=tmp_path)
+        preparation.prepare_debian(tmp_path / "file" / "x", downloads=tmp_path)
 
 
 # --- the whole corpus ----------------------------------------------------------------------------
@@ -1138,7 +1140,7 @@ def test_summary_tells_the_leaks(built):
 def test_finished_corpus_needs_nothing(corpus, programs, shelf, capsys):
     before = contents(corpus)
     for downloads in (shelf, corpus / "nowhere"):
-        prepare.prepare_debian(corpus, vocab_size=VOCAB_SIZE, downloads=downloads)
+        preparation.prepare_debian(corpus, vocab_size=VOCAB_SIZE, downloads=downloads)
         assert capsys.readouterr().err.count("already done") == 4
     assert contents(corpus) == before
 
@@ -1147,7 +1149,7 @@ def test_downloads_lie_in_the_output_by_default(built, downloads, tmp_path, prog
     output = tmp_path / "out"
     output.mkdir()
     downloads.rename(output / "download")
-    prepare.prepare_debian(output, vocab_size=VOCAB_SIZE)
+    preparation.prepare_debian(output, vocab_size=VOCAB_SIZE)
     for folder in ("raw", "spm", "copy"):
         assert contents(output / folder) == contents(built / folder)
 
@@ -1155,7 +1157,7 @@ def test_downloads_lie_in_the_output_by_default(built, downloads, tmp_path, prog
 def test_other_downloads_are_for_another_folder(corpus, tmp_path):
     other = write_downloads(tmp_path / "other", indices={"en": "", "de": ""})
     with pytest.raises(UserError, match=r"from other downloads than those in .*other: name"):
-        prepare.prepare_debian(corpus, vocab_size=VOCAB_SIZE, downloads=other)
+        preparation.prepare_debian(corpus, vocab_size=VOCAB_SIZE, downloads=other)
 
 
 @pytest.mark.parametrize("written", [0, 4, 7])
@@ -1170,12 +1172,12 @@ def test_resume_after_an_interruption(built, shelf, tmp_path, monkeypatch, writt
         files.write_lines(path, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_lines", interrupted)
+        patch.setattr(split_step, "write_lines", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare.prepare_debian(output, vocab_size=VOCAB_SIZE, downloads=shelf)
+            preparation.prepare_debian(output, vocab_size=VOCAB_SIZE, downloads=shelf)
     assert len(calls) == written
     assert not (output / "record.json").exists()
-    prepare.prepare_debian(output, vocab_size=VOCAB_SIZE, downloads=shelf)
+    preparation.prepare_debian(output, vocab_size=VOCAB_SIZE, downloads=shelf)
     assert not [path for path in output.rglob("*") if "partial" in path.name]
     for folder in ("raw", "spm", "copy"):
         assert contents(output / folder) == contents(built / folder)
@@ -1185,7 +1187,7 @@ def test_resume_after_an_interruption(built, shelf, tmp_path, monkeypatch, writt
 def test_a_source_without_text(tmp_path, package):
     folder = write_downloads(tmp_path / "downloads", without=[package])
     with pytest.raises(UserError, match=r"no text for (ding|manpages|help): build the corpus"):
-        prepare.prepare_debian(tmp_path / "out", downloads=folder)
+        preparation.prepare_debian(tmp_path / "out", downloads=folder)
     assert not (tmp_path / "out" / "raw").exists()
 
 
@@ -1230,7 +1232,7 @@ def blank_first_line(path):
 
 
 def build_own(own_text, tmp_path):
-    prepare.prepare_raw_text(tmp_path / "out", own_text, vocab_size=VOCAB_SIZE)
+    prepare_raw_text(tmp_path / "out", own_text, vocab_size=VOCAB_SIZE)
     return tmp_path / "out"
 
 
@@ -1366,7 +1368,7 @@ def test_real_corpus(tmp_path, monkeypatch):
         pytest.skip(f"the packages cannot be had: {error}")
     if downloads.indices[0].codename != "bookworm":
         pytest.skip("measured on another release")
-    record = prepare.prepare_debian(tmp_path)
+    record = preparation.prepare_debian(tmp_path)
     assert record["extraction"]["pairs"] == {
         "descriptions": pytest.approx(43_310, rel=0.02),
         "ding": pytest.approx(19_132, rel=0.02),

@@ -7,7 +7,8 @@ import pytest
 from commands import build_corpus
 
 from fairseq_sparsemixer import cli, demo
-from fairseq_sparsemixer.corpora import prepare
+from fairseq_sparsemixer.corpora.homeassistant import preparation
+from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models import SwitchTransformerModel
 from fairseq_sparsemixer.moe import ROUTERS
@@ -33,9 +34,9 @@ def corpus(monkeypatch, tmp_path, shared):
     raw = shared.directory("corpus", build_corpus) / "raw"
 
     def prepare_toy(output):
-        prepare.prepare_raw_text(output, raw, vocab_size=35)
+        prepare_raw_text(output, raw, vocab_size=35)
 
-    monkeypatch.setattr(prepare, "prepare_homeassistant", prepare_toy)
+    monkeypatch.setattr(preparation, "prepare_homeassistant", prepare_toy)
     return tmp_path / "data"
 
 

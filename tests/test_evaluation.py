@@ -16,6 +16,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import average, evaluate, scoring, translate
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
+from fairseq_sparsemixer.runs import checkpoints
 
 TOO_LONG = " ".join(["red house and blue car"] * 12)
 # Blank lines first, in the middle and last; U+2028 is no line break; Ω is in no dictionary.
@@ -153,7 +154,7 @@ def test_average_refuses_files_that_do_not_match(tmp_path, other, message):
 
 
 def test_last_is_chronological(run_dir):
-    names = [path.name for path in average.last_checkpoints(run_dir, 4)]
+    names = [path.name for path in checkpoints.last_checkpoints(run_dir, 4)]
     assert names == [
         "checkpoint9.pt",
         "checkpoint_13_100.pt",
@@ -168,7 +169,7 @@ def test_best_knows_which_way_is_better(tmp_path, maximize, best):
         # The digit after the decimals is fairseq's, and not part of the value.
         path = tmp_path / f"checkpoint.best_bleu_{value}7.pt"
         write_state(path, {"a": torch.zeros(1)}, maximize=maximize)
-    chosen = average.best_checkpoints(tmp_path, len(best))
+    chosen = checkpoints.best_checkpoints(tmp_path, len(best))
     assert [path.name for path in chosen] == [f"checkpoint.best_bleu_{value}7.pt" for value in best]
 
 

@@ -25,6 +25,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import average, evaluate, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
+from fairseq_sparsemixer.runs import checkpoints
 from fairseq_sparsemixer.text import moses
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_wmt14.sh"
@@ -397,7 +398,7 @@ def test_a_missing_test_set_is_named(trained, tmp_path):
 def test_average_of_the_last_or_best(moses_run, tmp_path, choice):
     report = evaluated(tmp_path / "report.json", moses_run, f"--{choice}", 2, "--beam", 1)
     checkpoint = report["checkpoints"][0]
-    choose = {"last": average.last_checkpoints, "best": average.best_checkpoints}[choice]
+    choose = {"last": checkpoints.last_checkpoints, "best": checkpoints.best_checkpoints}[choice]
     paths = choose(moses_run, 2)
     assert checkpoint["name"] == f"checkpoint_average2{choice}.pt"
     assert checkpoint["averaged_from"] == [path.name for path in paths]
@@ -409,7 +410,7 @@ def test_average_of_the_last_or_best(moses_run, tmp_path, choice):
 
 def test_average_is_made_again_only_where_it_must_be(moses_run):
     path = average.average_in_run(moses_run, "last", 2)
-    first, second = average.last_checkpoints(moses_run, 2)
+    first, second = checkpoints.last_checkpoints(moses_run, 2)
 
     def made_again():
         before = path.stat().st_ino
@@ -426,7 +427,7 @@ def test_average_is_made_again_only_where_it_must_be(moses_run):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     assert made_again()
-    assert average.load_state(path)["averaged_from"] == [first.name, "checkpoint_98_999.pt"]
+    assert checkpoints.load_state(path)["averaged_from"] == [first.name, "checkpoint_98_999.pt"]
 
 
 def test_average_in_a_baseline_too(moses_run, tmp_path):

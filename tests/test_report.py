@@ -22,6 +22,7 @@ from test_table import Log, config, evaluation, straight_log
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.comparison import results as scores
 from fairseq_sparsemixer.comparison import speed_up
+from fairseq_sparsemixer.comparison.histories import read_histories, times_are_of_points
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_json, write_lines
@@ -34,7 +35,8 @@ from fairseq_sparsemixer.report.specialisation import (
     mutual_information,
     typical_words,
 )
-from fairseq_sparsemixer.runs.folder import ROUTING, find_runs, group_runs, read_run
+from fairseq_sparsemixer.runs.folder import ROUTING, find_runs, read_run
+from fairseq_sparsemixer.runs.grouping import group_runs
 from fairseq_sparsemixer.runs.logs import read_log
 from fairseq_sparsemixer.runs.points import read_points
 
@@ -230,8 +232,8 @@ def test_speed_up_by_hand(tmp_path, study):
         for router in ("switch", "topk"):
             write_json(tmp_path / f"{router}{seed}" / "run.json", {"gpus": []})
     arms = read_arms(tmp_path)
-    histories = gather.read_histories(arms.values())
-    assert gather.times_are_of_points(histories)
+    histories = read_histories(arms.values())
+    assert times_are_of_points(histories)
     first, second, third = speed_up.speed_ups(arms["topk-4"], arms["switch-4"], histories)
     reached = 20 + 20 * (8.0 - 6.0) / (8.0 - 5.5)
     time, cpu_time = 0.6 * reached, (0.6 + CPU) * reached
@@ -252,8 +254,8 @@ def test_speed_up_by_hand(tmp_path, study):
     assert summary["by_updates"] == pytest.approx((60 / reached + 2) / 2)
     # One run without the file: all times are the log's.
     (tmp_path / "topk2" / "points.jsonl").unlink()
-    histories = gather.read_histories(arms.values())
-    assert not gather.times_are_of_points(histories)
+    histories = read_histories(arms.values())
+    assert not times_are_of_points(histories)
     (own, _) = speed_up.speed_ups(arms["switch-4"], arms["switch-4"], histories)
     assert own.updates == 60
     assert own.seconds == pytest.approx(36, abs=0.1)
@@ -270,7 +272,7 @@ def test_speed_ups_that_are_bounds_or_unknown(tmp_path, study):
         points = [point(u, nll, 0.5 * u) for u, nll in zip((20, 40, 60), losses)]
         write_run(tmp_path, name, points, **settings)
     arms = read_arms(tmp_path)
-    histories = gather.read_histories(arms.values())
+    histories = read_histories(arms.values())
     (bound,) = speed_up.speed_ups(arms["topk-4"], arms["switch-4"], histories)
     assert bound == (1, 1, 5.0, 20, 10, None, 2, 2, None, True)
     (exact,) = speed_up.speed_ups(arms["switch-4"], arms["switch-4"], histories)
@@ -317,7 +319,7 @@ def test_arms_are_drawn_over_time_by_the_seeds_that_have_it(tmp_path, study):
         write_run(tmp_path, f"s{seed}", points, router="switch", seed=seed)
     write_run(tmp_path, "t", [point(u, 7.0, None) for u in (20, 40, 60)], router="topk")
     arms = read_arms(tmp_path)
-    histories = gather.read_histories(arms.values())
+    histories = read_histories(arms.values())
     curves = gather.validation_curves(arms.values(), histories)
     timed = gather.timed(curves)
     assert [line.seed for line in timed["switch-4"]] == [1]
@@ -331,7 +333,7 @@ def test_arms_are_drawn_over_time_by_the_seeds_that_have_it(tmp_path, study):
     assert left_out in words_of(tmp_path / "page.html")
     assert "bleu-minutes.svg" in {p.name for p in (tmp_path / "page_figures").iterdir()}
     (tmp_path / "t" / "points.jsonl").unlink()
-    histories = gather.read_histories(arms.values())
+    histories = read_histories(arms.values())
     bleu = gather.point_curves(arms.values(), histories, "bleu")["switch-4"]
     assert [line.seconds for line in bleu] == [pytest.approx([12, 24, 36], abs=0.1)] * 2
 
@@ -375,7 +377,7 @@ def test_an_odd_number_of_panels_and_strange_script(tmp_path, monkeypatch):
 
 def test_curves_and_their_means(study):
     arms = read_arms(study)
-    histories = gather.read_histories(arms.values())
+    histories = read_histories(arms.values())
     curves = gather.validation_curves(arms.values(), histories)
     assert curves["topk-4"][0].updates == [20]
     assert not curves["topk-4"][0].counts

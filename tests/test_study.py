@@ -24,11 +24,12 @@ from fairseq_sparsemixer.files import read_lines, write_json, write_lines
 from fairseq_sparsemixer.models.watching import choices_of_batch, watch_routing
 from fairseq_sparsemixer.moe import Routing
 from fairseq_sparsemixer.runs import points
-from fairseq_sparsemixer.runs.folder import find_runs, group_runs, read_run
+from fairseq_sparsemixer.runs.folder import find_runs, read_run
+from fairseq_sparsemixer.runs.grouping import group_runs
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
 from fairseq_sparsemixer.study import runner
 from fairseq_sparsemixer.study.plan import read_plan
-from fairseq_sparsemixer.tasks import translation_with_routing
+from fairseq_sparsemixer.tasks import measuring, translation_with_routing
 
 DOMAINS = ("poems", "manuals")
 # Small batches: of the sentences of a second epoch fairseq makes other batches when it starts anew.
@@ -183,7 +184,7 @@ def test_translations_of_the_last_point_are_those_of_the_last_checkpoint(
     point = lines_of(folder)[-1]
     sources, references = (read_lines(prepared / "raw" / f"valid.{x}") for x in ("en", "de"))
     domains = read_lines(prepared / "raw" / "valid.domain")
-    chosen = points.choose_lines(12, dict.fromkeys(range(len(sources))), domains)
+    chosen = measuring.choose_lines(12, dict.fromkeys(range(len(sources))), domains)
     assert len(chosen) == point["sentences"] == 12
     assert sorted(domains[n] for n in chosen) == sorted(DOMAINS * 6)
     model = translator.Translator(str(folder), "checkpoint_last.pt")
@@ -223,13 +224,13 @@ def test_a_dense_model_has_points_too(finished):
 def test_figures_of_layers_by_hand():
     choices = {0: [[0], [1], [1]], 3: [[2], [2]], 5: [[-1], [0], [0]]}
     sentences = {
-        line: points.Sentence(2.0, 4, {"encoder.0": np.array(rows, dtype=np.int16)})
+        line: measuring.Sentence(2.0, 4, {"encoder.0": np.array(rows, dtype=np.int16)})
         for line, rows in choices.items()
     }
     before = {"encoder.0": np.array([[0], [0], [1], [2], [0], [1], [0], [0]])}
     domains = ["a", "-", "-", "b", "-", "a"]
     stats = {"router_entropy/encoder.0": 0.5}
-    figures = points.layer_figures(sentences, domains, {"encoder.0": 4}, stats, before)
+    figures = measuring.layer_figures(sentences, domains, {"encoder.0": 4}, stats, before)
     assert figures == {
         "encoder.0": {
             "load": [round(3 / 7, 6), round(2 / 7, 6), round(2 / 7, 6), 0.0],
@@ -238,20 +239,20 @@ def test_figures_of_layers_by_hand():
             "load_by_domain": {"a": [0.6, 0.4, 0.0, 0.0], "b": [0.0, 0.0, 1.0, 0.0]},
         }
     }
-    assert points.domain_losses(sentences, domains) == {
+    assert measuring.domain_losses(sentences, domains) == {
         "a": {"nll_loss": round(4 / 8 / math.log(2), 4), "tokens": 8},
         "b": {"nll_loss": round(2 / 4 / math.log(2), 4), "tokens": 4},
     }
     other = {"encoder.0": np.zeros((9, 1))}  # another validation set
     del figures["encoder.0"]["load_by_domain"]
     figures["encoder.0"].update(drift=None, entropy=None)
-    assert points.layer_figures(sentences, None, {"encoder.0": 4}, {}, other) == figures
+    assert measuring.layer_figures(sentences, None, {"encoder.0": 4}, {}, other) == figures
 
 
 def test_choices_of_two_experts_drift_by_the_share_that_is_new():
     one, two = (np.array(rows) for rows in ([[0, 1], [2, 3]], [[1, 0], [3, 0]]))
-    sentences = {0: points.Sentence(1.0, 1, {"encoder.0": two})}
-    figures = points.layer_figures(sentences, None, {"encoder.0": 4}, {}, {"encoder.0": one})
+    sentences = {0: measuring.Sentence(1.0, 1, {"encoder.0": two})}
+    figures = measuring.layer_figures(sentences, None, {"encoder.0": 4}, {}, {"encoder.0": one})
     assert figures["encoder.0"]["drift"] == 0.25
 
 
@@ -275,7 +276,7 @@ def test_choices_leave_out_padding_on_either_side():
 )
 def test_lines_are_spread_over_domains(count, expected):
     domains = ["a", "b", "a", "b", "a", "b", "b", "b"]
-    assert points.choose_lines(count, dict.fromkeys(range(8)), domains) == list(expected)
+    assert measuring.choose_lines(count, dict.fromkeys(range(8)), domains) == list(expected)
 
 
 def test_damaged_points_are_told(tmp_path):
@@ -548,12 +549,12 @@ def test_tensorboard_shows_the_points(finished):
     folder = finished / "switch-2-seed1"
     found = events(folder / "tensorboard" / "valid")
     for point in lines_of(folder):
-        for name, number in points.scalars(point).items():
+        for name, number in measuring.scalars(point).items():
             assert found[name, point["updates"]].simple_value == pytest.approx(number, rel=1e-5)
         image = found["expert_load", point["updates"]].image
         assert image.width > 100 and image.encoded_image_string[:4] == b"\x89PNG"
         assert ("loss", point["updates"]) in found
-    names = points.scalars(lines_of(folder)[-1])
+    names = measuring.scalars(lines_of(folder)[-1])
     assert {"bleu", "bleu/poems", "drift/encoder.0", "load/decoder.0/1"} <= names.keys()
 
 

@@ -19,6 +19,7 @@ from fairseq_sparsemixer.comparison import conditions as comparison
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_json, write_lines
 from fairseq_sparsemixer.runs import folder as runs
+from fairseq_sparsemixer.runs import grouping, settings
 from fairseq_sparsemixer.runs.logs import Validation, by_layer, line_stats, read_log
 
 ROOT = Path(__file__).parents[1]
@@ -562,7 +563,7 @@ def names(*configs):
     found = [
         runs.Run(
             folder=Path(str(number)),
-            settings=runs.read_settings(OmegaConf.to_container(each)),
+            settings=settings.read_settings(OmegaConf.to_container(each)),
             seed=each.common.seed,
             max_update=each.optimization.max_update,
             log=None,
@@ -573,7 +574,7 @@ def names(*configs):
         )
         for number, each in enumerate(configs)
     ]
-    return {arm.name: len(arm.runs) for arm in runs.group_runs(found)}
+    return {arm.name: len(arm.runs) for arm in grouping.group_runs(found)}
 
 
 def test_names_of_arms():

@@ -24,11 +24,17 @@ from fairseq_sparsemixer.runs import record
 from fairseq_sparsemixer.runs.arms import build_arm
 from fairseq_sparsemixer.runs.logs import read_log
 from fairseq_sparsemixer.training import dry_run as report
-from fairseq_sparsemixer.training import launch, process, resources
-from fairseq_sparsemixer.training.launch import Batch, Machine
+from fairseq_sparsemixer.training import launch, plan, process, resources, settings
+from fairseq_sparsemixer.training.machine import (
+    Machine,
+    environment_for,
+    find_machine,
+    precision_overrides,
+)
+from fairseq_sparsemixer.training.plan import Batch
 
-CONFIGS = launch.CHECKOUT / "configs"
-SCRIPTS = launch.CHECKOUT / "scripts"
+CONFIGS = settings.CHECKOUT / "configs"
+SCRIPTS = settings.CHECKOUT / "scripts"
 TINY_MODEL = {
     **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
     **{f"{side}_embed_dim": 16 for side in ("encoder", "decoder")},
@@ -50,13 +56,13 @@ TINY = [
 
 def compose(*overrides):
     """The settings of WMT14."""
-    return launch.compose(CONFIGS, ["checkpoint.save_dir=unused", *overrides])
+    return settings.compose(CONFIGS, ["checkpoint.save_dir=unused", *overrides])
 
 
 def plan_for(machine, monkeypatch, *arguments):
     """The plan of a command on another machine."""
-    monkeypatch.setattr(launch, "find_machine", lambda nodes: machine)
-    return launch.make_plan(cli.build_parser().parse_args(["train", *arguments]))
+    monkeypatch.setattr(plan, "find_machine", lambda nodes: machine)
+    return plan.make_plan(cli.build_parser().parse_args(["train", *arguments]))
 
 
 # Batches
@@ -81,7 +87,7 @@ def gpus(number, nodes=1, name="NVIDIA A100-SXM4-80GB", **more):
     ],
 )
 def test_an_update_has_the_same_tokens_on_any_number_of_gpus(machine, wanted, update_freq):
-    batch = launch.spread(8192, [16], machine, wanted)
+    batch = plan.spread(8192, [16], machine, wanted)
     assert batch == Batch(machine.workers, update_freq, wanted or 8192)
     assert batch.tokens_per_update == 16 * 8192
 
@@ -100,13 +106,13 @@ def test_an_update_has_the_same_tokens_on_any_number_of_gpus(machine, wanted, up
 )
 def test_a_batch_that_does_not_come_out_even_is_refused(workers, wanted, cure):
     with pytest.raises(UserError) as info:
-        launch.spread(8192, [16], gpus(workers), wanted)
+        plan.spread(8192, [16], gpus(workers), wanted)
     assert cure in str(info.value)
 
 
 def test_a_batch_by_sentences_is_refused():
     with pytest.raises(UserError, match=r"dataset\.max_tokens and one update_freq"):
-        launch.spread(None, [16], gpus(1), None)
+        plan.spread(None, [16], gpus(1), None)
 
 
 # Machines
@@ -117,34 +123,34 @@ def test_gpus_are_counted_and_nodes_found(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device])
-    assert launch.find_machine(1) == Machine(["GPU 0", "GPU 1"], bf16=False)
+    assert find_machine(1) == Machine(["GPU 0", "GPU 1"], bf16=False)
     capability[1] = (9, 0)
     monkeypatch.setenv("SLURM_NODEID", "1")
     with pytest.raises(UserError, match="--nodes 2 needs MASTER_ADDR"):
-        launch.find_machine(2)
+        find_machine(2)
     monkeypatch.setenv("MASTER_ADDR", "first")
-    machine = launch.find_machine(2)
+    machine = find_machine(2)
     assert machine == Machine(["GPU 0", "GPU 1"], True, 2, 1, ("first", "29500"))
     assert machine.workers == 4
     monkeypatch.setenv("NODE_RANK", "2")
     with pytest.raises(UserError, match=r"NODE_RANK \(0 to 1\)"):
-        launch.find_machine(2)
+        find_machine(2)
 
 
 def test_a_machine_without_gpus_is_one_worker(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert launch.find_machine(1).workers == 1
+    assert find_machine(1).workers == 1
     with pytest.raises(UserError, match="--nodes 2 needs GPUs"):
-        launch.find_machine(2)
+        find_machine(2)
     with pytest.raises(UserError, match="--nodes must be at least 1"):
-        launch.find_machine(0)
+        find_machine(0)
 
 
 def test_precision_is_that_of_the_machine(monkeypatch):
-    assert "common.bf16=true" in launch._precision(gpus(1), "recommended")
-    assert launch._precision(gpus(1), "released") == []
-    assert launch._precision(Machine(["Tesla T4"], False), "recommended") == []
-    assert "common.cpu=true" in launch._precision(Machine([], False), "released")
+    assert "common.bf16=true" in precision_overrides(gpus(1), "recommended")
+    assert precision_overrides(gpus(1), "released") == []
+    assert precision_overrides(Machine(["Tesla T4"], False), "recommended") == []
+    assert "common.cpu=true" in precision_overrides(Machine([], False), "released")
     assert plan_for(gpus(1), monkeypatch, "--recipe", "released").precision == "fp16"
     assert plan_for(gpus(1), monkeypatch, "common.fp16=false").precision == "fp32"
 
@@ -202,8 +208,8 @@ def test_fairseq_finds_its_place_under_torchrun_and_slurm(monkeypatch, tmp_path)
 def test_on_one_node_training_joins_no_others(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_NODELIST"):
         monkeypatch.setenv(name, "1")
-    assert not {"RANK", "WORLD_SIZE", "SLURM_JOB_NODELIST"} & launch._environment(gpus(2)).keys()
-    assert launch._environment(gpus(2, nodes=2))["SLURM_JOB_NODELIST"] == "1"
+    assert not {"RANK", "WORLD_SIZE", "SLURM_JOB_NODELIST"} & environment_for(gpus(2)).keys()
+    assert environment_for(gpus(2, nodes=2))["SLURM_JOB_NODELIST"] == "1"
 
 
 # Flags
@@ -236,7 +242,7 @@ def test_what_does_not_work_is_told_in_one_sentence(
 def test_names_of_runs():
     def name(*arguments):
         args = cli.build_parser().parse_args(["train", *arguments])
-        return launch._name(args, build_arm(args.router, args.experts).name)
+        return plan._name(args, build_arm(args.router, args.experts).name)
 
     assert name() == "sparsemixer-4-seed1"
     assert name("--router", "dense", "--seed", "2") == "dense-seed2"
@@ -250,7 +256,7 @@ def test_names_of_runs():
 def test_released_recipe_is_that_of_the_example():
     """The flags of example/run_moe.sh in github.com/microsoft/SparseMixer."""
     cfg = compose("recipe=released", "data=wmt14_en_de_moses")
-    resources.build_on_meta(cfg.model, launch.make_task(cfg, 100))
+    resources.build_on_meta(cfg.model, plan.make_task(cfg, 100))
     expected = {
         "dataset": {
             "num_workers": 8,
@@ -307,7 +313,7 @@ def test_recommended_recipe_differs_where_it_says():
 def test_every_router_composes(router):
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose(*build_arm(router, 6).overrides, *tiny)
-    layers = list(moe_layers(resources.build_on_meta(cfg.model, launch.make_task(cfg, 100))))
+    layers = list(moe_layers(resources.build_on_meta(cfg.model, plan.make_task(cfg, 100))))
     assert {layer.experts.num_experts for layer in layers} == {6}
 
 
@@ -345,8 +351,8 @@ def base_models():
     models = {}
     for name, number in (("dense", 1), ("two", 2), ("eight", 8)):
         cfg = compose(f"experts={name}")
-        meta = resources.build_on_meta(cfg.model, launch.make_task(cfg, 1000))
-        models[number] = meta, launch.make_task(cfg, 1000).build_model(cfg.model)
+        meta = resources.build_on_meta(cfg.model, plan.make_task(cfg, 1000))
+        models[number] = meta, plan.make_task(cfg, 1000).build_model(cfg.model)
     return models
 
 
@@ -382,7 +388,7 @@ def test_one_token_uses_the_active_parameters():
     """Those that get a gradient from a sentence of one word, top_k of N experts in each layer."""
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose(*build_arm("gshard", 4).overrides, "model.jitter_eps=0", *tiny)
-    model = launch.make_task(cfg, 100).build_model(cfg.model)
+    model = plan.make_task(cfg, 100).build_model(cfg.model)
     word = torch.tensor([[7]])
     model.eval()(word, torch.tensor([1]), word)[0].sum().backward()
     for layer in moe_layers(model):
@@ -395,7 +401,7 @@ def test_one_token_uses_the_active_parameters():
 def test_a_yardstick_computes_more_than_it_counts_as_active():
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose(*build_arm("straight-through", 4).overrides, *tiny)
-    counted = resources.count_parameters(launch.make_task(cfg, 100).build_model(cfg.model))
+    counted = resources.count_parameters(plan.make_task(cfg, 100).build_model(cfg.model))
     assert counted.active < counted.computed == counted.total
 
 
@@ -406,7 +412,7 @@ def test_memory_is_that_of_a_real_optimiser(half):
 
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose("common.fp16=false", f"common.bf16={half}", *tiny)
-    model = launch.make_task(cfg, 100).build_model(cfg.model)
+    model = plan.make_task(cfg, 100).build_model(cfg.model)
     parameters = list((model.bfloat16() if half else model).parameters())
     build = FP16Optimizer.build_optimizer if half else optim.build_optimizer
     optimizer = build(cfg if half else cfg.optimizer, parameters)
@@ -476,7 +482,7 @@ def test_time_follows_from_the_formula():
 
 def test_dry_run_does_nothing_but_print(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "find_machine", lambda nodes: gpus(8))
+    monkeypatch.setattr(plan, "find_machine", lambda nodes: gpus(8))
     assert cli.main(["train", "--dry-run", "--experts", "8"]) == 0
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -636,7 +642,7 @@ def tiny_configs(corpus, tmp_path_factory):
     configs = shutil.copytree(CONFIGS, tmp_path_factory.mktemp("sweep") / "configs")
     tiny = {
         "task": {"data": str(corpus / "bin")},
-        "common": {"cpu": True, "fp16": False, "user_dir": str(launch.PACKAGE)},
+        "common": {"cpu": True, "fp16": False, "user_dir": str(settings.PACKAGE)},
         "model": TINY_MODEL,
         "optimization": {"max_update": 2, "update_freq": [1]},
         "dataset": {"max_tokens": 200, "num_workers": 0},

@@ -20,7 +20,7 @@ import statmt
 
 from fairseq_sparsemixer import files
 from fairseq_sparsemixer.corpora import binarise, bpe, parallel, prepare
-from fairseq_sparsemixer.corpora.wmt14 import archives, downloads
+from fairseq_sparsemixer.corpora.wmt14 import archives, downloads, preparation
 from fairseq_sparsemixer.corpora.wmt14 import extraction as wmt14
 from fairseq_sparsemixer.errors import UserError
 
@@ -80,7 +80,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wmt14")
     made = {}
     with statmt.serving() as server:
-        for pipeline in prepare.PIPELINES:
+        for pipeline in preparation.PIPELINES:
             output = folder / pipeline
             record = command(server, output, "--pipeline", pipeline, "--workers", "1")
             made[pipeline] = (record, output)
@@ -117,7 +117,7 @@ def test_both_pipelines_have_the_same_raw_text(built):
         assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("pipeline", prepare.PIPELINES)
+@pytest.mark.parametrize("pipeline", preparation.PIPELINES)
 def test_what_is_cleaned_away(built, pipeline):
     record, folder = built[pipeline]
     assert record["cleaning"]["dropped"] == {"empty": 2, "length_ratio": 1, "too_long": 1}
@@ -178,7 +178,7 @@ def test_moses_codes_are_those_of_the_command_line(built, tmp_path):
     assert result.stdout == (folder / "bin" / "bpecodes").read_bytes()
 
 
-@pytest.mark.parametrize("pipeline", prepare.PIPELINES)
+@pytest.mark.parametrize("pipeline", preparation.PIPELINES)
 def test_fairseq_reads_back_the_pieces(built, pipeline):
     from fairseq.data import Dictionary, data_utils
 
@@ -208,7 +208,7 @@ def test_two_workers_do_what_one_does(built, server, tmp_path, monkeypatch):
     monkeypatch.setattr(binarise, "_LINES_PER_WORKER", 400)
     monkeypatch.setattr(parallel, "CHUNK", 50)
     compared = set()
-    for pipeline in prepare.PIPELINES:
+    for pipeline in preparation.PIPELINES:
         _, folder = built[pipeline]
         again = tmp_path / pipeline
         command(server, again, "--pipeline", pipeline, "--workers", "2")
@@ -610,7 +610,7 @@ def test_sentencepiece_gets_the_longest_line(tmp_path):
 # --- the user's own text -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pipeline", prepare.PIPELINES)
+@pytest.mark.parametrize("pipeline", preparation.PIPELINES)
 def test_own_text(built, tmp_path, pipeline):
     _, folder = built[pipeline]
     mine = tmp_path / "mine"
@@ -650,7 +650,7 @@ def test_own_text_problems(built, tmp_path, name, content, message):
             lines = content.count(b"\n")
             path.write_bytes(content if path.name == name else b"line\n" * lines)
     with pytest.raises(UserError, match=message):
-        prepare.prepare_wmt14(tmp_path / "out", raw_dir=mine, pipeline="moses", merges=MERGES)
+        preparation.prepare_wmt14(tmp_path / "out", raw_dir=mine, pipeline="moses", merges=MERGES)
 
 
 @pytest.mark.parametrize(

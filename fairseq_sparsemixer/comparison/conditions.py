@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.evaluate import COMPOUND_SPLIT, TOKENISED
+from fairseq_sparsemixer.evaluation.tokens import COMPOUND_SPLIT, TOKENISED
 from fairseq_sparsemixer.files import read_lines, sha256_of
-from fairseq_sparsemixer.runs.folder import Arm, Run
+from fairseq_sparsemixer.runs.folder import Run
+from fairseq_sparsemixer.runs.grouping import Arm
 from fairseq_sparsemixer.runs.logs import Validation
 
 TOLERANCE = 0.005

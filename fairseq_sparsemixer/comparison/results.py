@@ -17,7 +17,8 @@ from fairseq_sparsemixer.comparison.table import build_report
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.files import read_lines
-from fairseq_sparsemixer.runs.folder import Arm, Run
+from fairseq_sparsemixer.runs.folder import Run
+from fairseq_sparsemixer.runs.grouping import Arm
 
 SIGNIFICANT = 0.05
 LEAST_LINES = 50

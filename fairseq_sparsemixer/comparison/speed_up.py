@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from fairseq_sparsemixer.comparison.conditions import first_reached
-from fairseq_sparsemixer.report.gather import (
+from fairseq_sparsemixer.comparison.histories import (
     History,
     as_validation,
     mean_or_none,
     validations,
 )
-from fairseq_sparsemixer.runs.folder import Arm, Run
+from fairseq_sparsemixer.runs.folder import Run
+from fairseq_sparsemixer.runs.grouping import Arm
 from fairseq_sparsemixer.runs.logs import Validation
 
 

@@ -48,14 +48,9 @@ from fairseq_sparsemixer.comparison.conditions import (
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import quiet_libraries
 from fairseq_sparsemixer.files import atomic_path, check_writable, write_json, write_lines
-from fairseq_sparsemixer.laboratory.tables import markdown
-from fairseq_sparsemixer.runs.folder import (
-    Arm,
-    Run,
-    add_run_arguments,
-    further_differences,
-    read_arms,
-)
+from fairseq_sparsemixer.runs.folder import Run
+from fairseq_sparsemixer.runs.grouping import Arm, add_run_arguments, further_differences, read_arms
+from fairseq_sparsemixer.tables import markdown
 
 HELP = "finished runs side by side: means over seeds, significance, speed-up"
 PAPER = "fill in from the paper"

@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from fairseq_sparsemixer import __version__
 from fairseq_sparsemixer.corpora import binarise, bpe
 from fairseq_sparsemixer.corpora.binarise import (
     SPLITS,
@@ -19,6 +18,7 @@ from fairseq_sparsemixer.corpora.cleaning import Pair
 from fairseq_sparsemixer.corpora.steps import Steps
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import iterate_lines, report_full_disk, write_json, write_lines
+from fairseq_sparsemixer.version import __version__
 
 RECORD = "record.json"
 """Written last, so that a folder that has it is complete."""

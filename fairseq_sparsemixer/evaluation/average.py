@@ -9,20 +9,19 @@ The result serves for translation and scoring, or to fine-tune from; it holds no
 """
 
 import argparse
-import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, check_writable
+from fairseq_sparsemixer.runs.checkpoints import (
+    best_checkpoints,
+    last_checkpoints,
+    load_state,
+    num_updates,
+)
 
 HELP = "average the last or best checkpoints of a run"
-
-EPOCH_PATTERN = re.compile(r"checkpoint(\d+)\.pt")
-UPDATE_PATTERN = re.compile(r"checkpoint_(\d+)_(\d+)\.pt")
-# fairseq writes the value with three decimals and then one or two digits of its own, which
-# keep equal values apart and are no part of the value.
-BEST_PATTERN = re.compile(r"checkpoint\.best_(.+)_(-?\d+\.\d{3})\d*\.pt")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,79 +76,6 @@ def choose_checkpoints(args: argparse.Namespace) -> List[Path]:
     if args.best is not None:
         return best_checkpoints(folders[0], args.best)
     raise UserError(f"{folders[0]} is a folder; add --last N or --best N to choose from it")
-
-
-def last_checkpoints(folder: Path, count: int) -> List[Path]:
-    """The newest ``count`` epoch and update checkpoints of ``folder``, oldest first.
-
-    Raises:
-        UserError: there are fewer.
-    """
-    found: List[Tuple[Tuple[int, float], Path]] = []
-    for path in folder.iterdir():
-        epoch, update = EPOCH_PATTERN.fullmatch(path.name), UPDATE_PATTERN.fullmatch(path.name)
-        if epoch:
-            # checkpointE.pt ends epoch E: newer than each checkpoint_E_U.pt within it.
-            found.append(((int(epoch[1]), float("inf")), path))
-        elif update:
-            found.append(((int(update[1]), int(update[2])), path))
-    _check_count(len(found), count, "--last", f"checkpointE.pt or checkpoint_E_U.pt in {folder}")
-    return [path for _, path in sorted(found)[-count:]]
-
-
-def best_checkpoints(folder: Path, count: int) -> List[Path]:
-    """The best ``count`` of the ``checkpoint.best_METRIC_VALUE.pt`` in ``folder``, best first.
-
-    Whether higher is better is read from a checkpoint (``maximize_best_checkpoint_metric``).
-
-    Raises:
-        UserError: there are fewer, or they were chosen by different metrics.
-    """
-    matches = [(path, BEST_PATTERN.fullmatch(path.name)) for path in sorted(folder.iterdir())]
-    found = [(float(match[2]), path) for path, match in matches if match]
-    _check_count(len(found), count, "--best", f"checkpoint.best_METRIC_VALUE.pt in {folder}")
-    metrics = sorted({match[1] for _, match in matches if match})
-    if len(metrics) > 1:
-        raise UserError(
-            f"{folder} holds best checkpoints by {' and '.join(metrics)}; name the files of one "
-            "metric with --inputs instead of --best"
-        )
-    checkpoint_cfg = load_state(found[0][1])["cfg"]["checkpoint"]
-    sign = -1 if checkpoint_cfg["maximize_best_checkpoint_metric"] else 1
-    return [path for _, path in sorted(found, key=lambda entry: sign * entry[0])[:count]]
-
-
-def _check_count(found: int, wanted: int, flag: str, what: str) -> None:
-    """Raise UserError unless 1 <= ``wanted`` <= ``found``."""
-    if wanted < 1:
-        raise UserError(f"{flag} {wanted} averages nothing; give 1 or more")
-    if found < wanted:
-        raise UserError(f"found {found} of {what} for {flag} {wanted}; lower {flag}")
-
-
-def load_state(path: Path) -> Dict[str, Any]:
-    """The content of a checkpoint, tensors on the CPU.
-
-    Raises:
-        UserError: the file is missing, damaged or not a fairseq checkpoint.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu")
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}; check --inputs") from error
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"cannot read the checkpoint {path} ({reason}); copy it again or leave it out of "
-            "--inputs"
-        ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path} is not a checkpoint of fairseq; leave it out of --inputs")
-    return state
 
 
 def average_checkpoints(paths: List[Path], output: Path) -> None:
@@ -241,12 +167,6 @@ def _check_same_model(
                 f"the parameter {key} has the shape {list(shape)} in {first_path} and "
                 f"{list(other_shape)} in {other_path}; {cure}"
             )
-
-
-def num_updates(state: Dict[str, Any]) -> int:
-    """The number of optimiser updates after which a checkpoint was written (0 if unknown)."""
-    history = state.get("optimizer_history") or [{}]
-    return history[-1].get("num_updates", 0)
 
 
 def _write_average(

@@ -21,7 +21,7 @@ import importlib.metadata
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional
 
 from fairseq_sparsemixer.corpora.stages import RECORD
 from fairseq_sparsemixer.errors import UserError
@@ -32,8 +32,14 @@ from fairseq_sparsemixer.evaluation.options import (
     precision_of,
     quiet_libraries,
 )
+from fairseq_sparsemixer.evaluation.tokens import (
+    COMPOUND_SPLIT,
+    TOKENISED,
+    compounds_split,
+    score_tokens,
+    token_paths,
+)
 from fairseq_sparsemixer.files import check_writable, read_lines, sha256_of, write_json, write_lines
-from fairseq_sparsemixer.text import moses
 
 if TYPE_CHECKING:
     from fairseq_sparsemixer.evaluation.translator import Translation, Translator
@@ -41,34 +47,6 @@ if TYPE_CHECKING:
 HELP = "translate a test set with a trained model and score it"
 
 DEFAULT_COMET = "Unbabel/wmt22-comet-da"
-
-
-class TokenScore(NamedTuple):
-    """A BLEU over tokens: its key in the JSON, name in the table, and label.
-
-    Attributes:
-        ending: what its files of tokens end in.
-    """
-
-    key: str
-    title: str
-    ending: str
-    label: str
-
-
-TOKENISED = TokenScore(
-    "tokenised_bleu",
-    "tokenised BLEU",
-    "tok",
-    "Moses tokens with -a (hyphens split), BPE removed; not comparable with sacreBLEU",
-)
-COMPOUND_SPLIT = TokenScore(
-    "compound_split_bleu",
-    "compound-split BLEU",
-    "atat",
-    "Moses tokens without -a, compounds split as by tensor2tensor's get_ende_bleu.sh; not "
-    "comparable with sacreBLEU",
-)
 
 
 class TestSet(NamedTuple):
@@ -249,13 +227,6 @@ def hypotheses_path(stem: Path, language: str) -> Path:
     return stem.with_name(f"{stem.name}.{language}")
 
 
-def token_paths(stem: Path, language: str, kind: TokenScore) -> Tuple[Path, Path]:
-    """The files of tokens: of the translations, and of the reference."""
-    hypotheses = stem.with_name(f"{stem.name}.{language}.{kind.ending}")
-    reference = stem.with_name(f"{stem.name}.ref.{language}.{kind.ending}")
-    return hypotheses, reference
-
-
 def _check_outputs(stem: Path, test_set: TestSet, language: str) -> None:
     """Raise UserError where an output would overwrite the text that it comes from."""
     outputs = [hypotheses_path(stem, language)]
@@ -281,7 +252,7 @@ def _evaluate(
     language = translator.target_lang
     if args.compound_split:
         # Before the search: the package that it needs may be missing.
-        reference = _compounds_split(text.references, language)
+        reference = compounds_split(text.references, language)
     started = time.perf_counter()
     translations = translator.translate(
         text.sources, beam=args.beam, lenpen=args.lenpen, max_tokens=args.max_tokens, progress=True
@@ -294,12 +265,10 @@ def _evaluate(
     if tokenised:
         tokens = [translation.tokens or "" for translation in translations]
         reference = [translator.subwords.tokenise(line, language) for line in text.references]
-        scores[TOKENISED.key] = _score_tokens(TOKENISED, tokens, reference, stem, language)
+        scores[TOKENISED.key] = score_tokens(TOKENISED, tokens, reference, stem, language)
     if args.compound_split:
-        tokens = _compounds_split(hypotheses, language)
-        scores[COMPOUND_SPLIT.key] = _score_tokens(
-            COMPOUND_SPLIT, tokens, reference, stem, language
-        )
+        tokens = compounds_split(hypotheses, language)
+        scores[COMPOUND_SPLIT.key] = score_tokens(COMPOUND_SPLIT, tokens, reference, stem, language)
     if args.comet is not None:
         scores["comet"] = scoring.comet_score(text.sources, hypotheses, text.references, args.comet)
     return {
@@ -310,36 +279,6 @@ def _evaluate(
         "model": translator.model_settings,
         "seconds": {"translation": seconds},
     }
-
-
-def _score_tokens(
-    kind: TokenScore, hypotheses: List[str], reference: List[str], stem: Path, language: str
-) -> Dict[str, Any]:
-    """BLEU over tokens, with its label and the files that it can be computed from again."""
-    from fairseq_sparsemixer.evaluation import scoring
-
-    paths = token_paths(stem, language, kind)
-    for path, lines in zip(paths, (hypotheses, reference)):
-        write_lines(path, lines)
-    return {
-        **scoring.tokenised_bleu(hypotheses, reference),
-        "label": kind.label,
-        "hypotheses": str(paths[0]),
-        "reference": str(paths[1]),
-    }
-
-
-def _compounds_split(lines: List[str], language: str) -> List[str]:
-    """Moses tokens of raw lines, without ``-a``, then with their compounds split.
-
-    ``get_ende_bleu.sh`` also makes the Unicode punctuation of translations plain, but not that of
-    references; here both stay as they are.
-    """
-    from fairseq_sparsemixer.evaluation import scoring
-
-    return scoring.split_compounds(
-        [moses.tokenise(line, language, split_hyphens=False) for line in lines]
-    )
 
 
 def _evaluate_baseline(
@@ -466,7 +405,7 @@ def versions(translator: "Translator") -> Dict[str, str]:
     import fairseq
     import torch
 
-    from fairseq_sparsemixer import __version__
+    from fairseq_sparsemixer.version import __version__
 
     return {
         "fairseq_sparsemixer": __version__,
@@ -481,7 +420,7 @@ def versions(translator: "Translator") -> Dict[str, str]:
 
 def format_report(report: Dict[str, Any]) -> str:
     """The table that ``evaluate`` prints: a row for each system, then the signatures."""
-    from fairseq_sparsemixer.evaluation.scoring import format_table
+    from fairseq_sparsemixer.tables import format_table
 
     systems = [("model", report["scores"])]
     if "baseline" in report:

@@ -212,15 +212,3 @@ def _check_lines(hypotheses: Sequence[str], references: Sequence[str]) -> None:
 def empty_lines(lines: Sequence[str]) -> int:
     """How many of ``lines`` hold nothing but white space."""
     return sum(not line.strip() for line in lines)
-
-
-def format_table(rows: List[List[str]]) -> str:
-    """Rows of cells as text: the first column left-aligned, the others right-aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    )

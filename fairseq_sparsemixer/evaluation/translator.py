@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.average import num_updates
+from fairseq_sparsemixer.runs.checkpoints import num_updates
 from fairseq_sparsemixer.text.subwords import Subwords, find_subwords, not_found
 
 logger = logging.getLogger(__name__)

@@ -2,24 +2,11 @@
 
 from typing import Any, Dict, Iterable, List, Optional
 
+from fairseq_sparsemixer.tables import markdown
+
 Record = Dict[str, Any]
 
 COLUMNS = ("bias", "noise", "rmse", "cosine", "length")
-
-
-def markdown(rows: List[List[str]]) -> str:
-    """A Markdown table; the first row is its head, the first column is text."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-
-    def line(cells: List[str]) -> str:
-        first, *rest = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(rows[0]), "| " + " | ".join(rule) + " |", *map(line, rows[1:])])
 
 
 def toy_tables(records: List[Record]) -> str:

@@ -21,11 +21,12 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from fairseq_sparsemixer import __version__
+from fairseq_sparsemixer.comparison.histories import read_histories, times_are_of_points
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import quiet_libraries
 from fairseq_sparsemixer.files import check_writable, scratch_folder, write_lines
-from fairseq_sparsemixer.runs.folder import Arm, add_run_arguments, read_arms
+from fairseq_sparsemixer.runs.grouping import Arm, add_run_arguments, read_arms
+from fairseq_sparsemixer.version import __version__
 
 FIGURES = re.compile(
     r"((validation|training|bleu)-(updates|minutes)|domains|load-at-end|load-over-time-\d+"
@@ -123,7 +124,7 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
         except UserError as error:
             problem = str(error)
     results = scores.read_results(arms, baseline, text, problem) if baseline else None
-    histories = gather.read_histories(arms)
+    histories = read_histories(arms)
     by_name = {arm.name: arm for arm in arms}
     speed_ups = {}
     if baseline:
@@ -160,7 +161,7 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
         "notes": scores.notes(results.table, arms) if results else [],
         "copy": scores.nearest_copy(counted),
         "speed_ups": speed_ups,
-        "times_of_points": gather.times_are_of_points(histories),
+        "times_of_points": times_are_of_points(histories),
         "without_time": {name: gather.without_time(found) for name, found in curves.items()},
         "routing": routing,
         "routing_problems": problems,

@@ -5,15 +5,15 @@ A run folder is what ``fairseq-hydra-train`` and ``fairseq-sparsemixer evaluate`
 ``fairseq-sparsemixer train`` started it.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.runs.logs import TrainingLog, Validation, read_log
+from fairseq_sparsemixer.runs.settings import read_settings
 
 CONFIG = Path(".hydra", "config.yaml")
 LOG = "hydra_train.log"
@@ -71,50 +71,6 @@ class Run:
             return {key: self.record["parameters"].get(key) for key in ("total", "active")}
         total = self.log.parameters if self.log else None
         return {"total": total, "active": total if self.name == "dense" else None}
-
-
-class Arm(NamedTuple):
-    """Runs that differ by the seed alone, by ascending seed."""
-
-    name: str
-    runs: List[Run]
-
-    @property
-    def counted(self) -> List[Run]:
-        """Those that are finished and scored."""
-        return [run for run in self.runs if not run.note]
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that :func:`read_arms` goes by: ``RUN...`` and ``--scores``."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder, or a folder that holds run folders",
-    )
-    parser.add_argument(
-        "--scores",
-        metavar="NAME",
-        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
-        "RUN/evaluation/test.checkpoint_best.json",
-    )
-
-
-def read_arms(paths: Iterable[Path], scores: Optional[str]) -> List[Arm]:
-    """The arms of all runs that ``paths`` are or hold.
-
-    Raises:
-        UserError: there is no run, none has the evaluation ``scores``, or a file is damaged.
-    """
-    runs = [read_run(folder, scores) for folder in find_runs(paths)]
-    if scores is not None and not any(run.scores_path for run in runs):
-        raise UserError(
-            f"no run has an evaluation named {scores}; check --scores, or run "
-            "`fairseq-sparsemixer evaluate` first"
-        )
-    return group_runs(runs)
 
 
 def find_runs(paths: Iterable[Path]) -> List[Path]:
@@ -203,103 +159,6 @@ def _read_config(path: Path) -> Dict[str, Any]:
     return {str(section): values for section, values in config.items()}
 
 
-_WHOLE_SECTIONS = (
-    "model",
-    "criterion",
-    "task",
-    "optimizer",
-    "lr_scheduler",
-    "optimization",
-    "ema",
-)
-_PARTS = {
-    "dataset": (
-        "train_subset",
-        "valid_subset",
-        "max_tokens",
-        "batch_size",
-        "required_batch_size_multiple",
-        "curriculum",
-    ),
-    "common": ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"),
-    "checkpoint": ("finetune_from_model",),
-}
-"""What else decides how a model trains. The rest says where files are, or what is logged."""
-_WITHOUT_EFFECT = (
-    "task.points_file",
-    "task.points_text",
-    "task.points_sentences",
-    "task.points_beam",
-    "optimization.stop_time_hours",
-    "model.moe_backend",
-    "model.moe_recompute",
-    "model.moe_inference_dtype",
-)
-
-
-def read_settings(config: Dict[str, Any]) -> Dict[str, Any]:
-    """What decides how a run trains, its seed aside, as ``{"model.dropout": 0.1, ...}``.
-
-    Settings of the experts that the config does not mention have their defaults; a dense model
-    has none. The batch of an update is a setting, how it is spread over workers is not: in place of
-    ``update_freq`` and ``max_tokens`` stands ``optimization.tokens_per_update``.
-    """
-    sections = {name: dict(config.get(name) or {}) for name in _WHOLE_SECTIONS}
-    for section, keys in _PARTS.items():
-        values = config.get(section) or {}
-        sections[section] = {key: values.get(key) for key in keys}
-    workers = (config.get("distributed_training") or {}).get("distributed_world_size") or 1
-    tokens = sections["dataset"].pop("max_tokens")
-    frequencies = sections["optimization"].pop("update_freq", [1])
-    size = "tokens_per_update" if tokens else "update_freq"  # batches of so many sentences
-    sections["optimization"][size] = [workers * each * (tokens or 1) for each in frequencies]
-    dense = _is_dense(sections["model"])
-    for section, defaults in _expert_settings().items():
-        values = sections[section]
-        if dense:
-            sections[section] = {key: values[key] for key in values if key not in defaults}
-        elif section == "model" or "with_routing" in str(values.get("_name")):
-            sections[section] = {**defaults, **values}
-    flat = {
-        f"{section}.{key}": value
-        for section, values in sections.items()
-        for key, value in values.items()
-    }
-    return {
-        key: value
-        for key, value in flat.items()
-        if value is not None and key not in _WITHOUT_EFFECT
-    }
-
-
-def _is_dense(model: Dict[str, Any]) -> bool:
-    """Whether the model has no experts, be it one of fairseq's own."""
-    if "router" not in model and not str(model.get("_name")).startswith("switch_transformer"):
-        return True
-    return all(model.get(f"{side}_moe_layers") == "none" for side in ("encoder", "decoder"))
-
-
-def _expert_settings() -> Dict[str, Dict[str, Any]]:
-    """The settings of this package, by section, with their defaults."""
-    from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
-        LabelSmoothedCrossEntropyWithRoutingConfig,
-    )
-    from fairseq_sparsemixer.models.config import SwitchTransformerConfig
-
-    owners = {
-        "model": SwitchTransformerConfig,
-        "criterion": LabelSmoothedCrossEntropyWithRoutingConfig,
-    }
-    return {
-        section: {
-            field.name: field.default
-            for field in dataclasses.fields(owner)
-            if field.name in owner.__annotations__
-        }
-        for section, owner in owners.items()
-    }
-
-
 def find_scores(folder: Path, name: Optional[str]) -> Optional[Path]:
     """The evaluation of a run: the one called ``name`` (with or without ``.json``), or the only.
 
@@ -332,77 +191,3 @@ def _read_json(path: Path) -> Any:
         raise UserError(
             f"cannot read {path} ({error}); remove it, or name another evaluation with --scores"
         ) from error
-
-
-def group_runs(runs: Iterable[Run]) -> List[Arm]:
-    """Arms of equal settings, by ascending number of experts.
-
-    Raises:
-        UserError: two runs differ in nothing, not even the seed.
-    """
-    groups: Dict[str, List[Run]] = {}
-    for each in runs:
-        groups.setdefault(json.dumps(each.settings, sort_keys=True), []).append(each)
-    by_name: Dict[str, List[List[Run]]] = {}
-    for group in groups.values():
-        group.sort(key=lambda run: run.seed)
-        by_name.setdefault(group[0].name, []).append(group)
-    arms = [
-        Arm(name + suffix, group)
-        for name, same_name in by_name.items()
-        for group, suffix in zip(same_name, _suffixes([group[0] for group in same_name]))
-    ]
-    for arm in arms:
-        for one, other in zip(arm.runs, arm.runs[1:]):
-            if one.seed == other.seed:
-                raise UserError(
-                    f"{one.folder} and {other.folder} are the same run ({arm.name}, seed "
-                    f"{one.seed}); leave one of them out of RUN"
-                )
-    return sorted(arms, key=lambda arm: arm.runs[0].settings.get("model.num_experts", 0))
-
-
-def _suffixes(runs: Sequence[Run]) -> List[str]:
-    """For runs of one name, the settings in which they differ, as ``,top_k=2``."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    differing = [key for key in keys if any(_differ(run, runs[0], key) for run in runs)]
-    labels = {key: _label(key) for key in differing}
-    if len(set(labels.values())) < len(labels):
-        labels = {key: key for key in differing}
-    return [
-        "".join(f",{labels[key]}={_as_text(run.settings.get(key))}" for key in differing)
-        for run in runs
-    ]
-
-
-def _differ(one: Run, other: Run, key: str) -> bool:
-    return one.settings.get(key) != other.settings.get(key)
-
-
-def further_differences(runs: Sequence[Run]) -> List[str]:
-    """The settings, those of the model's experts aside, in which runs differ, with their values."""
-    own = _expert_settings()
-    texts = []
-    for key in dict.fromkeys(key for run in runs for key in run.settings):
-        section, _, name = key.partition(".")
-        if section == "model" and name in own["model"]:
-            continue
-        # A dense model has no routing losses that could differ.
-        of_experts = section == "criterion" and name in own["criterion"]
-        holders = [run for run in runs if key in run.settings or not of_experts]
-        values = list(dict.fromkeys(_as_text(run.settings.get(key)) for run in holders))
-        if len(values) > 1:
-            texts.append(f"{_label(key)} ({', '.join(values)})")
-    return texts
-
-
-def _label(key: str) -> str:
-    """The short name of a setting: that of hydra without its group."""
-    group, _, name = key.partition(".")
-    return ("arch" if group == "model" else group) if name == "_name" else name
-
-
-def _as_text(value: Any) -> str:
-    if value is None:
-        return "unset"
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

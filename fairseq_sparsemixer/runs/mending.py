@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Optional
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.average import BEST_PATTERN, EPOCH_PATTERN, UPDATE_PATTERN
 from fairseq_sparsemixer.files import atomic_path
+from fairseq_sparsemixer.runs.checkpoints import BEST_PATTERN, EPOCH_PATTERN, UPDATE_PATTERN
 
 LAST = "checkpoint_last.pt"
 

@@ -100,7 +100,7 @@ def versions() -> Dict[str, Optional[str]]:
     import hydra
     import torch
 
-    from fairseq_sparsemixer import __version__
+    from fairseq_sparsemixer.version import __version__
 
     return {
         "fairseq_sparsemixer": __version__,

@@ -209,7 +209,7 @@ def _count_parameters(folder: Path, plan: Plan) -> Parameters:
     from fairseq_sparsemixer.evaluation.options import quiet_libraries
     from fairseq_sparsemixer.evaluation.translator import find_languages
     from fairseq_sparsemixer.training import resources
-    from fairseq_sparsemixer.training.launch import compose
+    from fairseq_sparsemixer.training.settings import compose
 
     quiet_libraries()
     logging.getLogger("hydra").setLevel(logging.WARNING)
@@ -322,8 +322,8 @@ class _Failure(NamedTuple):
 
 
 def _updates(checkpoint: Path) -> int:
-    from fairseq_sparsemixer.evaluation.average import num_updates
     from fairseq_sparsemixer.evaluation.translator import load_state
+    from fairseq_sparsemixer.runs.checkpoints import num_updates
 
     return num_updates(load_state(checkpoint))
 
@@ -428,7 +428,7 @@ class _Study:
         return environment
 
     def _training_command(self, run: StudyRun) -> List[str]:
-        from fairseq_sparsemixer.training.launch import quoted
+        from fairseq_sparsemixer.training.settings import quoted
 
         every = self.plan.evaluate_every
         return [

@@ -17,6 +17,7 @@ from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.runs import points
+from fairseq_sparsemixer.tasks import measuring
 from fairseq_sparsemixer.text.subwords import Subwords, find_subwords
 
 TOKENS_AT_ONCE = 4096
@@ -106,7 +107,7 @@ class TranslationWithRoutingTask(TranslationTask):
         self._watch: Optional[_Stopwatch] = None
         self._updates = 0
         self._measured = -1
-        self._sentences: points.Sentences = {}
+        self._sentences: measuring.Sentences = {}
 
     # Training, which is timed
 
@@ -137,7 +138,7 @@ class TranslationWithRoutingTask(TranslationTask):
 
     def state_dict(self) -> Dict[str, Any]:
         """See fairseq, which calls this for each checkpoint."""
-        if self._watch is not None and points.is_first_worker():
+        if self._watch is not None and measuring.is_first_worker():
             points.add_clock(self._clocks_path, self._updates, self._watch.stop())
         return super().state_dict()
 
@@ -163,7 +164,7 @@ class TranslationWithRoutingTask(TranslationTask):
         """See fairseq."""
         if self._path is None:
             return super().valid_step(sample, model, criterion)
-        with torch.no_grad(), points.observe(model, sample, self.tgt_dict.pad()) as sentences:
+        with torch.no_grad(), measuring.observe(model, sample, self.tgt_dict.pad()) as sentences:
             result = super().valid_step(sample, model, criterion)
         self._sentences.update(sentences)
         return result
@@ -174,26 +175,26 @@ class TranslationWithRoutingTask(TranslationTask):
         if self._path is None or updates == self._measured:
             return
         self._measured = updates
-        sentences = points.all_workers(self._sentences)
-        if not points.is_first_worker():
+        sentences = measuring.all_workers(self._sentences)
+        if not measuring.is_first_worker():
             return
         known = {point["updates"]: point for point in points.read_points(self._path)}
         point = known.get(updates)
         # One of another loss was measured in another training.
         if point is None or point["nll_loss"] != points.number(_nll_loss(stats)):
             point = self._measure(model, stats, sentences)
-            points.save_choices(self._path, updates, points.flat_choices(sentences))
+            points.save_choices(self._path, updates, measuring.flat_choices(sentences))
             points.add_point(self._path, point)
             points.forget_choices(self._path, updates)
         elif self._watch is not None:
             # Trained again: time goes on from when it was measured.
             self._watch.set(points.Clock(*(point[key] for key in points.Clock._fields)))
-        stats.update(points.scalars(point))
+        stats.update(measuring.scalars(point))
         if self.cfg.tensorboard_logdir:
             _show_load(self.cfg.tensorboard_logdir, point)
 
     def _measure(
-        self, model: Any, stats: Mapping[str, Any], sentences: points.Sentences
+        self, model: Any, stats: Mapping[str, Any], sentences: measuring.Sentences
     ) -> Dict[str, Any]:
         domains = self._domains()
         num_experts = {
@@ -214,14 +215,14 @@ class TranslationWithRoutingTask(TranslationTask):
             ),
             "loss": points.number(stats["loss"]),
             "nll_loss": nll_loss,
-            "layers": points.layer_figures(sentences, domains, num_experts, stats, before),
+            "layers": measuring.layer_figures(sentences, domains, num_experts, stats, before),
         }
-        by_domain = {} if domains is None else points.domain_losses(sentences, domains)
+        by_domain = {} if domains is None else measuring.domain_losses(sentences, domains)
         if self.cfg.points_text and self.cfg.points_sentences > 0 and nll_loss is not None:
             references = self._text(self.cfg.target_lang)
-            lines = points.choose_lines(self.cfg.points_sentences, sentences, domains)
+            lines = measuring.choose_lines(self.cfg.points_sentences, sentences, domains)
             translations = self._translate(model, lines)
-            figures = points.translation_figures(translations, references, domains)
+            figures = measuring.translation_figures(translations, references, domains)
             for domain, scores in figures.pop("by_domain", {}).items():
                 by_domain[domain].update(scores)
             point.update(figures)

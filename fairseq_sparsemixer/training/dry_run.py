@@ -3,9 +3,9 @@
 import shlex
 from typing import Dict, List
 
-from fairseq_sparsemixer.evaluation.scoring import format_table
+from fairseq_sparsemixer.tables import format_table
 from fairseq_sparsemixer.training import resources
-from fairseq_sparsemixer.training.launch import Plan
+from fairseq_sparsemixer.training.plan import Plan
 
 _GB = 1e9
 _ELSEWHERE = (1, 8)

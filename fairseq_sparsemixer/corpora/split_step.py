@@ -1,0 +1,132 @@
+"""The step that divides pairs into train, valid and test, and what follows it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+from fairseq_sparsemixer.corpora import splitting
+from fairseq_sparsemixer.corpora.binarise import (
+    SPLITS,
+    Languages,
+    raw_path,
+)
+from fairseq_sparsemixer.corpora.cleaning import Pair
+from fairseq_sparsemixer.corpora.stages import (
+    domain_path,
+    read_pairs,
+    sentencepiece_steps,
+    write_record,
+)
+from fairseq_sparsemixer.corpora.steps import StepResult, Steps
+from fairseq_sparsemixer.files import write_lines
+from fairseq_sparsemixer.version import __version__
+
+
+def split_step(
+    steps: Steps, pairs_path: Path, languages: Languages, settings: splitting.SplitSettings
+) -> Dict[str, Any]:
+    """Split the pairs of a file (see :func:`write_pairs`) into ``raw/``.
+
+    Where they are of several domains, ``raw/`` also says of which, and the result how many are of
+    each and how much each measure against leaks does.
+    """
+    folder = steps.folder
+
+    def build() -> StepResult:
+        pairs = read_pairs(pairs_path)
+        unfiltered = splitting.hold_out(pairs, settings)
+        split = splitting.remove_near_duplicates(unfiltered, settings.max_cosine)
+        outputs = _write_split(folder, split, languages)
+        parts = [getattr(split, name) for name in SPLITS[1:]]
+        before = splitting.copies(unfiltered.train, parts)
+        after = splitting.copies(split.train, parts)
+        scores = dict(zip(SPLITS[1:], map(splitting.score_copies, after, parts)))
+        described = describe_scores(scores)
+        for name, copied, part in zip(SPLITS[1:], before, parts):
+            described[name]["bleu_before_filter"] = splitting.score_copies(copied, part).bleu
+        copied_path = copy_path(folder, languages)
+        write_lines(copied_path, scores["test"].hypotheses)
+        result = {
+            "counts": split.counts,
+            "copy_score": described,
+            "versions": split_versions(),
+        }
+        if any(pair.domain for pair in pairs):
+            domains = {name: [pair.domain for pair in getattr(split, name)] for name in SPLITS}
+            outputs += write_domains(folder, domains)
+            result["domains"] = count_domains(domains)
+            result["held_out_documents"] = {
+                name: splitting.describe_documents(getattr(split, name)) for name in SPLITS[1:]
+            }
+            random = splitting.random_split(pairs, split, settings)
+            measures = {
+                "random": (splitting.copies(random.train, [random.test]), [random.test]),
+                "documents": (before, parts),
+                "documents_and_filter": (after, parts),
+            }
+            result["leaks"] = {
+                name: splitting.describe_leak(*measured, settings.max_cosine)
+                for name, measured in measures.items()
+            }
+            result["copy_bleu_by_domain"] = splitting.bleu_by_domain(after[1], split.test)
+        return [*outputs, copied_path], result
+
+    made_with = {"version": __version__, **settings.describe()}
+    return steps.run("split", made_with, [pairs_path], build)
+
+
+def _write_split(folder: Path, split: splitting.Split, languages: Languages) -> List[Path]:
+    outputs = []
+    for name in SPLITS:
+        pairs: Sequence[Pair] = getattr(split, name)
+        for side, language in enumerate(languages):
+            path = raw_path(folder, name, language)
+            write_lines(path, (pair[side] for pair in pairs))
+            outputs.append(path)
+    return outputs
+
+
+def write_domains(folder: Path, domains: Dict[str, List[str]]) -> List[Path]:
+    """Write the domains of each split's lines; the paths."""
+    outputs = [domain_path(folder, split) for split in SPLITS]
+    for split, path in zip(SPLITS, outputs):
+        write_lines(path, domains[split])
+    return outputs
+
+
+def count_domains(domains: Dict[str, List[str]]) -> Dict[str, Dict[str, int]]:
+    """How many lines of each split are of each domain."""
+    return {split: dict(sorted(Counter(labels).items())) for split, labels in domains.items()}
+
+
+def describe_scores(scores: Dict[str, splitting.CopyScore]) -> Dict[str, Dict[str, Any]]:
+    """What the record says of the copy scores of splits."""
+    return {
+        name: {"bleu": score.bleu, "signature": score.signature} for name, score in scores.items()
+    }
+
+
+def copy_path(folder: Path, languages: Languages) -> Path:
+    """Where the test set "translated" by the nearest training sentences is."""
+    return folder / "copy" / f"test.{languages[1]}"
+
+
+def split_versions() -> Dict[str, str]:
+    """Of the packages that copy scores depend on."""
+    import sacrebleu
+    import sklearn
+
+    return {"sacrebleu": sacrebleu.__version__, "scikit-learn": sklearn.__version__}
+
+
+def finish(
+    steps: Steps,
+    languages: Languages,
+    vocab_size: int,
+    record: Dict[str, Any],
+    scored: Dict[str, Any],
+) -> Dict[str, Any]:
+    """From ``raw/`` to ``bin/`` and ``record.json``."""
+    cut = sentencepiece_steps(steps, languages, vocab_size)
+    cut["versions"] = {**scored["versions"], **cut["versions"]}
+    return write_record(steps, languages, {**record, "copy_score": scored["copy_score"]}, cut)

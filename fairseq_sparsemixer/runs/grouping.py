@@ -1,0 +1,116 @@
+"""Runs that differ by the seed alone, and what others differ in."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.runs.folder import Run, find_runs, read_run
+from fairseq_sparsemixer.runs.settings import as_text, expert_settings, label
+
+
+class Arm(NamedTuple):
+    """Runs that differ by the seed alone, by ascending seed."""
+
+    name: str
+    runs: List[Run]
+
+    @property
+    def counted(self) -> List[Run]:
+        """Those that are finished and scored."""
+        return [run for run in self.runs if not run.note]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that :func:`read_arms` goes by: ``RUN...`` and ``--scores``."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or a folder that holds run folders",
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="NAME",
+        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
+        "RUN/evaluation/test.checkpoint_best.json",
+    )
+
+
+def read_arms(paths: Iterable[Path], scores: Optional[str]) -> List[Arm]:
+    """The arms of all runs that ``paths`` are or hold.
+
+    Raises:
+        UserError: there is no run, none has the evaluation ``scores``, or a file is damaged.
+    """
+    runs = [read_run(folder, scores) for folder in find_runs(paths)]
+    if scores is not None and not any(run.scores_path for run in runs):
+        raise UserError(
+            f"no run has an evaluation named {scores}; check --scores, or run "
+            "`fairseq-sparsemixer evaluate` first"
+        )
+    return group_runs(runs)
+
+
+def group_runs(runs: Iterable[Run]) -> List[Arm]:
+    """Arms of equal settings, by ascending number of experts.
+
+    Raises:
+        UserError: two runs differ in nothing, not even the seed.
+    """
+    groups: Dict[str, List[Run]] = {}
+    for each in runs:
+        groups.setdefault(json.dumps(each.settings, sort_keys=True), []).append(each)
+    by_name: Dict[str, List[List[Run]]] = {}
+    for group in groups.values():
+        group.sort(key=lambda run: run.seed)
+        by_name.setdefault(group[0].name, []).append(group)
+    arms = [
+        Arm(name + suffix, group)
+        for name, same_name in by_name.items()
+        for group, suffix in zip(same_name, _suffixes([group[0] for group in same_name]))
+    ]
+    for arm in arms:
+        for one, other in zip(arm.runs, arm.runs[1:]):
+            if one.seed == other.seed:
+                raise UserError(
+                    f"{one.folder} and {other.folder} are the same run ({arm.name}, seed "
+                    f"{one.seed}); leave one of them out of RUN"
+                )
+    return sorted(arms, key=lambda arm: arm.runs[0].settings.get("model.num_experts", 0))
+
+
+def _suffixes(runs: Sequence[Run]) -> List[str]:
+    """For runs of one name, the settings in which they differ, as ``,top_k=2``."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    differing = [key for key in keys if any(_differ(run, runs[0], key) for run in runs)]
+    labels = {key: label(key) for key in differing}
+    if len(set(labels.values())) < len(labels):
+        labels = {key: key for key in differing}
+    return [
+        "".join(f",{labels[key]}={as_text(run.settings.get(key))}" for key in differing)
+        for run in runs
+    ]
+
+
+def _differ(one: Run, other: Run, key: str) -> bool:
+    return one.settings.get(key) != other.settings.get(key)
+
+
+def further_differences(runs: Sequence[Run]) -> List[str]:
+    """The settings, those of the model's experts aside, in which runs differ, with their values."""
+    own = expert_settings()
+    texts = []
+    for key in dict.fromkeys(key for run in runs for key in run.settings):
+        section, _, name = key.partition(".")
+        if section == "model" and name in own["model"]:
+            continue
+        # A dense model has no routing losses that could differ.
+        of_experts = section == "criterion" and name in own["criterion"]
+        holders = [run for run in runs if key in run.settings or not of_experts]
+        values = list(dict.fromkeys(as_text(run.settings.get(key)) for run in holders))
+        if len(values) > 1:
+            texts.append(f"{label(key)} ({', '.join(values)})")
+    return texts

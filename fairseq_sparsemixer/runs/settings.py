@@ -1,0 +1,114 @@
+"""The settings of a run that decide how it trains."""
+
+import dataclasses
+import json
+from typing import Any, Dict
+
+_WHOLE_SECTIONS = (
+    "model",
+    "criterion",
+    "task",
+    "optimizer",
+    "lr_scheduler",
+    "optimization",
+    "ema",
+)
+_PARTS = {
+    "dataset": (
+        "train_subset",
+        "valid_subset",
+        "max_tokens",
+        "batch_size",
+        "required_batch_size_multiple",
+        "curriculum",
+    ),
+    "common": ("fp16", "memory_efficient_fp16", "bf16", "memory_efficient_bf16", "amp"),
+    "checkpoint": ("finetune_from_model",),
+}
+"""What else decides how a model trains. The rest says where files are, or what is logged."""
+_WITHOUT_EFFECT = (
+    "task.points_file",
+    "task.points_text",
+    "task.points_sentences",
+    "task.points_beam",
+    "optimization.stop_time_hours",
+    "model.moe_backend",
+    "model.moe_recompute",
+    "model.moe_inference_dtype",
+)
+
+
+def read_settings(config: Dict[str, Any]) -> Dict[str, Any]:
+    """What decides how a run trains, its seed aside, as ``{"model.dropout": 0.1, ...}``.
+
+    Settings of the experts that the config does not mention have their defaults; a dense model
+    has none. The batch of an update is a setting, how it is spread over workers is not: in place of
+    ``update_freq`` and ``max_tokens`` stands ``optimization.tokens_per_update``.
+    """
+    sections = {name: dict(config.get(name) or {}) for name in _WHOLE_SECTIONS}
+    for section, keys in _PARTS.items():
+        values = config.get(section) or {}
+        sections[section] = {key: values.get(key) for key in keys}
+    workers = (config.get("distributed_training") or {}).get("distributed_world_size") or 1
+    tokens = sections["dataset"].pop("max_tokens")
+    frequencies = sections["optimization"].pop("update_freq", [1])
+    size = "tokens_per_update" if tokens else "update_freq"  # batches of so many sentences
+    sections["optimization"][size] = [workers * each * (tokens or 1) for each in frequencies]
+    dense = is_dense(sections["model"])
+    for section, defaults in expert_settings().items():
+        values = sections[section]
+        if dense:
+            sections[section] = {key: values[key] for key in values if key not in defaults}
+        elif section == "model" or "with_routing" in str(values.get("_name")):
+            sections[section] = {**defaults, **values}
+    flat = {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+    return {
+        key: value
+        for key, value in flat.items()
+        if value is not None and key not in _WITHOUT_EFFECT
+    }
+
+
+def is_dense(model: Dict[str, Any]) -> bool:
+    """Whether the model has no experts, be it one of fairseq's own."""
+    if "router" not in model and not str(model.get("_name")).startswith("switch_transformer"):
+        return True
+    return all(model.get(f"{side}_moe_layers") == "none" for side in ("encoder", "decoder"))
+
+
+def expert_settings() -> Dict[str, Dict[str, Any]]:
+    """The settings of this package, by section, with their defaults."""
+    from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
+        LabelSmoothedCrossEntropyWithRoutingConfig,
+    )
+    from fairseq_sparsemixer.models.config import SwitchTransformerConfig
+
+    owners = {
+        "model": SwitchTransformerConfig,
+        "criterion": LabelSmoothedCrossEntropyWithRoutingConfig,
+    }
+    return {
+        section: {
+            field.name: field.default
+            for field in dataclasses.fields(owner)
+            if field.name in owner.__annotations__
+        }
+        for section, owner in owners.items()
+    }
+
+
+def label(key: str) -> str:
+    """The short name of a setting: that of hydra without its group."""
+    group, _, name = key.partition(".")
+    return ("arch" if group == "model" else group) if name == "_name" else name
+
+
+def as_text(value: Any) -> str:
+    """A value of a setting, as a table shows it."""
+    if value is None:
+        return "unset"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

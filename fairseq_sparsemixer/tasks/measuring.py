@@ -1,0 +1,203 @@
+"""What a point of measurement holds, measured on the validation set."""
+
+import contextlib
+import math
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from fairseq_sparsemixer.models.watching import SentenceChoices, choices_of_batch, watch_routing
+from fairseq_sparsemixer.runs.logs import by_layer
+from fairseq_sparsemixer.runs.points import number
+
+
+class Sentence(NamedTuple):
+    """What the model does with one pair of the validation set under teacher forcing."""
+
+    nll: float
+    """Nats, of the whole target."""
+    tokens: int
+    """Of the target, end of sentence included."""
+    choices: SentenceChoices
+
+
+Sentences = Dict[int, Sentence]
+"""By number of the line, from 0."""
+
+
+@contextlib.contextmanager
+def observe(model: nn.Module, sample: Dict[str, Any], pad: int) -> Iterator[Sentences]:
+    """The sentences of ``sample``, filled in when the block has run ``model`` on them."""
+    outputs: List[Any] = []
+    handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
+    sentences: Sentences = {}
+    try:
+        with watch_routing(model) as seen:
+            yield sentences
+    finally:
+        handle.remove()
+    target_BL = sample["target"]
+    log_probs = model.get_normalized_probs(outputs[-1], log_probs=True)  # type: ignore[operator]
+    kept_BL = target_BL.ne(pad)
+    nll_BL = -log_probs.gather(-1, target_BL.unsqueeze(-1)).squeeze(-1)
+    nll_B = nll_BL.masked_fill(~kept_BL, 0.0).sum(-1).tolist()
+    choices = choices_of_batch(seen, sample["net_input"], pad)
+    for line, nll, tokens, choice in zip(
+        sample["id"].tolist(), nll_B, kept_BL.sum(-1).tolist(), choices
+    ):
+        sentences[line] = Sentence(nll, tokens, choice)
+
+
+def is_first_worker() -> bool:
+    """Whether this is the one that writes."""
+    return _workers() == 1 or torch.distributed.get_rank() == 0
+
+
+def _workers() -> int:
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else 1
+
+
+def all_workers(sentences: Sentences) -> Sentences:
+    """The sentences of all workers, by ascending line. Every worker has to call it."""
+    parts: List[Sentences] = [{}] * _workers()
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, sentences)
+    else:
+        parts = [sentences]
+    whole = {line: sentence for part in parts for line, sentence in part.items()}
+    return dict(sorted(whole.items()))
+
+
+def layer_figures(
+    sentences: Sentences,
+    domains: Optional[Sequence[str]],
+    num_experts: Mapping[str, int],
+    stats: Mapping[str, float],
+    before: Mapping[str, np.ndarray],
+) -> Dict[str, Any]:
+    """The value of ``layers``.
+
+    Args:
+        sentences: of the validation set.
+        domains: of each line, if there are any.
+        num_experts: of each layer.
+        stats: of the validation, for the entropy.
+        before: :func:`flat_choices` of the point before, or nothing.
+    """
+    entropy = by_layer(dict(stats), "router_entropy")
+    now = flat_choices(sentences)
+    figures: Dict[str, Dict[str, Any]] = {}
+    for layer, experts in num_experts.items():
+        figures[layer] = {
+            "load": _shares(now[layer], experts),
+            "entropy": entropy.get(layer),
+            "drift": _drift(before[layer], now[layer]) if layer in before else None,
+        }
+        if domains is not None:
+            figures[layer]["load_by_domain"] = {
+                domain: _shares(
+                    np.concatenate([sentences[line].choices[layer] for line in lines]), experts
+                )
+                for domain, lines in _lines_by_domain(sentences, domains).items()
+            }
+    return figures
+
+
+def flat_choices(sentences: Sentences) -> Dict[str, np.ndarray]:
+    """The choices (tokens, K) of each layer over all sentences, in their order."""
+    layers = next(iter(sentences.values())).choices if sentences else {}
+    return {
+        layer: np.concatenate([sentence.choices[layer] for sentence in sentences.values()])
+        for layer in layers
+    }
+
+
+def _shares(choices_TK: np.ndarray, num_experts: int) -> List[float]:
+    counts_N = np.bincount(choices_TK[choices_TK >= 0], minlength=num_experts)
+    return (counts_N / max(1, counts_N.sum())).round(6).tolist()
+
+
+def _drift(before_TK: np.ndarray, now_TK: np.ndarray) -> Optional[float]:
+    """The share of the choices now that the same token did not make before."""
+    if len(before_TK) != len(now_TK):
+        return None  # of another validation set
+    kept_TK = (now_TK[:, :, None] == before_TK[:, None, :]).any(-1)
+    made_TK = now_TK >= 0
+    return round(1 - float((kept_TK & made_TK).sum() / max(1, made_TK.sum())), 6)
+
+
+def _lines_by_domain(lines: Mapping[int, Any], domains: Sequence[str]) -> Dict[str, List[int]]:
+    """The lines of each domain, both in order."""
+    return {
+        domain: [line for line in lines if domains[line] == domain]
+        for domain in sorted({domains[line] for line in lines})
+    }
+
+
+def domain_losses(sentences: Sentences, domains: Sequence[str]) -> Dict[str, Dict[str, Any]]:
+    """``nll_loss`` (bits a token) and ``tokens`` of each domain."""
+    figures = {}
+    for domain, lines in _lines_by_domain(sentences, domains).items():
+        tokens = sum(sentences[line].tokens for line in lines)
+        nll = sum(sentences[line].nll for line in lines)
+        bits = number(round(nll / tokens / math.log(2), 4))
+        figures[domain] = {"nll_loss": bits, "tokens": tokens}
+    return figures
+
+
+def choose_lines(count: int, sentences: Sentences, domains: Optional[Sequence[str]]) -> List[int]:
+    """``count`` lines of ``sentences``, shared out among domains (one at least), evenly spread."""
+    by_domain = {"": list(sentences)}
+    if domains is not None:
+        by_domain = _lines_by_domain(sentences, domains)
+    share = max(1, count // max(1, len(by_domain)))
+    chosen = []
+    for lines in by_domain.values():
+        taken = min(share, len(lines))
+        chosen += [lines[i * len(lines) // taken] for i in range(taken)]
+    return sorted(chosen)
+
+
+def translation_figures(
+    hypotheses: Mapping[int, str], references: Sequence[str], domains: Optional[Sequence[str]]
+) -> Dict[str, Any]:
+    """``bleu``, ``chrf``, ``sentences``, ``signatures``, and the first three ``by_domain``.
+
+    Args:
+        hypotheses: detokenised text by line.
+        references, domains: of each line of the validation set.
+    """
+    from fairseq_sparsemixer.evaluation import scoring
+
+    def score(lines: Sequence[int]) -> Dict[str, Any]:
+        return scoring.score([hypotheses[n] for n in lines], [references[n] for n in lines])
+
+    whole = score(list(hypotheses))
+    figures: Dict[str, Any] = {**_short(whole), "sentences": len(hypotheses)}
+    figures["signatures"] = {metric: whole[metric]["signature"] for metric in whole}
+    if domains is not None:
+        figures["by_domain"] = {
+            domain: {**_short(score(lines)), "sentences": len(lines)}
+            for domain, lines in _lines_by_domain(hypotheses, domains).items()
+        }
+    return figures
+
+
+def _short(scores: Mapping[str, Any]) -> Dict[str, float]:
+    return {metric: round(scores[metric]["score"], 4) for metric in scores}
+
+
+def scalars(point: Mapping[str, Any]) -> Dict[str, float]:
+    """The numbers of a point that fairseq's log of the validation has not, under flat names."""
+    found = {key: point[key] for key in ("bleu", "chrf") if key in point}
+    for domain, figures in point.get("by_domain", {}).items():
+        for key in figures.keys() - {"tokens", "sentences"}:
+            found[f"{key}/{domain}"] = figures[key]
+    for layer, figures in point["layers"].items():
+        found[f"drift/{layer}"] = figures["drift"]
+        for expert, share in enumerate(figures["load"]):
+            found[f"load/{layer}/{expert}"] = share
+    return {key: value for key, value in found.items() if value is not None}
