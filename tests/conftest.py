@@ -1,15 +1,14 @@
 """Fixtures of more than one test file."""
 
-import triton_interpreter  # noqa: F401  (before anything imports Triton)
+from support import triton_interpreter  # noqa: F401  (before anything imports Triton)
 
 # isort: split
 
 import shutil
 
-import commands
 import pytest
-import small_run
 import torch
+from support import commands, small_run
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from reference import assert_same_gradients, kept_experts, sparsemixer_layer, switch_layer
-from reference_routers import SPARSEMIXERS, ids, smallest
+from support.reference import assert_same_gradients, kept_experts, sparsemixer_layer, switch_layer
+from support.reference_routers import SPARSEMIXERS, ids, smallest
 
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, build_router
 from fairseq_sparsemixer.moe.routers import sparsemixer

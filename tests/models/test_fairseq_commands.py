@@ -7,10 +7,10 @@ import math
 import shutil
 import socket
 
-import commands
 import pytest
 import torch
-from commands import EVERY_SENTENCE, PACKAGE, SENTENCES, SIZE, flags, parameters
+from support import commands
+from support.commands import EVERY_SENTENCE, PACKAGE, SENTENCES, SIZE, flags, parameters
 
 from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.runs import points

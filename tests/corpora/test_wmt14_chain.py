@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import statmt
+from support import statmt
 
 from fairseq_sparsemixer.files import read_lines
 

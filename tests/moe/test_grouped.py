@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from reference import assert_all_close
-from reference_routers import ids
+from support.reference import assert_all_close
+from support.reference_routers import ids
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import assert_all_close
+from support.reference import assert_all_close
 
 from fairseq_sparsemixer.moe import (
     ROUTERS,

@@ -10,14 +10,13 @@ import statistics
 import warnings
 from types import SimpleNamespace
 
-import browser
-import commands
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from sklearn.metrics import mutual_info_score
-from test_table import Log, config, evaluation, straight_log
+from support import browser, commands
+from support.run_folders import Log, config, evaluation, straight_log
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.comparison import results as scores

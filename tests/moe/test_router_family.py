@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import assert_same_gradients, expert_output
-from reference_routers import (
+from support.reference import assert_same_gradients, expert_output
+from support.reference_routers import (
     ESTIMATORS,
     SPARSEMIXERS,
     Draws,

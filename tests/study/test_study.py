@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import pytest
-import small_run
 import torch
 import yaml
+from support import small_run
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.corpora.stages import RECORD

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.logging import metrics
-from test_models import Task, batch, build
+from support.models import Task, batch, build
 
 from fairseq_sparsemixer.criterions import LabelSmoothedCrossEntropyWithRouting
 from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from reference import expert_output
-from reference_routers import ids
+from support.reference import expert_output
+from support.reference_routers import ids
 
 from fairseq_sparsemixer.moe import (
     ROUTERS,

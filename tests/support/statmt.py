@@ -11,7 +11,7 @@ import tarfile
 import threading
 from pathlib import Path
 
-from phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
+from support.phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 EUROPARL = "/wmt13/training-parallel-europarl-v7.tgz"
 COMMON_CRAWL = "/wmt13/training-parallel-commoncrawl.tgz"

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import commands
 import pytest
 import torch
 from omegaconf import OmegaConf
+from support import commands
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
+from support.phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
 from fairseq_sparsemixer.corpora import binarise, prepare, split_step, splitting

@@ -10,7 +10,7 @@ import sys
 import pytest
 import sentencepiece
 import torch
-from small_run import MAX_POSITIONS, USER_DIR, python, sentences
+from support.small_run import MAX_POSITIONS, USER_DIR, python, sentences
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import average, evaluate, scoring, translate

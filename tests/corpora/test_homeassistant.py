@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
+from support.phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
 from fairseq_sparsemixer.corpora import (

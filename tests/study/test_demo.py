@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from commands import build_corpus
+from support.commands import build_corpus
 
 from fairseq_sparsemixer import cli, demo
 from fairseq_sparsemixer.corpora.homeassistant import preparation

@@ -21,7 +21,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.text import moses
 
 HARD_LINES = json.loads(
-    (Path(__file__).parent / "data/moses_hard_lines.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[1] / "data/moses_hard_lines.json").read_text(encoding="utf-8")
 )
 STAGES = {
     "normalised": lambda row: moses.normalise_punctuation(row["line"], row["language"]),

@@ -2,9 +2,9 @@
 
 import json
 
-import commands
 import pytest
 import torch
+from support import commands
 
 from benchmarks import layer, measuring
 from fairseq_sparsemixer.moe import MoEFeedForward

@@ -14,9 +14,8 @@ import tarfile
 import time
 from pathlib import Path
 
-import commands
 import pytest
-import statmt
+from support import commands, statmt
 
 from fairseq_sparsemixer import files
 from fairseq_sparsemixer.corpora import binarise, bpe, parallel, prepare

@@ -8,10 +8,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from reference import expert_output, kept_experts, logits, softmax
 from torch.nn.functional import softplus
 
 from fairseq_sparsemixer.moe import ROUTERS, build_router
+from support.reference import expert_output, kept_experts, logits, softmax
 
 SPARSEMIXERS = [name for name in ROUTERS if name.startswith("sparsemixer")]
 

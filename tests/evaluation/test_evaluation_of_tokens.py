@@ -12,14 +12,13 @@ import sys
 import types
 from pathlib import Path
 
-import commands
 import pytest
-import small_run
 import torch
 from fairseq.data import Dictionary, data_utils
-from small_run import USER_DIR, python
 from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
+from support import commands, small_run
+from support.small_run import USER_DIR, python
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import average, evaluate, scoring
@@ -28,7 +27,7 @@ from fairseq_sparsemixer.files import read_lines, write_lines
 from fairseq_sparsemixer.runs import checkpoints
 from fairseq_sparsemixer.text import moses
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_wmt14.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_wmt14.sh"
 LANGUAGES = ("en", "de")
 SPLITS = {"train": 300, "valid": 20, "test": 21}
 MAX_POSITIONS = 40

@@ -1,0 +1,1 @@
+"""What tests share: references, small runs, stand-ins for servers."""

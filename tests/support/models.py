@@ -1,0 +1,49 @@
+"""Small models of the extension, and batches for them."""
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import build_model
+from omegaconf import OmegaConf
+
+SMALL = {
+    "encoder_embed_dim": 16,
+    "encoder_ffn_embed_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+}
+
+
+class Task:
+    """What a model reads of a task."""
+
+    def __init__(self):
+        self.source_dictionary = self.target_dictionary = Dictionary()
+        for symbol in "abcdefgh":
+            self.source_dictionary.add_symbol(symbol)
+
+
+def build(arch="switch_transformer", seed=0, **settings):
+    torch.manual_seed(seed)
+    return build_model(OmegaConf.create({"_name": arch, **SMALL, **settings}), Task())
+
+
+def batch(lengths=((3, 4), (5, 2)), seed=0):
+    """A left-padded source and right-padded target batch."""
+    generator = torch.Generator().manual_seed(seed)
+    pad, eos = 1, 2
+    sources = torch.full((len(lengths), max(s for s, _ in lengths) + 1), pad)
+    targets = torch.full((len(lengths), max(t for _, t in lengths) + 1), pad)
+    for row, (source, target) in enumerate(lengths):
+        sources[row, -source - 1 :] = torch.cat(
+            [torch.randint(4, 12, (source,), generator=generator), torch.tensor([eos])]
+        )
+        targets[row, : target + 1] = torch.cat(
+            [torch.tensor([eos]), torch.randint(4, 12, (target,), generator=generator)]
+        )
+    return {
+        "src_tokens": sources,
+        "src_lengths": sources.ne(pad).sum(1),
+        "prev_output_tokens": targets,
+    }
