@@ -1,30 +1,32 @@
 """``fairseq-sparsemixer``: one command line over the parts that fairseq does not have.
 
-Each sub-command lives in the module named in :data:`COMMANDS`, which offers ``HELP`` (one line),
-``add_arguments(parser)`` and ``run(args)``. Modules are imported only when their command runs.
+Each sub-command is a module of :mod:`fairseq_sparsemixer.commands`.
 """
 
 import argparse
+import contextlib
 import importlib
+import logging
+import signal
 import sys
-from typing import Optional, Sequence
+import warnings
+from typing import Any, Iterator, Optional, Sequence
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.training.process import interrupted_by_sigterm
 from fairseq_sparsemixer.version import __version__
 
-COMMANDS = {
-    "prepare": "fairseq_sparsemixer.corpora.prepare",
-    "train": "fairseq_sparsemixer.training.launch",
-    "average": "fairseq_sparsemixer.evaluation.average",
-    "evaluate": "fairseq_sparsemixer.evaluation.evaluate",
-    "table": "fairseq_sparsemixer.comparison.table",
-    "report": "fairseq_sparsemixer.report.command",
-    "translate": "fairseq_sparsemixer.evaluation.translate",
-    "study": "fairseq_sparsemixer.study.runner",
-    "gradients": "fairseq_sparsemixer.laboratory.gradients",
-    "demo": "fairseq_sparsemixer.demo",
-}
+COMMANDS = (
+    "prepare",
+    "train",
+    "average",
+    "evaluate",
+    "table",
+    "report",
+    "translate",
+    "study",
+    "gradients",
+    "demo",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module_name in COMMANDS.items():
-        module = importlib.import_module(module_name)
+    for name in COMMANDS:
+        module = importlib.import_module(f"fairseq_sparsemixer.commands.{name}")
         command = commands.add_parser(
             name,
             help=module.HELP,
@@ -48,12 +50,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _quiet_libraries() -> None:
+    """Let warnings through to stderr, and no reports of progress but our own."""
+    for name in ("fairseq", "hydra", "matplotlib", "sacrebleu"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # fairseq's data loader asks for pinned memory with or without a GPU.
+    warnings.filterwarnings("ignore", message="'pin_memory' argument")
+    # fairseq's attention masks are of two types.
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM, which schedulers and ``kill`` send, as Ctrl-C: the training process ends too.
+
+    Raises:
+        KeyboardInterrupt: at SIGTERM.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one sub-command; returns the exit status (2 for a :class:`UserError`)."""
     args = build_parser().parse_args(argv)
+    _quiet_libraries()
     try:
         # Schedulers and `kill` send SIGTERM: the processes that were started have to end, too.
-        with interrupted_by_sigterm():
+        with _interrupted_by_sigterm():
             args.run(args)
     except UserError as error:
         print(f"fairseq-sparsemixer {args.command}: error: {error}", file=sys.stderr)

@@ -1,10 +1,4 @@
-"""Train a small Switch Transformer on real English-German text, translate and score it.
-
-Each run lands in its own folder below --runs and is resumed where it stopped: press Ctrl-C at any
-time and start the same command again. With --compare three models are trained on the same data
-for the same number of updates (dense, switch, sparsemixer) and set side by side in one table;
---router takes several names, or "all", and does the same for them.
-"""
+"""Train a small Switch Transformer on real English-German text, translate and score it."""
 
 import argparse
 import json
@@ -20,51 +14,11 @@ from fairseq_sparsemixer.runs.arms import DENSE, Arm, build_arm
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
 from fairseq_sparsemixer.training.process import copy_model_files, run_with_progress
 
-HELP = "train, translate and score a small model on real text, in minutes on a CPU"
 CHECKOUT = Path(__file__).resolve().parents[1]
 AVERAGE = "checkpoint_average.pt"
 AVERAGED = 5
 """Checkpoints of the end of training that are averaged, as many as configs/demo.yaml keeps."""
 SAMPLES = 5
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of the sub-command."""
-    parser.add_argument(
-        "--router",
-        default="sparsemixer",
-        metavar="NAME[,NAME...]",
-        help="one or more routers, or all; dense is the model without experts "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--num-experts", type=int, default=4, help="default: %(default)s")
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="train dense, switch and sparsemixer and print one table (three times as long)",
-    )
-    parser.add_argument(
-        "--max-update", type=int, help="updates of each run (default: that of configs/demo.yaml)"
-    )
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path("data/homeassistant"),
-        help="folder of the corpus, built if need be (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs/demo"),
-        help="folder of the runs (default: %(default)s)",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="further settings of configs/demo.yaml, such as model.jitter_eps=0.2",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -225,10 +179,8 @@ def _table(results: List[Dict[str, Any]]) -> str:
 
 def _print_samples(folder: Path, data: Path) -> None:
     """Five held-out sentences spread over the test set, with translation and reference."""
-    from fairseq_sparsemixer.evaluation.options import quiet_libraries
     from fairseq_sparsemixer.evaluation.translator import Translator
 
-    quiet_libraries()
     sources, references = (read_lines(data / "raw" / f"test.{lang}") for lang in ("en", "de"))
     step = len(sources) // SAMPLES
     places = [step // 2 + step * i for i in range(SAMPLES)]

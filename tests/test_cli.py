@@ -51,7 +51,7 @@ def test_torchrun_without_gpu_is_named():
     if torch.cuda.is_available():
         pytest.skip("only fails without a GPU")
     result = subprocess.run(
-        [sys.executable, "-c", "import fairseq_sparsemixer"],
+        [sys.executable, "-c", "import fairseq, fairseq_sparsemixer"],
         env={**os.environ, "TORCHELASTIC_RUN_ID": "1"},
         capture_output=True,
         text=True,

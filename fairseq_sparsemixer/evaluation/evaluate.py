@@ -1,20 +1,4 @@
-"""Translate a test set and score it: sacreBLEU's BLEU and chrF on detokenised text.
-
-  fairseq-sparsemixer evaluate RUN_DIR --data data/homeassistant
-  fairseq-sparsemixer evaluate RUN_DIR --last 5 --beam 4 --lenpen 0.6
-  fairseq-sparsemixer evaluate RUN_DIR --source news.en --reference news.de
-  fairseq-sparsemixer evaluate RUN_DIR --data data/homeassistant --baseline OTHER_RUN
-
-Writes the translations, and beside them a JSON file with the scores and all it takes to get
-them again. The scores are those that sacrebleu's own command prints for the written file.
-With a prepared corpus, the score of copying the nearest training sentence stands beside the
-model's: what memory alone reaches on this data. With --baseline, a paired bootstrap test says
-whether the two runs differ.
-
-Older papers score tokens. For a model of Moses tokens their BLEU stands below, with its label; for
-a model of SentencePiece --compound-split tokenises and splits as Vaswani et al. did. The tokens
-lie beside the translations. Never compare such a score with sacreBLEU.
-"""
+"""Translate a test set and score it: sacreBLEU's BLEU and chrF on detokenised text."""
 
 import argparse
 import importlib.metadata
@@ -23,14 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional
 
+from fairseq_sparsemixer.commands.flags import precision_of
 from fairseq_sparsemixer.corpora.stages import RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import (
-    add_translation_arguments,
     build_translator,
-    precision_of,
-    quiet_libraries,
 )
 from fairseq_sparsemixer.evaluation.tokens import (
     COMPOUND_SPLIT,
@@ -43,10 +25,6 @@ from fairseq_sparsemixer.files import check_writable, read_lines, sha256_of, wri
 
 if TYPE_CHECKING:
     from fairseq_sparsemixer.evaluation.translator import Translation, Translator
-
-HELP = "translate a test set with a trained model and score it"
-
-DEFAULT_COMET = "Unbabel/wmt22-comet-da"
 
 
 class TestSet(NamedTuple):
@@ -72,59 +50,10 @@ class Text(NamedTuple):
     official: Optional[Dict[str, str]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``fairseq-sparsemixer evaluate``."""
-    choice = add_translation_arguments(parser)
-    for name, which in (
-        ("last", "newest N checkpoints by epoch or update"),
-        ("best", "best N checkpoints of fairseq's --keep-best-checkpoints"),
-    ):
-        choice.add_argument(
-            f"--{name}",
-            type=int,
-            metavar="N",
-            help=f"score the mean of the {which}, kept in RUN_DIR/checkpoint_averageN{name}.pt",
-        )
-    parser.add_argument(
-        "--subset",
-        default="test",
-        metavar="NAME",
-        help="raw/NAME.* of the corpus (default: %(default)s)",
-    )
-    parser.add_argument("--source", type=Path, metavar="FILE", help="raw text to translate instead")
-    parser.add_argument(
-        "--reference", type=Path, metavar="FILE", help="its translation, line by line"
-    )
-    parser.add_argument(
-        "--baseline",
-        metavar="OTHER_RUN",
-        help="run folder or checkpoint file to compare with, by paired bootstrap",
-    )
-    parser.add_argument(
-        "--compound-split",
-        action="store_true",
-        help="for a model of SentencePiece: also BLEU over Moses tokens with compounds split",
-    )
-    parser.add_argument(
-        "--comet",
-        nargs="?",
-        const=DEFAULT_COMET,
-        metavar="MODEL",
-        help="also score with COMET (needs the package unbabel-comet; default MODEL: %(const)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.json",
-        help="where scores go, with translations beside them (default: below RUN_DIR/evaluation)",
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Translate, score, write and print."""
     from fairseq_sparsemixer.evaluation.scoring import check_comet
 
-    quiet_libraries()
     started = time.perf_counter()
     if args.output is not None:
         if args.output.suffix != ".json":

@@ -1,11 +1,4 @@
-"""Translate raw text: a file, a pipe, or lines typed at a prompt.
-
-  fairseq-sparsemixer translate RUN_DIR --input test.en --output test.de
-  cat test.en | fairseq-sparsemixer translate RUN_DIR > test.de
-  fairseq-sparsemixer translate RUN_DIR
-
-Lines are raw text, and so are translations. Each input line gives one output line.
-"""
+"""Translate raw text: a file, a pipe, or lines typed at a prompt."""
 
 import argparse
 import contextlib
@@ -14,45 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ContextManager, Iterator, Optional, TextIO
 
+from fairseq_sparsemixer.commands.translate import FILE_BUFFER, PIPE_BUFFER
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import (
-    add_translation_arguments,
     build_translator,
-    quiet_libraries,
 )
 from fairseq_sparsemixer.files import atomic_path, check_writable, decode_line
 
 if TYPE_CHECKING:
     from fairseq_sparsemixer.evaluation.translator import Translator
 
-HELP = "translate a file, a pipe or typed lines with a trained model"
-
-# Lines translated together. More are faster, because batches hold lines of like length; a pipe
-# answers after each buffer.
-PIPE_BUFFER, FILE_BUFFER = 64, 2048
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``fairseq-sparsemixer translate``."""
-    add_translation_arguments(parser)
-    parser.add_argument(
-        "--input", default="-", metavar="FILE", help="UTF-8 text, - for stdin (default: -)"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="where translations go (default: stdout)"
-    )
-    parser.add_argument(
-        "--buffer-size",
-        type=int,
-        metavar="N",
-        help=f"lines translated together (default: {FILE_BUFFER} of a file, {PIPE_BUFFER} of a "
-        "pipe, 1 at a prompt)",
-    )
-
 
 def run(args: argparse.Namespace) -> None:
     """Translate until the input ends."""
-    quiet_libraries()
     if args.buffer_size is not None and args.buffer_size < 1:
         raise UserError(f"--buffer-size {args.buffer_size} translates nothing; give 1 or more")
     if args.output is not None:

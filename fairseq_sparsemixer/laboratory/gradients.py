@@ -1,14 +1,4 @@
-"""How good are the routers' gradients? Estimators against the exact one, every expert computed.
-
-  fairseq-sparsemixer gradients                     exact cases with a formula, about a minute
-  fairseq-sparsemixer gradients RUN_DIR             your model, on sentences of its corpus
-  fairseq-sparsemixer gradients RUN_DIR --checkpoint checkpoint_1_60.pt,checkpoint_best.pt
-
-With a model: in each layer some tokens are drawn, each of them is sent to every expert while all
-else is held fixed (other tokens and layers keep their experts), and the loss of its sentence gives
-the exact gradient of that token's routing. All estimators are measured against it. Writes
-gradients.json, tables and figures; stopped, the same command goes on where it was.
-"""
+"""How good are the routers' gradients? Estimators against the exact one, every expert computed."""
 
 import argparse
 import functools
@@ -22,7 +12,6 @@ import torch
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import check_writable, read_lines, write_json, write_lines
 
-HELP = "measure the routers' gradients against the exact ones"
 Record = Dict[str, Any]
 
 TOY_EXPERTS = (2, 4, 8)
@@ -30,61 +19,10 @@ TOY_TEMPERATURES = (0.5, 1.0, 2.0)
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of the sub-command."""
-    parser.add_argument(
-        "run_dir", nargs="?", metavar="RUN_DIR", help="run folder of a model (default: exact cases)"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="checkpoint_best.pt",
-        metavar="NAME[,NAME...]",
-        help="checkpoints in RUN_DIR, one after another (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="prepared corpus (default: the one that the model was trained on)",
-    )
-    parser.add_argument(
-        "--subset", default="valid", help="raw/SUBSET.* of the corpus (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--layers", metavar="NAME[,NAME...]", help="such as encoder.0,decoder.2 (default: all)"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=100, help="tokens in each layer (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--fit-sentences",
-        type=int,
-        default=400,
-        metavar="N",
-        help="training sentences that sparsemixer-cv's predictions are fitted on "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        default=40,
-        help="longest sentence, in pieces (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="where results go (default: RUN_DIR/gradients, or gradients)",
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Measure, write, print."""
-    from fairseq_sparsemixer.evaluation.options import quiet_libraries
     from fairseq_sparsemixer.laboratory import plots, tables
 
-    quiet_libraries()
     for flag in ("tokens", "fit_sentences", "max_length"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1")

@@ -1,18 +1,4 @@
-"""One page that shows what trained models do: curves, scores, experts, translations.
-
-  fairseq-sparsemixer report runs/demo --output report.html
-  fairseq-sparsemixer report study --baseline switch-8 --output study/report.html
-
-RUN is the folder of a run, or a folder that holds such folders; runs whose settings differ by the
-seed alone form one arm, as in `fairseq-sparsemixer table`. The page is one file that needs no
-network; beside it lies a folder REPORT_figures with every figure as SVG and PNG, which the next
-report replaces as a whole, if it holds nothing else. Where a model and its test set are there, the
-model is run over the test set once to see which experts take which words; what comes out is kept in
-RUN/evaluation/routing.json, where that can be written.
-
---baseline is what all arms are compared with. Default: the first arm of the router switch, else the
-dense one, else the first, of those with a run that is finished and scored.
-"""
+"""One page that shows what trained models do: curves, scores, experts, translations."""
 
 import argparse
 import datetime
@@ -23,9 +9,8 @@ from typing import Any, Dict, List, Optional
 
 from fairseq_sparsemixer.comparison.histories import read_histories, times_are_of_points
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.options import quiet_libraries
 from fairseq_sparsemixer.files import check_writable, scratch_folder, write_lines
-from fairseq_sparsemixer.runs.grouping import Arm, add_run_arguments, read_arms
+from fairseq_sparsemixer.runs.grouping import Arm, read_arms
 from fairseq_sparsemixer.version import __version__
 
 FIGURES = re.compile(
@@ -33,27 +18,10 @@ FIGURES = re.compile(
     r"|entropy|drift|min-share|max-share|specialisation-(words|domains))\.(svg|png)"
 )
 """Names of all files that :func:`_draw` may write."""
-HELP = "one HTML page: curves, scores, what each expert takes, translations"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``fairseq-sparsemixer report``."""
-    add_run_arguments(parser)
-    parser.add_argument(
-        "--baseline", metavar="NAME", help="the arm to compare with, such as dense or switch-8"
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="REPORT.html",
-        help="the page; figures go to the folder REPORT_figures beside it",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Gather, draw, write."""
-    quiet_libraries()
     _check_packages()
     if args.output.suffix != ".html":
         raise UserError(f"--output {args.output} is a page; give it a name ending in .html")

@@ -1,6 +1,5 @@
 """Runs that differ by the seed alone, and what others differ in."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
@@ -20,23 +19,6 @@ class Arm(NamedTuple):
     def counted(self) -> List[Run]:
         """Those that are finished and scored."""
         return [run for run in self.runs if not run.note]
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that :func:`read_arms` goes by: ``RUN...`` and ``--scores``."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder, or a folder that holds run folders",
-    )
-    parser.add_argument(
-        "--scores",
-        metavar="NAME",
-        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
-        "RUN/evaluation/test.checkpoint_best.json",
-    )
 
 
 def read_arms(paths: Iterable[Path], scores: Optional[str]) -> List[Arm]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 
@@ -120,24 +120,6 @@ def run_with_progress(
     print(flush=True)
     if process.returncode:
         raise UserError(f"training failed: {last} (all its output: {log_path})")
-
-
-@contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Take SIGTERM, which schedulers and ``kill`` send, as Ctrl-C: the training process ends too.
-
-    Raises:
-        KeyboardInterrupt: at SIGTERM.
-    """
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

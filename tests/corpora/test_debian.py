@@ -1,6 +1,5 @@
 """The corpus ``debian``: its extractors, its packages and indices, apt, the whole preparation."""
 
-import argparse
 import dataclasses
 import gzip
 import hashlib
@@ -14,6 +13,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
@@ -994,9 +994,7 @@ def no_binary(monkeypatch):
 
 
 def command(*arguments):
-    parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
-    prepare.run(parser.parse_args([str(argument) for argument in arguments]))
+    commands.command("prepare", *arguments)
 
 
 @pytest.fixture(scope="module")

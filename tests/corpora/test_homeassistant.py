@@ -1,6 +1,5 @@
 """Corpora: cleaning, splitting without leakage, resumable steps, fairseq's binary data."""
 
-import argparse
 import collections
 import dataclasses
 import errno
@@ -19,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import commands
 from support.phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
@@ -948,9 +948,7 @@ def test_output_that_is_a_file(fake, tmp_path):
 
 
 def command(*arguments):
-    parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
-    prepare.run(parser.parse_args([str(argument) for argument in arguments]))
+    commands.command("prepare", *arguments)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """WMT14 English-German from miniature archives of a local server: downloads, text, pieces."""
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -18,7 +17,7 @@ import pytest
 from support import commands, statmt
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import binarise, bpe, parallel, prepare
+from fairseq_sparsemixer.corpora import binarise, bpe, parallel
 from fairseq_sparsemixer.corpora.wmt14 import archives, downloads, preparation
 from fairseq_sparsemixer.corpora.wmt14 import extraction as wmt14
 from fairseq_sparsemixer.errors import UserError
@@ -49,8 +48,6 @@ def quick(server, monkeypatch):
 
 
 def command(server, output, *arguments):
-    parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
     pins = output.parent / "pins.json"
     if not pins.is_file():
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +66,7 @@ def command(server, output, *arguments):
         arguments += ["--merges", MERGES]
     else:
         arguments += ["--vocab-size", VOCAB_SIZE]
-    prepare.run(parser.parse_args([str(argument) for argument in arguments]))
+    commands.command("prepare", *arguments)
     return json.loads((output / "record.json").read_text())
 
 
@@ -616,11 +613,9 @@ def test_own_text(built, tmp_path, pipeline):
     mine.mkdir()
     for path in (folder / "raw").iterdir():
         (mine / path.name).write_bytes(path.read_bytes())
-    parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
     size = ["--merges", MERGES] if pipeline == "moses" else ["--vocab-size", VOCAB_SIZE]
     arguments = ["wmt14", "--raw-dir", mine, "--output", tmp_path / "out", "--pipeline", pipeline]
-    prepare.run(parser.parse_args([str(argument) for argument in [*arguments, *size]]))
+    commands.command("prepare", *arguments, *size)
     for path in (folder / "bin").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / "bin" / path.name).read_bytes(), path
     record = json.loads((tmp_path / "out" / "record.json").read_text())
@@ -669,11 +664,8 @@ def test_own_text_problems(built, tmp_path, name, content, message):
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path, arguments, message):
-    parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
-    args = parser.parse_args(["wmt14", "--output", str(tmp_path / "out"), *arguments])
     with pytest.raises(UserError, match=message):
-        prepare.run(args)
+        commands.command("prepare", "wmt14", "--output", tmp_path / "out", *arguments)
 
 
 def test_missing_package_is_told_before_the_download(tmp_path, monkeypatch, quick):

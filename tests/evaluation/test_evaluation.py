@@ -1,6 +1,5 @@
 """Averaging, translating and scoring, against fairseq's and sacrebleu's own command lines."""
 
-import argparse
 import json
 import os
 import pty
@@ -10,10 +9,11 @@ import sys
 import pytest
 import sentencepiece
 import torch
+from support.commands import command
 from support.small_run import MAX_POSITIONS, USER_DIR, python, sentences
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation import average, evaluate, scoring, translate
+from fairseq_sparsemixer.evaluation import average, evaluate, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
 from fairseq_sparsemixer.runs import checkpoints
@@ -35,13 +35,6 @@ LINES = [
     "not here",
     "",
 ]
-
-
-def command(module, *flags):
-    """Run one sub-command in this process."""
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args([str(flag) for flag in flags]))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +80,7 @@ def write_state(path, model, updates=0, maximize=False):
 def test_average_equals_the_naive_mean_and_stays_tied(run_dir, tmp_path):
     names = ["checkpoint_7_50.pt", "checkpoint_19_150.pt", "checkpoint_13_100.pt"]
     output = tmp_path / "averaged.pt"
-    command(average, "--inputs", *(run_dir / name for name in names), "--output", output)
+    command("average", "--inputs", *(run_dir / name for name in names), "--output", output)
     averaged = torch.load(output)
     models = [torch.load(run_dir / name)["model"] for name in names]
     assert averaged["model"].keys() == models[0].keys()
@@ -184,23 +177,23 @@ def test_best_knows_which_way_is_better(tmp_path, maximize, best):
 )
 def test_average_says_which_flag_to_change(run_dir, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        command(average, "--inputs", run_dir, *flags, "--output", tmp_path / "out.pt")
+        command("average", "--inputs", run_dir, *flags, "--output", tmp_path / "out.pt")
 
 
 def test_average_of_files_takes_no_choice_and_reads_no_junk(tmp_path):
     junk = tmp_path / "junk.pt"
     junk.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="--last and --best choose from a run folder"):
-        command(average, "--inputs", junk, "--last", 2, "--output", tmp_path / "out.pt")
+        command("average", "--inputs", junk, "--last", 2, "--output", tmp_path / "out.pt")
     with pytest.raises(UserError, match=r"cannot read the checkpoint .*junk.pt"):
-        command(average, "--inputs", junk, "--output", tmp_path / "out.pt")
+        command("average", "--inputs", junk, "--output", tmp_path / "out.pt")
     with pytest.raises(UserError, match=r"no checkpoint .*gone.pt"):
-        command(average, "--inputs", tmp_path / "gone.pt", "--output", tmp_path / "out.pt")
+        command("average", "--inputs", tmp_path / "gone.pt", "--output", tmp_path / "out.pt")
 
 
 def test_generate_agrees_on_an_ensemble_with_an_average(corpus, run_dir, tmp_path):
     averaged = tmp_path / "averaged.pt"
-    command(average, "--inputs", run_dir, "--best", 2, "--output", averaged)
+    command("average", "--inputs", run_dir, "--best", 2, "--output", averaged)
     path = f"{averaged}:{run_dir / 'checkpoint_7_50.pt'}"
     stdout = python(
         "-m", "fairseq_cli.generate", corpus / "bin", *USER_DIR, "--path", path, "--cpu",
@@ -384,17 +377,17 @@ def test_a_file_becomes_a_file(run_dir, translator, tmp_path, capsys):
     source = tmp_path / "in.en"
     source.write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}\r\n" for line in LINES).encode())
     output = tmp_path / "new" / "out.de"
-    command(translate, run_dir, "--input", source, "--output", output, "--buffer-size", 5)
+    command("translate", run_dir, "--input", source, "--output", output, "--buffer-size", 5)
     assert read_lines(output) == texts(translator.translate(LINES))
     assert capsys.readouterr().out == ""
     source.write_bytes(b"the car\n\xff\n")
     with pytest.raises(UserError, match="line 2: not UTF-8"):
-        command(translate, run_dir, "--input", source, "--output", tmp_path / "bad.de")
+        command("translate", run_dir, "--input", source, "--output", tmp_path / "bad.de")
     assert not (tmp_path / "bad.de").exists()
     with pytest.raises(UserError, match="check --input"):
-        command(translate, run_dir, "--input", tmp_path / "gone.en")
+        command("translate", run_dir, "--input", tmp_path / "gone.en")
     with pytest.raises(UserError, match="--output the name of a file"):
-        command(translate, run_dir, "--input", source, "--output", tmp_path)
+        command("translate", run_dir, "--input", source, "--output", tmp_path)
 
 
 def test_a_prompt_answers_each_line_until_ctrl_d(run_dir, translator, monkeypatch, capsysbinary):
@@ -402,7 +395,7 @@ def test_a_prompt_answers_each_line_until_ctrl_d(run_dir, translator, monkeypatc
     os.write(ours, b"the red house\n\nlamp\n\x04")
     with open(theirs, encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
-        command(translate, run_dir)
+        command("translate", run_dir)
     os.close(ours)
     captured = capsysbinary.readouterr()
     expected = texts(translator.translate(["the red house", "", "lamp"]))
@@ -427,7 +420,7 @@ def test_report_equals_sacrebleu_and_says_how_it_came_about(
     output = tmp_path / "report.json"
     baseline = run_dir / "checkpoint_7_50.pt"
     command(
-        evaluate, run_dir, "--data", corpus, "--beam", 2, "--baseline", baseline,
+        "evaluate", run_dir, "--data", corpus, "--beam", 2, "--baseline", baseline,
         "--output", output,
     )  # fmt: skip
     report = json.loads(output.read_text(encoding="utf-8"))
@@ -467,7 +460,7 @@ def test_report_equals_sacrebleu_and_says_how_it_came_about(
 
 
 def test_report_finds_the_corpus_and_its_place_alone(corpus, run_dir):
-    command(evaluate, run_dir, "--subset", "valid")
+    command("evaluate", run_dir, "--subset", "valid")
     report = json.loads((run_dir / "evaluation" / "valid.checkpoint_best.json").read_bytes())
     assert report["hypotheses"] == str(run_dir / "evaluation" / "valid.checkpoint_best.de")
     assert report["counts"]["hypothesis_lines"] == 20
@@ -498,7 +491,7 @@ def test_evaluate_refuses_before_it_translates(run_dir, tmp_path, monkeypatch, f
     write_lines(tmp_path / "three.en", ["a", "b", "c"])
     write_lines(tmp_path / "two.de", ["a", "b"])
     with pytest.raises(UserError, match=message):
-        command(evaluate, run_dir, *flags)
+        command("evaluate", run_dir, *flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["three.en", "two.de"]
 
 

@@ -1,6 +1,5 @@
 """Models of Moses tokens and BPE, and scores over tokens, against fairseq's and sacrebleu's own."""
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -21,7 +20,7 @@ from support import commands, small_run
 from support.small_run import USER_DIR, python
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation import average, evaluate, scoring
+from fairseq_sparsemixer.evaluation import average, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
 from fairseq_sparsemixer.runs import checkpoints
@@ -119,9 +118,7 @@ def translator(trained):
 
 def command(*flags):
     """Run ``evaluate`` in this process."""
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    evaluate.run(parser.parse_args([str(flag) for flag in flags]))
+    commands.command("evaluate", *flags)
 
 
 def evaluated(output, *flags):
@@ -523,8 +520,6 @@ def test_script_averages_five_unless_told_otherwise(tmp_path, flags, average):
     ).stdout
     expected = ["evaluate", "--beam", "4", "--lenpen", "0.6", *average, "a run", *flags]
     assert printed.splitlines() == expected
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    parsed = parser.parse_args(expected[1:])
+    parsed = commands.parse(*expected)
     assert (parsed.run_dir, parsed.lenpen) == ("a run", 0.6)
     assert parsed.beam == (8 if "--beam" in flags else 4)

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 
 import fairseq_sparsemixer
+from fairseq_sparsemixer import cli
 
 PACKAGE = Path(fairseq_sparsemixer.__file__).parent
 TIMEOUT_SECONDS = 300
@@ -238,3 +239,14 @@ class Shared:
                 build(directory)
                 done.touch()
         return directory
+
+
+def parse(name, *arguments):
+    """The flags of a sub-command."""
+    return cli.build_parser().parse_args([name, *map(str, arguments)])
+
+
+def command(name, *arguments):
+    """Run a sub-command in this process; a UserError comes through."""
+    args = parse(name, *arguments)
+    args.run(args)

@@ -1,0 +1,80 @@
+"""Translate a test set and score it: sacreBLEU's BLEU and chrF on detokenised text.
+
+  fairseq-sparsemixer evaluate RUN_DIR --data data/homeassistant
+  fairseq-sparsemixer evaluate RUN_DIR --last 5 --beam 4 --lenpen 0.6
+  fairseq-sparsemixer evaluate RUN_DIR --source news.en --reference news.de
+  fairseq-sparsemixer evaluate RUN_DIR --data data/homeassistant --baseline OTHER_RUN
+
+Writes the translations, and beside them a JSON file with the scores and all it takes to get
+them again. The scores are those that sacrebleu's own command prints for the written file.
+With a prepared corpus, the score of copying the nearest training sentence stands beside the
+model's: what memory alone reaches on this data. With --baseline, a paired bootstrap test says
+whether the two runs differ.
+
+Older papers score tokens. For a model of Moses tokens their BLEU stands below, with its label; for
+a model of SentencePiece --compound-split tokenises and splits as Vaswani et al. did. The tokens
+lie beside the translations. Never compare such a score with sacreBLEU.
+"""
+
+import argparse
+from pathlib import Path
+
+from fairseq_sparsemixer.commands.flags import add_translation_arguments
+
+DEFAULT_COMET = "Unbabel/wmt22-comet-da"
+HELP = "translate a test set with a trained model and score it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``fairseq-sparsemixer evaluate``."""
+    choice = add_translation_arguments(parser)
+    for name, which in (
+        ("last", "newest N checkpoints by epoch or update"),
+        ("best", "best N checkpoints of fairseq's --keep-best-checkpoints"),
+    ):
+        choice.add_argument(
+            f"--{name}",
+            type=int,
+            metavar="N",
+            help=f"score the mean of the {which}, kept in RUN_DIR/checkpoint_averageN{name}.pt",
+        )
+    parser.add_argument(
+        "--subset",
+        default="test",
+        metavar="NAME",
+        help="raw/NAME.* of the corpus (default: %(default)s)",
+    )
+    parser.add_argument("--source", type=Path, metavar="FILE", help="raw text to translate instead")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="its translation, line by line"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="OTHER_RUN",
+        help="run folder or checkpoint file to compare with, by paired bootstrap",
+    )
+    parser.add_argument(
+        "--compound-split",
+        action="store_true",
+        help="for a model of SentencePiece: also BLEU over Moses tokens with compounds split",
+    )
+    parser.add_argument(
+        "--comet",
+        nargs="?",
+        const=DEFAULT_COMET,
+        metavar="MODEL",
+        help="also score with COMET (needs the package unbabel-comet; default MODEL: %(const)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="where scores go, with translations beside them (default: below RUN_DIR/evaluation)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it."""
+    from fairseq_sparsemixer.evaluation import evaluate
+
+    evaluate.run(args)

@@ -1,0 +1,75 @@
+"""Flags that several sub-commands share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that choose a model and how it searches.
+
+    Returns:
+        The group of ``--checkpoint``, for flags that exclude it.
+    """
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="a run folder, or checkpoint files joined by ':'"
+    )
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--checkpoint",
+        default="checkpoint_best.pt",
+        metavar="NAME",
+        help="checkpoint in RUN_DIR; several joined by ':' are an ensemble (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="prepared corpus: where dictionaries and sentencepiece.bpe.model or bpecodes are, if "
+        "RUN_DIR has none (default: where the model was trained)",
+    )
+    for side in ("source", "target"):
+        parser.add_argument(
+            f"--{side}-lang",
+            metavar="LANG",
+            help=f"{side} language, where neither checkpoint nor data tell it",
+        )
+    parser.add_argument("--beam", type=int, default=5, help="beam size (default: %(default)s)")
+    parser.add_argument(
+        "--lenpen",
+        type=float,
+        default=1.0,
+        help="length penalty: below 1 favours short output, above 1 long (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=4096,
+        help="source tokens in a batch, padding included (default: %(default)s)",
+    )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="half precision, on a GPU")
+    precision.add_argument("--bf16", action="store_true", help="bfloat16, on a GPU")
+    return choice
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    """``"fp16"``, ``"bf16"`` or ``"fp32"``."""
+    return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``RUN...`` and ``--scores``."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, or a folder that holds run folders",
+    )
+    parser.add_argument(
+        "--scores",
+        metavar="NAME",
+        help="which evaluation to take where a run has several, such as test.checkpoint_best for "
+        "RUN/evaluation/test.checkpoint_best.json",
+    )

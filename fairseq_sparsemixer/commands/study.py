@@ -1,0 +1,42 @@
+"""Train and score several models alike: arms x seeds, as a YAML plan names them.
+
+  fairseq-sparsemixer study configs/studies/debian.yaml --output runs/debian
+  fairseq-sparsemixer study runs/debian --minutes 25 --jobs 4     # goes on, for so long
+
+The folder holds all that is needed: the plan, the configs, the corpus in pieces. It can be moved to
+another machine, without network too, and back. Every run has a folder of its own in it; what is
+measured at each validation is in its points.jsonl (see docs/study.md). Stopped at any time, by
+Ctrl-C, by the end of --minutes or by being killed, the same command goes on: with the training at
+the last checkpoint, and without losing a point. `fairseq-sparsemixer report` shows the results.
+"""
+
+import argparse
+from pathlib import Path
+
+HELP = "train and score arms x seeds as a plan names them, stoppable at any time"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the sub-command."""
+    parser.add_argument(
+        "plan", type=Path, metavar="PLAN.yaml|STUDY", help="the plan, or the folder of a study"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="STUDY", help="folder of the study, made from the plan"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="models trained at once (default: jobs of the plan)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="stop after so long; the same command goes on"
+    )
+    parser.add_argument(
+        "--prepare-only", action="store_true", help="only make the folder, to be carried elsewhere"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it."""
+    from fairseq_sparsemixer.study import runner
+
+    runner.run(args)

@@ -1,0 +1,92 @@
+"""Train a Switch Transformer on WMT14 English-German with the recipes in configs/wmt14.yaml.
+
+  scripts/train_wmt14.sh --router sparsemixer --experts 8 --dry-run
+  scripts/train_wmt14.sh --router dense --schedule short --seed 2
+  scripts/train_wmt14.sh --recipe released --pipeline moses model.dropout=0.2
+
+An update has the same 16 x 8192 tokens on any number of GPUs. Each run lands in its own folder
+below --runs and is resumed where it stopped: press Ctrl-C at any time and start the same command
+again. run.json there holds every setting, and a start with others is refused. On several nodes,
+start the command on each with --nodes, and with MASTER_ADDR and NODE_RANK in the environment, as
+scripts/train_wmt14.sbatch does.
+"""
+
+import argparse
+from pathlib import Path
+
+HELP = "train on WMT14 English-German, on whatever GPUs there are"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the sub-command."""
+    parser.add_argument(
+        "--router",
+        default="sparsemixer",
+        metavar="NAME",
+        help="one of docs/routers.md, or dense for the model without experts (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--experts", type=int, default=4, metavar="N", help="in each layer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model", choices=["base", "big"], default="base", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=["recommended", "released"],
+        default="recommended",
+        help="released: that of the SparseMixer paper's example (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=["long", "short"],
+        default="long",
+        help="400,000 or 100,000 updates (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pipeline",
+        choices=["sentencepiece", "moses"],
+        default="sentencepiece",
+        help="how the text was cut; the released recipe took moses (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/wmt14"),
+        metavar="DIR",
+        help="folder of the runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with as many GPUs each as this one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="T",
+        help="of one batch on one GPU, for its memory; an update keeps its tokens (default: that "
+        "of the recipe)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print the command, the parameters, and estimates of memory and time",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="further settings of configs/wmt14.yaml, such as model.jitter_eps=0.2",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it."""
+    from fairseq_sparsemixer.training import launch
+
+    launch.run(args)
