@@ -12,8 +12,16 @@ from types import TracebackType
 from typing import Any, Optional, Type
 
 import torch
+from fairseq import checkpoint_utils
+from fairseq.data import data_utils
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.tasks import FairseqTask
+from omegaconf.errors import ConfigKeyError
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.moe.feed_forward import moe_layers
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +76,6 @@ def _warn_of_dropped_sentences() -> None:
     fairseq's last versions drop the last batch of a data set, silently, unless its size is a
     multiple of --required-batch-size-multiple (8 by default).
     """
-    from fairseq.data import data_utils
-
     original = data_utils.batch_by_size
 
     @functools.wraps(original)
@@ -94,10 +100,6 @@ def _mark_dummy_batches() -> None:
     At the end of an epoch fairseq gives a worker without a batch an old one, whose gradient and
     sample size it sets to 0 only after the criterion has run.
     """
-    from fairseq.tasks import FairseqTask
-
-    from fairseq_sparsemixer.moe.feed_forward import moe_layers
-
     original = FairseqTask.train_step
 
     @functools.wraps(original)
@@ -127,11 +129,6 @@ def _end_updates() -> None:
 
     On all workers alike, outside of forward and backward, and before a checkpoint is written.
     """
-    from fairseq.distributed import utils as distributed_utils
-    from fairseq.tasks import FairseqTask
-
-    from fairseq_sparsemixer.moe.feed_forward import moe_layers
-
     original = FairseqTask.optimizer_step
 
     def all_reduce(value: torch.Tensor) -> None:
@@ -154,10 +151,7 @@ def _report_unknown_keys() -> None:
 
     fairseq merges the settings with our dataclasses before the model sees them.
     """
-    from fairseq.dataclass import utils
-    from omegaconf.errors import ConfigKeyError
-
-    original = utils.merge_with_parent
+    original = dataclass_utils.merge_with_parent
 
     @functools.wraps(original)
     def merge_with_parent(dc: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -168,11 +162,9 @@ def _report_unknown_keys() -> None:
             if not module.startswith("fairseq_sparsemixer."):
                 raise
             part = module.split(".")[1].rstrip("s")  # model, criterion
-            from fairseq_sparsemixer.models.config import ConfigError
-
             raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
 
-    utils.merge_with_parent = merge_with_parent
+    dataclass_utils.merge_with_parent = merge_with_parent
 
 
 def _forget_other_runs() -> None:
@@ -181,8 +173,6 @@ def _forget_other_runs() -> None:
     fairseq keeps the best validation loss at a function. The runs of ``--multirun`` share a
     process: a run that does not beat those before it would get no ``checkpoint_best.pt``.
     """
-    from fairseq import checkpoint_utils
-
     original = checkpoint_utils.load_checkpoint
 
     @functools.wraps(original)

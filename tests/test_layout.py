@@ -1,0 +1,159 @@
+"""Which room may import which: arrows point down, and ``--user-dir`` loads no tool."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fairseq_sparsemixer
+
+PACKAGE = Path(fairseq_sparsemixer.__file__).parent
+# From the bottom up; a room imports only rooms of lower floors. "" is the package itself.
+FLOORS = [
+    ["errors", "version"],
+    ["files", "tables", "plotting"],
+    ["moe"],
+    ["models", "text"],
+    ["criterions"],
+    ["runs", "compat"],
+    ["corpora"],
+    ["evaluation"],
+    ["tasks"],
+    [""],
+    ["comparison", "training"],
+    ["study"],
+    ["report", "laboratory"],
+    ["commands"],
+    ["cli"],
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TOOLS = {"corpora", "evaluation", "comparison", "training", "study", "report", "laboratory"}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports_of(module):
+    """(what is imported, line, whether inside a function) of each import of our own modules."""
+
+    def walk(node, inside):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{module}:{child.lineno} imports relatively"
+                names = [f"{child.module}.{alias.name}" for alias in child.names]
+            else:
+                names = []
+            for name in names:
+                target = name if name in MODULES else name.rpartition(".")[0]
+                if target in MODULES and target != module:
+                    yield target, child.lineno, inside
+            yield from walk(child, inside or isinstance(child, ast.FunctionDef))
+
+    return walk(ast.parse(MODULES[module].read_text(encoding="utf-8")), False)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    own = room_of(module)
+    assert own in FLOOR, f"{own} is a new room: give it a floor here"
+    for target, line, _ in imports_of(module):
+        room = room_of(target)
+        assert room == own or FLOOR[room] < FLOOR[own], (
+            f"{MODULES[module]}:{line}: {own or 'the package'} imports {target}, which is not below"
+        )
+
+
+def test_no_circle_of_files():
+    done = set()
+
+    def visit(module, path):
+        if module in path:
+            circle = [*path[path.index(module) :], module]
+            pytest.fail("imports in a circle: " + " -> ".join(circle))
+        if module not in done:
+            for target, _, _ in imports_of(module):
+                # The package's own file imports the parts that register, behind everything else.
+                if target != "fairseq_sparsemixer":
+                    visit(target, [*path, module])
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, [])
+
+
+def test_plain_parts_know_no_fairseq():
+    for module, path in MODULES.items():
+        if room_of(module) not in ("moe", "files", "errors", "tables", "commands", "cli"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            roots = {name.split(".")[0] for name in names}
+            assert not roots & {"fairseq", "hydra", "omegaconf"}, f"{path}:{node.lineno}"
+
+
+def loaded_by(code):
+    """The modules that are there when ``code`` has run in a process of its own."""
+    program = f"{code}\nimport sys\nprint(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_user_dir_loads_no_tool():
+    loaded = loaded_by("import fairseq, fairseq_sparsemixer")
+    tools = [name for name in loaded & MODULES.keys() if room_of(name) in TOOLS]
+    assert not tools, f"fairseq needs none of {tools}: see which import of tasks or models asks"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fairseq, fairseq_sparsemixer",
+        "import fairseq_sparsemixer, fairseq",
+        "import fairseq_sparsemixer.moe, fairseq",
+        "from fairseq_sparsemixer.models import SwitchTransformerModel",
+        "from fairseq_sparsemixer.models.layers import switch_layers",
+        "import fairseq_sparsemixer.tasks.translation_with_routing",
+        "import fairseq_sparsemixer.criterions",
+        "from fairseq_sparsemixer.evaluation.translator import Translator",
+    ],
+)
+def test_all_is_registered_in_whichever_order_it_is_imported(code):
+    loaded_by(
+        f"{code}\n"
+        "from fairseq.criterions import CRITERION_REGISTRY\n"
+        "from fairseq.models import ARCH_MODEL_REGISTRY\n"
+        "from fairseq.tasks import TASK_REGISTRY\n"
+        "assert 'label_smoothed_cross_entropy_with_routing' in CRITERION_REGISTRY\n"
+        "assert 'translation_with_routing' in TASK_REGISTRY\n"
+        "assert 'switch_transformer_wmt_en_de' in ARCH_MODEL_REGISTRY\n"
+        "from fairseq.data import data_utils\n"
+        "assert hasattr(data_utils.batch_by_size, '__wrapped__')"
+    )
+
+
+def test_the_layer_alone_loads_no_fairseq():
+    loaded = loaded_by("import fairseq_sparsemixer.moe")
+    assert "torch" in loaded
+    assert "fairseq" not in loaded
+
+
+def test_help_loads_neither_torch_nor_fairseq():
+    loaded = loaded_by("from fairseq_sparsemixer import cli\ncli.build_parser().format_help()")
+    assert not loaded & {"torch", "fairseq", "numpy", "hydra", "omegaconf"}

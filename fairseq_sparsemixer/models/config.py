@@ -185,38 +185,8 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
     Raises:
         ConfigError: naming the flag and the allowed values.
     """
-    for flag in ("num_experts", "top_k", "moe_every"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
-    if args.moe_offset < 0:
-        raise ConfigError(f"--moe-offset must be at least 0, not {args.moe_offset}")
-    if args.top_k > args.num_experts:
-        raise ConfigError(
-            f"--top-k must be 1 to --num-experts ({args.num_experts}), not {args.top_k}"
-        )
-    for flag in ("jitter_eps", "router_init_scale", "balance_bias_rate"):
-        value = getattr(args, flag)
-        if not (value >= 0 and math.isfinite(value)):
-            raise ConfigError(f"{_flag(flag)} must be a number of at least 0, not {value}")
-    for flag in ("expert_activation_dropout", "activation_dropout"):
-        value = getattr(args, flag)
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"{_flag(flag)} must be 0 to 1, not {value}")
-    for side in ("encoder", "decoder"):
-        for flag in (f"{side}_embed_dim", f"{side}_ffn_embed_dim", f"{side}_attention_heads"):
-            if getattr(args, flag) < 1:
-                raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
-        width, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
-        if width % heads:
-            raise ConfigError(
-                f"--{side}-embed-dim ({width}) must be a multiple of "
-                f"--{side}-attention-heads ({heads})"
-            )
-    if not 0 <= args.expert_output_masking < 1:
-        raise ConfigError(
-            "--expert-output-masking must be at least 0 and below 1, "
-            f"not {args.expert_output_masking}"
-        )
+    _check_numbers(args)
+    _check_sizes(args)
     if args.quant_noise_pq > 0:
         raise ConfigError("--quant-noise-pq must be 0: experts do not support quantization noise")
     try:
@@ -251,6 +221,44 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
             "decoder has yet to write: pass --decoder-moe-layers none"
         )
     return settings
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for flag in ("num_experts", "top_k", "moe_every"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
+    if args.moe_offset < 0:
+        raise ConfigError(f"--moe-offset must be at least 0, not {args.moe_offset}")
+    if args.top_k > args.num_experts:
+        raise ConfigError(
+            f"--top-k must be 1 to --num-experts ({args.num_experts}), not {args.top_k}"
+        )
+    for flag in ("jitter_eps", "router_init_scale", "balance_bias_rate"):
+        value = getattr(args, flag)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"{_flag(flag)} must be a number of at least 0, not {value}")
+    for flag in ("expert_activation_dropout", "activation_dropout"):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{_flag(flag)} must be 0 to 1, not {value}")
+    if not 0 <= args.expert_output_masking < 1:
+        raise ConfigError(
+            "--expert-output-masking must be at least 0 and below 1, "
+            f"not {args.expert_output_masking}"
+        )
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    for side in ("encoder", "decoder"):
+        for flag in (f"{side}_embed_dim", f"{side}_ffn_embed_dim", f"{side}_attention_heads"):
+            if getattr(args, flag) < 1:
+                raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
+        width, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
+        if width % heads:
+            raise ConfigError(
+                f"--{side}-embed-dim ({width}) must be a multiple of "
+                f"--{side}-attention-heads ({heads})"
+            )
 
 
 def _flag(name: str) -> str:

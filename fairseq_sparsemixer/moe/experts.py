@@ -4,14 +4,11 @@ Shape suffixes: see :mod:`fairseq_sparsemixer.moe`.
 """
 
 import math
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from fairseq_sparsemixer.moe.backends.products import PackedWeights
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -70,8 +67,8 @@ class Experts(nn.Module):
         )
         self.activation_dropout = activation_dropout
         self.recompute = recompute
-        self.packed: Optional[PackedWeights] = None
-        """What :meth:`MoEFeedForward.prepare_for_inference` makes of the weights."""
+        self.packed: Any = None
+        """What :meth:`MoEFeedForward.prepare_for_inference` makes of the weights for a backend."""
         self.w1 = nn.Parameter(torch.empty(num_experts, ffn_dim, embed_dim))
         self.b1 = nn.Parameter(torch.empty(num_experts, ffn_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_dim))

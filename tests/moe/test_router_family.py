@@ -214,7 +214,7 @@ Z = torch.tensor([1.0, 0.95, 0.82, 0.78])
 
 
 def masked_probs(z, eps, temperature):
-    kept = ~unreachable(z.unsqueeze(0), eps)[0]
+    kept = ~unreachable(z.unsqueeze(0), z.max().view(1, 1), eps)[0]
     e = torch.where(kept, (z / temperature).exp(), torch.zeros(()))
     return e / e.sum()
 

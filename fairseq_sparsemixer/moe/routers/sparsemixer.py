@@ -18,20 +18,20 @@ from fairseq_sparsemixer.moe.kernels import router as fused_router
 from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
 
 
-def unreachable(logits_TN: Tensor, jitter_eps: float) -> Tensor:
+def unreachable(logits_TN: Tensor, max_T1: Tensor, jitter_eps: float) -> Tensor:
     """(T, N) bool: the experts that jitter could not have made the largest.
 
     Expert i is masked where (max_j z_j - z_i) / max(|z_i|, max_j z_j) > 2 eps (the
     mask of arXiv 2310.00811). Written without the division, which is 0/0 for logits of zero; the
     arg-max is never masked.
+
+    Args:
+        logits_TN: z, detached.
+        max_T1: the largest of each row.
+        jitter_eps: eps.
     """
-    logits_TN = logits_TN.detach()
-    return logits_TN < _reach(logits_TN, logits_TN.amax(dim=-1, keepdim=True), jitter_eps)
-
-
-def _reach(logits_TN: Tensor, max_T1: Tensor, jitter_eps: float) -> Tensor:
-    """(T, N): the least that each logit must be to become the largest by jitter."""
-    return torch.sub(max_T1, torch.maximum(logits_TN.abs(), max_T1), alpha=2 * jitter_eps)
+    scale_TN = torch.maximum(logits_TN.abs(), max_T1)
+    return logits_TN < torch.sub(max_T1, scale_TN, alpha=2 * jitter_eps)
 
 
 def sample(logits_TN: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ class _SparseMixerBase(Router):
         """One of the experts that are left: its (T, 1) index and gate, and the (T, N) p~."""
         detached_TN = left_TN.detach()
         max_T1, best_T1 = detached_TN.max(dim=-1, keepdim=True)
-        reach_TN = _reach(detached_TN, max_T1, self.jitter_eps)
-        masked_TN = left_TN.masked_fill(detached_TN < reach_TN, -math.inf)
+        masked_out_TN = unreachable(detached_TN, max_T1, self.jitter_eps)
+        masked_TN = left_TN.masked_fill(masked_out_TN, -math.inf)
         if self.temperature != 1:
             masked_TN = masked_TN / self.temperature
         probs_TN = masked_TN.softmax(dim=-1)
