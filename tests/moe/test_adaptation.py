@@ -1,0 +1,249 @@
+"""What is learnt without a gradient, and output masking."""
+
+import pytest
+import torch
+from support.reference import expert_output
+from support.routers import chi_square, random_layer
+
+from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, build_router
+
+
+BIASED = sorted(name for name, router in ROUTERS.items() if router.takes_balance_bias)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_balance_bias_moves_by_the_sign_of_the_missing_load(name):
+    torch.manual_seed(0)
+    layer = random_layer(name, 5, balance_bias_rate=0.25)
+    expected = layer.router.balance_bias.bias.tolist()
+    for _ in range(3):
+        load = [0] * 5
+        for _ in range(2):  # batches of one update
+            x, mask = torch.randn(11, 6), torch.rand(11) < 0.3
+            before = layer.router.balance_bias.bias.clone()
+            _, routing = layer(x, mask)
+            assert torch.equal(layer.router.balance_bias.bias, before)
+            for row in routing.chosen.tolist():
+                for i in row:
+                    if i >= 0:
+                        load[i] += 1
+        layer.end_update()
+        for i in range(5):
+            missing = sum(load) / 5 - load[i]
+            expected[i] += 0.25 * ((missing > 0) - (missing < 0))
+        assert layer.router.balance_bias.bias.tolist() == pytest.approx(expected, abs=1e-5)
+    layer.end_update()  # nothing routed: nothing to balance
+    assert layer.router.balance_bias.bias.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_balance_bias_balances(name):
+    torch.manual_seed(0)
+    layer = MoEFeedForward(
+        6, 4, 4, router=name, top_k=ROUTERS[name].min_top_k, balance_bias_rate=0.05
+    )
+    with torch.no_grad():
+        layer.router.bias.copy_(torch.tensor([2.0, 0.0, 0.0, -2.0]))
+    x = torch.randn(200, 6)
+    shares = []
+    for _ in range(150):
+        _, routing = layer(x)
+        chosen = routing.chosen[routing.chosen >= 0]
+        shares.append(chosen.bincount(minlength=4) / len(chosen))
+        layer.end_update()
+    assert shares[0].max() > 0.45
+    late = torch.stack(shares[-20:]).mean(0)
+    assert late.max() < 0.35
+    assert late.min() > 0.15
+
+
+def test_bias_of_the_choice_does_not_touch_the_gate_of_topk():
+    torch.manual_seed(0)
+    router = build_router(
+        "topk", embed_dim=4, num_experts=4, top_k=2, jitter_eps=0.0, balance_bias_rate=0.1
+    )
+    router.balance_bias.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 100.0]))
+    z = torch.tensor([[3.0, 2.0, 1.0, -1.0]])
+    routing = router.route(z)
+    assert sorted(routing.expert_index[0].tolist()) == [0, 3]
+    torch.testing.assert_close(routing.gate, z.softmax(-1).gather(1, routing.expert_index))
+    torch.testing.assert_close(routing.probs, z.softmax(-1))
+
+
+WITH_MEANS = ["default-moe", "sparsemixer-cv"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6, 0.99])
+@pytest.mark.parametrize("name", WITH_MEANS)
+@pytest.mark.parametrize("backend", ["sorted", "loop"])
+def test_running_means_by_their_formula(name, decay, backend):
+    torch.manual_seed(0)
+    layer = MoEFeedForward(6, 10, 5, router=name, mean_decay=decay, backend=backend)
+    torch.nn.init.normal_(layer.router.weight)
+    means, updates = torch.zeros(5, 6), [0] * 5
+    for step in range(4):
+        got = [[] for _ in range(5)]
+        for _ in range(2):
+            x, mask = torch.randn(1 + 2 * step, 6), torch.rand(1 + 2 * step) < 0.3
+            _, routing = layer(x, mask)
+            for t, i in enumerate(routing.expert_index[:, 0].tolist()):
+                if i >= 0:
+                    got[i].append(expert_output(layer.experts, i, x[t]).detach())
+        torch.testing.assert_close(layer.router.expert_means.mean, means)
+        layer.end_update()
+        for i in range(5):
+            if got[i]:
+                updates[i] += 1
+                rate = max(1 / updates[i], 1 - decay)
+                means[i] += rate * (sum(got[i]) / len(got[i]) - means[i])
+        torch.testing.assert_close(layer.router.expert_means.mean, means)
+    assert layer.router.expert_means.updates.tolist() == updates
+
+
+ADAPTIVE = [("topk", {}), *((name, {}) for name in WITH_MEANS)]
+
+
+def adaptive_layer(name):
+    layer = random_layer(name, 4, balance_bias_rate=0.1)
+    layer(torch.randn(9, 6))
+    layer.end_update()
+    layer(torch.randn(5, 6))  # in the middle of an update
+    return layer
+
+
+def buffers(layer):
+    return {name: value.clone() for name, value in layer.router.named_buffers()}
+
+
+@pytest.mark.parametrize(("name", "options"), ADAPTIVE)
+@pytest.mark.parametrize("mode", ["no_grad", "inference", "evaluation", "padding", "routed"])
+def test_only_a_training_forward_of_the_layer_is_observed(name, options, mode):
+    torch.manual_seed(0)
+    layer = adaptive_layer(name)
+    x, before = torch.randn(7, 6), buffers(layer)
+    if mode == "no_grad":
+        with torch.no_grad():
+            layer(x)
+    elif mode == "inference":
+        with torch.inference_mode():
+            layer(x)
+    elif mode == "evaluation":
+        layer.eval()(x)
+        layer.train()
+    elif mode == "padding":
+        layer(x, torch.ones(7, dtype=torch.bool))
+    else:
+        layer.router(x)
+    for key, value in buffers(layer).items():
+        assert torch.equal(value, before[key]), key
+    layer(x)
+    assert any(not torch.equal(value, before[key]) for key, value in buffers(layer).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "options"), ADAPTIVE)
+def test_buffers_stay_float32_in_half_precision(name, options, dtype):
+    torch.manual_seed(0)
+    layer = adaptive_layer(name).to(dtype)
+    assert all(value.dtype == torch.float32 for value in buffers(layer).values())
+    layer(torch.randn(7, 6, dtype=dtype))
+    layer.end_update()
+    assert all(value.dtype == torch.float32 for value in buffers(layer).values())
+    assert layer.router.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "options"), ADAPTIVE)
+def test_a_cast_to_half_precision_rounds_no_buffer(name, options, dtype):
+    torch.manual_seed(0)
+    layer = adaptive_layer(name)
+    for part in (layer.router.balance_bias, layer.router.expert_means):
+        if part is not None:
+            part.token_count += 70_001  # half precision ends at 65,504
+    before = buffers(layer)
+    layer.to(dtype)
+    for key, value in buffers(layer).items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize(("name", "options"), ADAPTIVE)
+def test_state_dict_holds_what_was_learnt_and_collected(name, options):
+    torch.manual_seed(0)
+    layer = adaptive_layer(name)
+    copy = random_layer(name, 4, balance_bias_rate=0.1)
+    copy.load_state_dict(layer.state_dict())
+    for each in (layer, copy):
+        each.end_update()
+    for key, value in buffers(copy).items():
+        assert torch.equal(value, buffers(layer)[key]), key
+    x = torch.randn(8, 6)
+    assert torch.equal(copy.eval()(x)[0], layer.eval()(x)[0])
+
+
+@pytest.mark.parametrize(("name", "options"), ADAPTIVE)
+def test_two_workers_agree_with_one(name, options):
+    """all_reduce sums over workers; the result is that of one worker with both batches."""
+    torch.manual_seed(0)
+    start = adaptive_layer(name)
+    start.end_update()
+    whole, *workers = (random_layer(name, 4, balance_bias_rate=0.1) for _ in range(3))
+    for each in (whole, *workers):
+        each.load_state_dict(start.state_dict())
+        each.router.jitter_eps = 0.0  # no choice is left to chance
+    batches = torch.randn(2, 7, 6)
+    for worker, batch in zip(workers, batches):
+        worker(batch)
+        whole(batch)
+    sums = []
+    workers[0].end_update(lambda value: sums.append(value.clone()))  # takes a copy, adds nothing
+    workers[0].load_state_dict(start.state_dict())
+    workers[0](batches[0])
+    others = iter(sums)
+    workers[1].end_update(lambda value: value.add_(next(others)))
+    whole.end_update()
+    for key, value in buffers(workers[1]).items():
+        torch.testing.assert_close(value, buffers(whole)[key], msg=key)
+
+
+@pytest.mark.parametrize(("name", "top_k"), [("topk", 2), ("switch", 1), ("default-moe", 2)])
+def test_output_masking_drops_slots_and_scales_the_rest(name, top_k):
+    torch.manual_seed(0)
+    layer = MoEFeedForward(6, 4, 4, router=name, top_k=top_k, jitter_eps=1e-7, output_masking=0.3)
+    x = torch.randn(8000, 6)
+    mask = torch.arange(8000) < 100
+    y, routing = layer(x, mask)
+    plain = layer.router(x, mask)
+    assert torch.equal(routing.expert_index, plain.expert_index)
+    kept = routing.gate != 0
+    torch.testing.assert_close(routing.gate, plain.gate / 0.7 * kept, rtol=1e-5, atol=1e-6)
+    assert not kept[:100].any()
+    assert (y[:100] == 0).all()
+    # Each slot by itself.
+    cells = (kept[100:].long() * torch.tensor([2, 1])[:top_k]).sum(-1)
+    chance = torch.tensor([0.3, 0.7]) if top_k == 1 else torch.tensor([0.09, 0.21, 0.21, 0.49])
+    if top_k == 1:
+        cells = cells // 2
+    chi_square(cells.bincount(minlength=2**top_k), chance)
+    for t in range(100, 140):
+        row = torch.zeros(6)
+        for k in range(top_k):
+            i = int(routing.expert_index[t, k])
+            if kept[t, k]:
+                row = row + plain.gate[t, k] / 0.7 * expert_output(layer.experts, i, x[t])
+        torch.testing.assert_close(y[t], row)
+    layer.eval()
+    y, _ = layer(x)
+    layer.output_masking = 0.0
+    assert torch.equal(layer(x)[0], y)
+
+
+def test_a_dropped_output_gives_no_gradient():
+    torch.manual_seed(0)
+    layer = MoEFeedForward(6, 4, 3, router="switch", jitter_eps=0.0, output_masking=0.5)
+    x = torch.randn(40, 6, requires_grad=True)
+    y, routing = layer(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    dropped = routing.gate[:, 0] == 0
+    assert 0 < dropped.sum() < 40
+    assert (gradient[dropped] == 0).all()
+    assert (gradient[~dropped].abs().sum(-1) > 0).all()

@@ -1,0 +1,73 @@
+"""Arguments that routers and layers refuse."""
+
+import math
+
+import pytest
+import torch
+from support.reference_routers import (
+    smallest,
+)
+
+from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("gshard", {"top_k": 1}, "top_k must be 2 for router 'gshard', not 1"),
+        ("gshard", {"top_k": 3}, "top_k must be 2 for router 'gshard', not 3"),
+        ("noisy-topk", {"top_k": 1}, "top_k must be at least 2 for router 'noisy-topk', not 1"),
+        ("topk", {"renormalise": True}, "renormalise needs top_k of at least 2"),
+        ("topk", {"jitter_eps": 1.0}, "below 1 for router 'topk'"),
+        ("switch-omega", {"jitter_eps": 1.0}, "below 1 for router 'switch-omega'"),
+        ("default-moe", {"mean_decay": 1.0}, "mean_decay must be at least 0 and below 1, not 1.0"),
+        ("sparsemixer-cv", {"mean_decay": 1.0}, "mean_decay must be at least 0 and below 1"),
+        ("sparsemixer-cv", {"mean_decay": -0.1}, "mean_decay must be at least 0 and below 1"),
+        ("default-moe", {"mean_decay": math.nan}, "mean_decay must be at least 0 and below 1"),
+        ("sparsemixer", {"quadrature": "x"}, "quadrature must be midpoint or uniform, not 'x'"),
+        ("sparsemixer-cv", {"quadrature": "x"}, "quadrature must be midpoint or uniform"),
+        ("topk", {"balance_bias_rate": -1.0}, "balance_bias_rate must be a number of at least 0"),
+        ("topk", {"balance_bias_rate": math.inf}, "balance_bias_rate must be a number"),
+        *(
+            (name, {"balance_bias_rate": 0.1}, f"'{name}' has no use for a balance_bias_rate")
+            for name in ("hash", "random", "expert-choice", "noisy-topk")
+        ),
+        *(
+            (name, {"top_k": 2}, f"top_k must be 1 for router '{name}', not 2")
+            for name, router in sorted(ROUTERS.items())
+            if router.max_top_k == 1
+        ),
+    ],
+)
+def test_bad_router_arguments(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        smallest(name, **arguments)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, 1.5, math.nan])
+def test_bad_output_masking(value):
+    with pytest.raises(ValueError, match="output_masking must be at least 0 and below 1"):
+        MoEFeedForward(4, 8, 2, output_masking=value)
+
+
+def test_hash_needs_token_ids():
+    router = smallest("hash")
+    with pytest.raises(ValueError, match="router 'hash' needs token_ids"):
+        router(torch.randn(3, 8))
+    with pytest.raises(ValueError, match="router 'hash' needs token_ids"):
+        router.route(torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"token_ids must be \(3,\), not \(4,\)"):
+        MoEFeedForward(4, 8, 2, router="hash")(
+            torch.randn(3, 4), token_ids=torch.zeros(4, dtype=torch.long)
+        )
+
+
+def test_an_option_of_another_router_is_a_type_error():
+    for name, options in (
+        ("sparsemixer-v2", {"omega": True}),
+        ("sparsemixer-1st", {"first_order_on_argmax": False}),
+        ("switch", {"renormalise": True}),
+        ("topk", {"mean_decay": 0.9}),
+    ):
+        with pytest.raises(TypeError):
+            smallest(name, **options)

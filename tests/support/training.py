@@ -1,0 +1,40 @@
+"""Training runs through fairseq's command line, and what is compared of them."""
+
+import torch
+
+from support import commands
+from support.commands import EVERY_SENTENCE, PACKAGE, flags
+
+LAYERS = ("encoder.0", "decoder.0")
+
+
+def log_of(directory, tag):
+    return commands.logged((directory / "log").read_text(), tag)
+
+
+def assert_same(left, right):
+    """Two models are the same, bit for bit."""
+    assert list(left) == list(right)
+    differing = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not differing
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+def generate(data, *checkpoints, **settings):
+    """fairseq-generate's output; all sentences of the test set unless told otherwise."""
+    settings = {"batch-size": 8, **EVERY_SENTENCE, "cpu": True, **settings}
+    path = ":".join(map(str, checkpoints))
+    words = [data, "--user-dir", PACKAGE, "--path", path, *flags(settings)]
+    return commands.run("fairseq_cli.generate", *words)
+
+
+def assert_one_clear_line(result, *parts):
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert last_line(result.stderr).startswith("error: ")
+    assert result.stderr.count("error: ") == 1
+    for part in parts:
+        assert part in last_line(result.stderr)
