@@ -1,11 +1,5 @@
 """Fixtures of more than one test file."""
 
-import pytest
-
-pytest.register_assert_rewrite("support")  # its assertions show values, too
-
-# isort: split
-
 from support import triton_interpreter  # noqa: F401  (before anything imports Triton)
 
 # isort: split

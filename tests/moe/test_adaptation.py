@@ -7,7 +7,6 @@ from support.routers import chi_square, random_layer
 
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, build_router
 
-
 BIASED = sorted(name for name, router in ROUTERS.items() if router.takes_balance_bias)
 
 

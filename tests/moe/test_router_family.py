@@ -24,7 +24,6 @@ from support.routers import chi_square, random_layer
 from fairseq_sparsemixer.moe import ROUTERS, RoutingStatistics, build_router
 from fairseq_sparsemixer.moe.routers.sparsemixer import unreachable
 
-
 CASES = [
     *((name, {}) for name in ROUTERS),
     ("topk", {"renormalise": True}),
