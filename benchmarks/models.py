@@ -94,7 +94,9 @@ def configuration(args: argparse.Namespace, router: str, data: str, **more: Any)
             flag = f"--{name.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)]
     parser = options.get_training_parser()
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
+    cfg.common.tpu = False  # which fairseq's flag --bf16 stands for, too
+    return cfg
 
 
 def build(cfg: DictConfig, task: Any) -> FairseqModel:
