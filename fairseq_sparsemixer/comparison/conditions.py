@@ -1,15 +1,14 @@
 """Scores of several runs against each other: whether they may be compared, and how they differ."""
 
-import math
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.tokens import COMPOUND_SPLIT, TOKENISED
 from fairseq_sparsemixer.files import read_lines, sha256_of
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm
-from fairseq_sparsemixer.runs.logs import Validation
 
 TOLERANCE = 0.005
 """By how much a difference in BLEU may be off the recorded one."""
@@ -31,21 +30,6 @@ METRICS = (
 )
 
 
-class Reached(NamedTuple):
-    """When a loss was first reached.
-
-    Attributes:
-        updates: that it took.
-        seconds: of training, if the log tells them.
-        or_sooner: whether it was passed before the first loss that is known: both are the most
-            that it can have taken.
-    """
-
-    updates: float
-    seconds: Optional[float]
-    or_sooner: bool = False
-
-
 def check_comparable(runs: Sequence[Run]) -> None:
     """Refuse scores of different text, search or metrics.
 
@@ -65,7 +49,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _conditions(run: Run) -> Dict[str, Any]:
-    """Under which a run was scored. A metric that it does not have makes no condition."""
+    """What a run was scored under. A metric that it does not have makes no condition."""
     data, generation = run.evaluation["data"], run.evaluation["generation"]
     averaged = [
         checkpoint.get("averaged_from") or [] for checkpoint in run.evaluation["checkpoints"]
@@ -91,29 +75,6 @@ def _conditions(run: Run) -> Dict[str, Any]:
 def signature_of(score: Dict[str, Any]) -> str:
     """What a score is of: its label, signature and model, as far as it has them."""
     return ", ".join(str(score[key]) for key in ("label", "signature", "model") if score.get(key))
-
-
-def first_reached(validations: Sequence[Validation], target: float) -> Optional[Reached]:
-    """When the validation nll was first at or below ``target``.
-
-    Linear between the first validation at or below it and the one before; the first validation
-    of all has none before it, and bounds the time only, unless its loss is the target itself.
-
-    Returns:
-        None if it was never reached.
-    """
-    before: Optional[Validation] = None
-    for after in validations:
-        if after.nll_loss <= target:
-            if before is None or not math.isfinite(before.nll_loss):
-                return Reached(after.updates, after.seconds, after.nll_loss < target)
-            share = (before.nll_loss - target) / (before.nll_loss - after.nll_loss)
-            seconds = None
-            if before.seconds is not None and after.seconds is not None:
-                seconds = before.seconds + share * (after.seconds - before.seconds)
-            return Reached(before.updates + share * (after.updates - before.updates), seconds)
-        before = after
-    return None
 
 
 def read_texts(runs: Iterable[Run]) -> Dict[Path, List[str]]:
@@ -182,8 +143,6 @@ def compare_arms(
     Raises:
         UserError: translations have not the BLEU that is recorded for them.
     """
-    from fairseq_sparsemixer.evaluation import scoring
-
     others = {run.seed: run for run in baseline.counted}
     pairs = [(run, others[run.seed]) for run in arm.counted if run.seed in others]
     comparisons = []

@@ -4,6 +4,11 @@ import dataclasses
 import json
 from typing import Any, Dict
 
+from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
+    LabelSmoothedCrossEntropyWithRoutingConfig,
+)
+from fairseq_sparsemixer.models.config import SwitchTransformerConfig
+
 _WHOLE_SECTIONS = (
     "model",
     "criterion",
@@ -82,11 +87,6 @@ def is_dense(model: Dict[str, Any]) -> bool:
 
 def expert_settings() -> Dict[str, Dict[str, Any]]:
     """The settings of this package, by section, with their defaults."""
-    from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
-        LabelSmoothedCrossEntropyWithRoutingConfig,
-    )
-    from fairseq_sparsemixer.models.config import SwitchTransformerConfig
-
     owners = {
         "model": SwitchTransformerConfig,
         "criterion": LabelSmoothedCrossEntropyWithRoutingConfig,

@@ -24,7 +24,7 @@ from support.run_folders import (
 )
 
 from fairseq_sparsemixer import cli
-from fairseq_sparsemixer.comparison import conditions as comparison
+from fairseq_sparsemixer.comparison import conditions, speed_up
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.files import read_lines, write_json, write_lines
 from fairseq_sparsemixer.runs import folder as runs
@@ -221,7 +221,7 @@ def test_first_reached(seed):
     curve = {u: rng.uniform(3, 9) for u in updates}
     validations = [Validation(u, 0, nll, 0.5 * u, {}) for u, nll in curve.items()]
     target = rng.uniform(2.5, 7)
-    found = comparison.first_reached(validations, target)
+    found = speed_up.first_reached(validations, target)
     expected = naive_first_reached(curve, target)
     if expected is None:
         assert found is None
@@ -233,9 +233,9 @@ def test_first_reached(seed):
 def test_first_reached_without_a_time_or_after_an_infinite_loss():
     points = [(10, float("nan"), 1.0), (20, 4.0, None), (30, 2.0, 3.0)]
     validations = [Validation(u, 0, nll, seconds, {}) for u, nll, seconds in points]
-    assert comparison.first_reached(validations, 4.5) == (20, None, True)
-    assert comparison.first_reached(validations, 4.0) == (20, None, False)
-    assert comparison.first_reached(validations, 3.0) == (25, None, False)
+    assert speed_up.first_reached(validations, 4.5) == (20, None, True)
+    assert speed_up.first_reached(validations, 4.0) == (20, None, False)
+    assert speed_up.first_reached(validations, 3.0) == (25, None, False)
 
 
 def test_means_deviations_and_speed_up(place):
@@ -324,8 +324,8 @@ def test_seeds_that_contradict_each_other_show_nothing(place):
     assert rows["hash-4"]["p_value"] == 1.0
     assert rows["topk-4"]["p_value"] < 0.05
     assert "1 unless all differ in the same direction as the means" in text
-    assert comparison.joint_p_value([1.0, 2.0], [0.01, 0.02], 1.5) == 0.02
-    assert comparison.joint_p_value([1.0, 2.0], [0.01, 0.02], -0.5) == 1.0
+    assert conditions.joint_p_value([1.0, 2.0], [0.01, 0.02], 1.5) == 0.02
+    assert conditions.joint_p_value([1.0, 2.0], [0.01, 0.02], -0.5) == 1.0
 
 
 def test_a_run_that_starts_below_the_target(place):

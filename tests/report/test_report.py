@@ -22,11 +22,13 @@ from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.comparison import results as scores
 from fairseq_sparsemixer.comparison import speed_up
 from fairseq_sparsemixer.comparison.histories import read_histories, times_are_of_points
+from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_json, write_lines
 from fairseq_sparsemixer.models.layers import switch_layers
-from fairseq_sparsemixer.report import canvas, command, figures, gather, page, routing
+from fairseq_sparsemixer.report import canvas, figures, gather, page, routing
+from fairseq_sparsemixer.report.drawing import FILES
 from fairseq_sparsemixer.report.specialisation import (
     MIN_COUNT,
     entropy,
@@ -233,7 +235,7 @@ def test_speed_up_by_hand(tmp_path, study):
     arms = read_arms(tmp_path)
     histories = read_histories(arms.values())
     assert times_are_of_points(histories)
-    first, second, third = speed_up.speed_ups(arms["topk-4"], arms["switch-4"], histories)
+    first, second, third = speed_up.reach_best_loss(arms["topk-4"], arms["switch-4"], histories)
     reached = 20 + 20 * (8.0 - 6.0) / (8.0 - 5.5)
     time, cpu_time = 0.6 * reached, (0.6 + CPU) * reached
     by_cpu_time = 60 * (0.5 + CPU) / cpu_time
@@ -244,7 +246,7 @@ def test_speed_up_by_hand(tmp_path, study):
     # Seed 3 against seed 1.
     assert third[:4] == pytest.approx((3, 1, 6.0, 30))
     assert third.by_time is not None and third.cpu_seconds is third.by_cpu_time is None
-    own = speed_up.speed_ups(arms["switch-4"], arms["switch-4"], histories)
+    own = speed_up.reach_best_loss(arms["switch-4"], arms["switch-4"], histories)
     assert [each.updates for each in own] == [60, 40]
     assert {each.by_updates for each in own} == {each.by_time for each in own} == {1.0}
     summary = speed_up.summarise([first, second])
@@ -255,7 +257,7 @@ def test_speed_up_by_hand(tmp_path, study):
     (tmp_path / "topk2" / "points.jsonl").unlink()
     histories = read_histories(arms.values())
     assert not times_are_of_points(histories)
-    (own, _) = speed_up.speed_ups(arms["switch-4"], arms["switch-4"], histories)
+    (own, _) = speed_up.reach_best_loss(arms["switch-4"], arms["switch-4"], histories)
     assert own.updates == 60
     assert own.seconds == pytest.approx(36, abs=0.1)
 
@@ -272,12 +274,12 @@ def test_speed_ups_that_are_bounds_or_unknown(tmp_path, study):
         write_run(tmp_path, name, points, **settings)
     arms = read_arms(tmp_path)
     histories = read_histories(arms.values())
-    (bound,) = speed_up.speed_ups(arms["topk-4"], arms["switch-4"], histories)
+    (bound,) = speed_up.reach_best_loss(arms["topk-4"], arms["switch-4"], histories)
     assert bound == (1, 1, 5.0, 20, 10, None, 2, 2, None, True)
-    (exact,) = speed_up.speed_ups(arms["switch-4"], arms["switch-4"], histories)
+    (exact,) = speed_up.reach_best_loss(arms["switch-4"], arms["switch-4"], histories)
     assert not exact.or_sooner
     for one, other in (("hash-4", "switch-4"), ("switch-4", "hash-4")):
-        (unknown,) = speed_up.speed_ups(arms[one], arms[other], histories)
+        (unknown,) = speed_up.reach_best_loss(arms[one], arms[other], histories)
         assert unknown == (1, 1, *[None] * 7, False)
     make(tmp_path, "--output", tmp_path / "page.html")
     text = words_of(tmp_path / "page.html")
@@ -298,7 +300,7 @@ def test_who_is_the_soonest():
     }
 
     def line(**found):
-        one = speed_up.SpeedUp(1, 1, 5.0, **found)
+        one = speed_up.ToBestLoss(1, 1, 5.0, **found)
         summary = {"b": speed_up.summarise([one])}
         return page.at_a_glance(2, 2, 2, table, summary, 0.05)[-1]
 
@@ -615,14 +617,14 @@ def test_routing_is_kept_and_made_anew_where_the_checkpoint_changed(
     problem = "the text is gone"
     assert routing.routing_of_run(run, None, problem) == json.loads(kept)
     run.evaluation["checkpoints"][0]["sha256"] = "another"
-    with pytest.raises(command.UserError, match=problem):
+    with pytest.raises(UserError, match=problem):
         routing.routing_of_run(run, None, problem)
     text = scores.read_test_text([read_run(study / "sparsemixer-4-seed1")])
     run.evaluation["checkpoints"][0]["path"] = "nowhere.pt"
-    with pytest.raises(command.UserError, match=r"there is no .*checkpoint_last.pt, the check"):
+    with pytest.raises(UserError, match=r"there is no .*checkpoint_last.pt, the check"):
         routing.routing_of_run(run, text, "")
     shutil.copy(study / "sparsemixer-4-seed1" / "checkpoint_best.pt", folder / "checkpoint_last.pt")
-    with pytest.raises(command.UserError, match="is not the checkpoint that"):
+    with pytest.raises(UserError, match="is not the checkpoint that"):
         routing.routing_of_run(run, text, "")
     shutil.copy(study / "sparsemixer-4-seed1" / "checkpoint_last.pt", folder)
     for damaged in ("{", "[]", '{"of": []}'):
@@ -711,7 +713,7 @@ def test_the_page_parses_and_stands_alone(report, outline):
     files = [a for a in outline.addresses if not a.startswith(("#", "data:"))]
     folder = report.with_name("study.v1_figures")
     assert files
-    assert all(command.FIGURES.fullmatch(path.name) for path in folder.iterdir())
+    assert all(FILES.fullmatch(path.name) for path in folder.iterdir())
     assert {path.relative_to(report.parent).as_posix() for path in folder.iterdir()} == set(files)
     for address in outline.addresses:
         if address.startswith("#"):
