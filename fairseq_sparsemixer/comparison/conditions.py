@@ -100,15 +100,6 @@ def _hypotheses_path(run: Run) -> Path:
     )
 
 
-def read_references(runs: Sequence[Run]) -> List[str]:
-    """The reference that all runs were scored against.
-
-    Raises:
-        UserError: it is not where it was.
-    """
-    return read_lines(find_text(runs, "reference"))
-
-
 def find_text(runs: Sequence[Run], side: str) -> Path:
     """The file of the test set's ``side`` (source, reference) that all runs were scored on.
 
@@ -160,20 +151,19 @@ def compare_arms(
     return comparisons
 
 
-def joint_p_value(differences: Sequence[float], p_values: Sequence[float], mean: float) -> float:
+def joint_p_value(tests: Sequence[Dict[str, Any]], mean: float) -> float:
     """One p-value for the pairs of runs of two arms: the largest.
 
     Args:
-        differences: of each pair.
-        p_values: likewise.
+        tests: ``difference`` and ``p_value`` of each pair.
         mean: the difference of the arms' means.
 
     Returns:
         1 unless all pairs differ in the direction of ``mean``: seeds that contradict each other
         show no difference of the arms.
     """
-    agree = all(difference * mean > 0 for difference in differences)
-    return max(p_values) if agree else 1.0
+    agree = all(test["difference"] * mean > 0 for test in tests)
+    return max(test["p_value"] for test in tests) if agree else 1.0
 
 
 def _official(run: Run) -> Optional[Dict[str, str]]:

@@ -208,11 +208,7 @@ def _by_domain(
                             )["bleu"]
                             for pair in comparisons[arm.name]
                         ]
-                        p_value = joint_p_value(
-                            [test["difference"] for test in tests],
-                            [test["p_value"] for test in tests],
-                            difference,
-                        )
+                        p_value = joint_p_value(tests, difference)
                     score = DomainScore(by_seed, difference, p_value)
                 scores.setdefault(arm.name, {})[domain] = score
                 bar.update()

@@ -3,7 +3,7 @@
 import csv
 import statistics
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -12,15 +12,21 @@ from fairseq_sparsemixer.comparison.conditions import (
     Metric,
     check_comparable,
     compare_arms,
+    find_text,
     joint_p_value,
-    read_references,
     read_texts,
     signature_of,
 )
 from fairseq_sparsemixer.comparison.means import deviation_or_none, mean_or_none
 from fairseq_sparsemixer.comparison.speed_up import Reached, ToFinalLoss, reach_final_loss
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path, check_writable, write_json, write_lines
+from fairseq_sparsemixer.files import (
+    atomic_path,
+    check_writable,
+    read_lines,
+    write_json,
+    write_lines,
+)
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm, further_differences, read_arms
 from fairseq_sparsemixer.runs.points import number
@@ -79,17 +85,17 @@ def build_table(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
     others = [arm for arm in arms if arm.counted and arm is not baseline]
     comparisons: Dict[str, List[Dict[str, Any]]] = {}
     if others:
-        texts, references = read_texts(counted), read_references(counted)
+        texts, references = read_texts(counted), read_lines(find_text(counted, "reference"))
         comparisons = {
             arm.name: compare_arms(arm, baseline, texts, references)
             for arm in tqdm(others, desc="bootstrap", unit="row", disable=None)
         }
     final_loss = reach_final_loss(arms, baseline)
-    rows = [
-        row
-        for arm in arms
-        for row in _rows(arm, baseline, comparisons.get(arm.name, []), final_loss)
-    ]
+    rows = []
+    for arm in arms:
+        if arm.counted:
+            rows.append(_arm_row(arm, baseline, comparisons.get(arm.name, []), final_loss))
+        rows += [{**_empty_row(arm, [run]), "note": run.note} for run in arm.runs if run.note]
     return {
         "baseline": baseline.name,
         "target_nll": final_loss.target,
@@ -118,20 +124,6 @@ def _find_baseline(arms: List[Arm], name: str) -> Arm:
             return arm
     names = ", ".join(arm.name for arm in arms)
     raise UserError(f"--baseline: there is no {name}; choose one of {names}")
-
-
-def _rows(
-    arm: Arm,
-    baseline: Arm,
-    comparisons: List[Dict[str, Any]],
-    final_loss: ToFinalLoss,
-) -> Iterator[Dict[str, Any]]:
-    """The row of an arm, if any of its runs counts, and one for each run that does not."""
-    if arm.counted:
-        yield _arm_row(arm, baseline, comparisons, final_loss)
-    for run in arm.runs:
-        if run.note:
-            yield {**_empty_row(arm, [run]), "note": run.note}
 
 
 def _empty_row(arm: Arm, runs: List[Run]) -> Dict[str, Any]:
@@ -173,11 +165,8 @@ def _arm_row(
     if comparisons:
         base = statistics.mean(run.scores["bleu"]["score"] for run in baseline.counted)
         row["bleu_difference"] = row["bleu"] - base
-        tests = [comparison["bleu"] for comparison in comparisons]
         row["p_value"] = joint_p_value(
-            [test["difference"] for test in tests],
-            [test["p_value"] for test in tests],
-            row["bleu_difference"],
+            [each["bleu"] for each in comparisons], row["bleu_difference"]
         )
     row["updates_to_target"] = final_loss.updates(arm)
     row["minutes_to_target"] = final_loss.minutes(arm)

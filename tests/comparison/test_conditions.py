@@ -64,8 +64,9 @@ def test_seeds_that_contradict_each_other_show_nothing(place):
     assert rows["hash-4"]["p_value"] == 1.0
     assert rows["topk-4"]["p_value"] < 0.05
     assert "1 unless all differ in the same direction as the means" in text
-    assert conditions.joint_p_value([1.0, 2.0], [0.01, 0.02], 1.5) == 0.02
-    assert conditions.joint_p_value([1.0, 2.0], [0.01, 0.02], -0.5) == 1.0
+    tests = [{"difference": 1.0, "p_value": 0.01}, {"difference": 2.0, "p_value": 0.02}]
+    assert conditions.joint_p_value(tests, 1.5) == 0.02
+    assert conditions.joint_p_value(tests, -0.5) == 1.0
 
 
 def test_seeds_that_do_not_pair(place):
