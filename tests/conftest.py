@@ -9,6 +9,8 @@ import shutil
 import pytest
 import torch
 from support import commands, small_run
+from support.report_study import build_study
+from support.run_folders import Place
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +49,15 @@ def run_dir(shared, corpus, tmp_path_factory):
     built = shared.directory("small_run", lambda folder: small_run.train(corpus, folder))
     # Some tests write into it.
     return shutil.copytree(built, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def study(shared, corpus):
+    """A real run, and fabricated ones: two seeds, dense, without points, diverged, unscored."""
+    return shared.directory("report_study", lambda folder: build_study(corpus, folder))
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Where run folders are written, and tabled."""
+    return Place(tmp_path)

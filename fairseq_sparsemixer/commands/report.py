@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 
 from fairseq_sparsemixer.commands.flags import add_run_arguments
+from fairseq_sparsemixer.errors import UserError
 
 HELP = "one HTML page: curves, scores, what each expert takes, translations"
 
@@ -38,7 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
-    from fairseq_sparsemixer.report import command
+    """Do it.
 
-    command.run(args)
+    Raises:
+        UserError: a package is missing, or ``--output`` is no name of a page.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"a report needs {error.name}: run `pip install 'fairseq-sparsemixer[report]'`"
+        ) from error
+    if args.output.suffix != ".html":
+        raise UserError(f"--output {args.output} is a page; give it a name ending in .html")
+    from fairseq_sparsemixer.report.build import build_report
+
+    build_report(args.runs, args.scores, args.baseline, args.output)

@@ -15,9 +15,11 @@ Columns of the table, which is written as STEM.md, STEM.csv and STEM.json:
   p                        paired bootstrap test of BLEU against the baseline's run of equal seed;
                            with several seeds the largest, and 1 unless all differ in the same
                            direction as the means (the JSON holds each)
-  updates to target        until the validation nll that the baseline ended with (mean over its
-                           seeds) is first reached, linear between two validations; the baseline's
-                           own runs: until each one's own final nll is first reached
+  updates to target        updates to the baseline's final loss: until the validation nll that it
+                           ended with (mean over its seeds) is first reached, linear between two
+                           validations; the baseline's own runs: until each one's own final nll is
+                           first reached (`fairseq-sparsemixer report` shows updates to the
+                           baseline's best loss)
   minutes to target        likewise, in minutes of training, validation and saving included
   speed-up                 the baseline's updates to target over the row's; 1 for the baseline
   words/s                  median of the log's, in target tokens; mean over seeds
@@ -28,6 +30,7 @@ import argparse
 from pathlib import Path
 
 from fairseq_sparsemixer.commands.flags import add_run_arguments
+from fairseq_sparsemixer.errors import UserError
 
 HELP = "finished runs side by side: means over seeds, significance, speed-up"
 
@@ -51,7 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
+    """Do it.
+
+    Raises:
+        UserError: ``--output`` is the name of a file.
+    """
     from fairseq_sparsemixer.comparison import table
 
-    table.run(args)
+    if args.output.suffix in table.SUFFIXES:
+        raise UserError(
+            f"--output {args.output} is the stem of three files; leave out {args.output.suffix}"
+        )
+    table.make_table(args.runs, args.scores, args.baseline, args.output)

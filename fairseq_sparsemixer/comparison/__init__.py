@@ -2,8 +2,10 @@
 
 ================  ===============================================================================
 ``conditions``    whether runs may be compared, and how their scores differ
-``speed_up``      how soon runs are as good as the baseline
-``results``       the test set as plain data: scores, significance, domains, settings
+``histories``     the training of runs over time, from points or logs
+``speed_up``      updates to the baseline's final loss, and to its best loss
+``means``         figures of several seeds as one
 ``table``         ``fairseq-sparsemixer table``
+``results``       the test set as plain data: scores, significance, domains; settings
 ================  ===============================================================================
 """

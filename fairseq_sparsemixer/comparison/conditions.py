@@ -1,15 +1,14 @@
 """Scores of several runs against each other: whether they may be compared, and how they differ."""
 
-import math
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.tokens import COMPOUND_SPLIT, TOKENISED
 from fairseq_sparsemixer.files import read_lines, sha256_of
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm
-from fairseq_sparsemixer.runs.logs import Validation
 
 TOLERANCE = 0.005
 """By how much a difference in BLEU may be off the recorded one."""
@@ -31,21 +30,6 @@ METRICS = (
 )
 
 
-class Reached(NamedTuple):
-    """When a loss was first reached.
-
-    Attributes:
-        updates: that it took.
-        seconds: of training, if the log tells them.
-        or_sooner: whether it was passed before the first loss that is known: both are the most
-            that it can have taken.
-    """
-
-    updates: float
-    seconds: Optional[float]
-    or_sooner: bool = False
-
-
 def check_comparable(runs: Sequence[Run]) -> None:
     """Refuse scores of different text, search or metrics.
 
@@ -65,7 +49,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _conditions(run: Run) -> Dict[str, Any]:
-    """Under which a run was scored. A metric that it does not have makes no condition."""
+    """What a run was scored under. A metric that it does not have makes no condition."""
     data, generation = run.evaluation["data"], run.evaluation["generation"]
     averaged = [
         checkpoint.get("averaged_from") or [] for checkpoint in run.evaluation["checkpoints"]
@@ -93,29 +77,6 @@ def signature_of(score: Dict[str, Any]) -> str:
     return ", ".join(str(score[key]) for key in ("label", "signature", "model") if score.get(key))
 
 
-def first_reached(validations: Sequence[Validation], target: float) -> Optional[Reached]:
-    """When the validation nll was first at or below ``target``.
-
-    Linear between the first validation at or below it and the one before; the first validation
-    of all has none before it, and bounds the time only, unless its loss is the target itself.
-
-    Returns:
-        None if it was never reached.
-    """
-    before: Optional[Validation] = None
-    for after in validations:
-        if after.nll_loss <= target:
-            if before is None or not math.isfinite(before.nll_loss):
-                return Reached(after.updates, after.seconds, after.nll_loss < target)
-            share = (before.nll_loss - target) / (before.nll_loss - after.nll_loss)
-            seconds = None
-            if before.seconds is not None and after.seconds is not None:
-                seconds = before.seconds + share * (after.seconds - before.seconds)
-            return Reached(before.updates + share * (after.updates - before.updates), seconds)
-        before = after
-    return None
-
-
 def read_texts(runs: Iterable[Run]) -> Dict[Path, List[str]]:
     """The translations of each run, by its folder.
 
@@ -137,15 +98,6 @@ def _hypotheses_path(run: Run) -> Path:
         f"there is no {written}, which {run.scores_path} was scored for; copy it beside that "
         "file, or run `fairseq-sparsemixer evaluate` again"
     )
-
-
-def read_references(runs: Sequence[Run]) -> List[str]:
-    """The reference that all runs were scored against.
-
-    Raises:
-        UserError: it is not where it was.
-    """
-    return read_lines(find_text(runs, "reference"))
 
 
 def find_text(runs: Sequence[Run], side: str) -> Path:
@@ -182,8 +134,6 @@ def compare_arms(
     Raises:
         UserError: translations have not the BLEU that is recorded for them.
     """
-    from fairseq_sparsemixer.evaluation import scoring
-
     others = {run.seed: run for run in baseline.counted}
     pairs = [(run, others[run.seed]) for run in arm.counted if run.seed in others]
     comparisons = []
@@ -201,20 +151,19 @@ def compare_arms(
     return comparisons
 
 
-def joint_p_value(differences: Sequence[float], p_values: Sequence[float], mean: float) -> float:
+def joint_p_value(tests: Sequence[Dict[str, Any]], mean: float) -> float:
     """One p-value for the pairs of runs of two arms: the largest.
 
     Args:
-        differences: of each pair.
-        p_values: likewise.
+        tests: ``difference`` and ``p_value`` of each pair.
         mean: the difference of the arms' means.
 
     Returns:
         1 unless all pairs differ in the direction of ``mean``: seeds that contradict each other
         show no difference of the arms.
     """
-    agree = all(difference * mean > 0 for difference in differences)
-    return max(p_values) if agree else 1.0
+    agree = all(test["difference"] * mean > 0 for test in tests)
+    return max(test["p_value"] for test in tests) if agree else 1.0
 
 
 def _official(run: Run) -> Optional[Dict[str, str]]:

@@ -1,9 +1,8 @@
 """The training of runs over time: points and losses, from one kind of file."""
 
 import math
-import statistics
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional
 
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm
@@ -27,7 +26,11 @@ class History(NamedTuple):
     has_file: bool
 
 
-def read_histories(arms: Iterable[Arm]) -> Dict[Path, History]:
+Histories = Dict[Path, History]
+"""Those of many runs, by the run's folder."""
+
+
+def read_histories(arms: Iterable[Arm]) -> Histories:
     """The training of each run that was validated, by its folder.
 
     Raises:
@@ -62,7 +65,7 @@ def _point_of_log(validation: Validation) -> Dict[str, Any]:
     }
 
 
-def times_are_of_points(histories: Dict[Path, History]) -> bool:
+def times_are_of_points(histories: Histories) -> bool:
     """Whether losses and times are taken from ``points.jsonl``.
 
     Its seconds leave out validation, those of the log do not: only one kind can be compared, so it
@@ -71,7 +74,7 @@ def times_are_of_points(histories: Dict[Path, History]) -> bool:
     return all(history.has_file for history in histories.values())
 
 
-def validations(histories: Dict[Path, History]) -> Dict[Path, List[Validation]]:
+def validations(histories: Histories) -> Dict[Path, List[Validation]]:
     """Each run's losses and times, all from the same kind of file."""
     if not times_are_of_points(histories):
         return {folder: history.run.validations for folder, history in histories.items()}
@@ -89,9 +92,3 @@ def as_validation(point: Dict[str, Any], seconds: Optional[float]) -> Validation
 
 def _number(value: Optional[float]) -> float:
     return math.nan if value is None else value
-
-
-def mean_or_none(values: Sequence[Optional[float]]) -> Optional[float]:
-    """The mean; None where a value is missing, or there is none."""
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known and len(known) == len(values) else None

@@ -13,7 +13,8 @@ from fairseq_sparsemixer.comparison.conditions import (
     joint_p_value,
     read_texts,
 )
-from fairseq_sparsemixer.comparison.table import build_report
+from fairseq_sparsemixer.comparison.means import deviation_or_none
+from fairseq_sparsemixer.comparison.table import build_table
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.files import read_lines
@@ -22,7 +23,7 @@ from fairseq_sparsemixer.runs.grouping import Arm
 
 SIGNIFICANT = 0.05
 LEAST_LINES = 50
-"""Of a domain that is tested: resamples of a few lines are no sample of a domain."""
+"""A domain with fewer is not tested: resamples of a few lines are no sample of a domain."""
 
 
 class TestText(NamedTuple):
@@ -55,7 +56,7 @@ class DomainScore(NamedTuple):
     Attributes:
         by_seed: of each counted run.
         difference: of its mean to the baseline's mean; None for the baseline.
-        p_value: :func:`.comparison.joint_p_value` of the pairs of runs; None for the baseline, and
+        p_value: :func:`.conditions.joint_p_value` of the pairs of runs; None for the baseline, and
             for a domain of less than :data:`LEAST_LINES` lines.
     """
 
@@ -71,15 +72,14 @@ class DomainScore(NamedTuple):
     @property
     def deviation(self) -> Optional[float]:
         """The sample standard deviation over seeds; None for one seed."""
-        values = list(self.by_seed.values())
-        return statistics.stdev(values) if len(values) > 1 else None
+        return deviation_or_none(list(self.by_seed.values()))
 
 
 class Results(NamedTuple):
     """Scores of all arms.
 
     Attributes:
-        table: what :func:`.table.build_report` returns.
+        table: what :func:`.table.build_table` returns.
         domains: the number of sentences of each domain; empty where the test set has none.
         by_domain: for each arm its scores by domain.
         problem: why there is no significance and no domain; empty if there is.
@@ -143,7 +143,7 @@ def read_results(
             problem = str(error)
     if not hypotheses:
         return Results(_table_without_text(arms, baseline), {}, {}, problem)
-    table = build_report(list(arms), baseline)
+    table = build_table(list(arms), baseline)
     assert text is not None
     if text.domains is None:
         return Results(table, {}, {}, "")
@@ -157,14 +157,14 @@ def read_results(
 def _table_without_text(arms: Sequence[Arm], baseline: str) -> Dict[str, Any]:
     """Like that of all arms, but for comparisons: each arm alone is its own baseline."""
     check_comparable([run for arm in arms for run in arm.counted])
-    # All, where none has the name: build_report says so.
+    # All, where none has the name: build_table says so.
     base = [arm for arm in arms if arm.name == baseline] or list(arms)
-    table = build_report(base, baseline)
+    table = build_table(base, baseline)
     rows = [
         row
         for arm in arms
         if arm.counted
-        for row in build_report([arm], arm.name)["rows"]
+        for row in build_table([arm], arm.name)["rows"]
         if row["note"] is None
     ]
     return {**table, "rows": rows}
@@ -208,11 +208,7 @@ def _by_domain(
                             )["bleu"]
                             for pair in comparisons[arm.name]
                         ]
-                        p_value = joint_p_value(
-                            [test["difference"] for test in tests],
-                            [test["p_value"] for test in tests],
-                            difference,
-                        )
+                        p_value = joint_p_value(tests, difference)
                     score = DomainScore(by_seed, difference, p_value)
                 scores.setdefault(arm.name, {})[domain] = score
                 bar.update()
@@ -235,7 +231,7 @@ def notes(table: Dict[str, Any], arms: Sequence[Arm]) -> List[str]:
     return [
         note
         for note in table["notes"]
-        # Its target is another than the report's.
+        # Of the baseline's final loss; the report's speed-up is of its best.
         if not note.endswith(("never reaches the target", "is below the target"))
         and not any(note.endswith(f": {each}") for each in of_runs)
     ]

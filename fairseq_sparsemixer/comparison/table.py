@@ -1,30 +1,35 @@
-"""Finished runs side by side: means over seeds, significance and speed-up against a baseline."""
+"""Finished runs side by side: scores, significance, updates to the baseline's final loss."""
 
-import argparse
 import csv
-import math
 import statistics
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
 from fairseq_sparsemixer.comparison.conditions import (
     METRICS,
     Metric,
-    Reached,
     check_comparable,
     compare_arms,
-    first_reached,
+    find_text,
     joint_p_value,
-    read_references,
     read_texts,
     signature_of,
 )
+from fairseq_sparsemixer.comparison.means import deviation_or_none, mean_or_none
+from fairseq_sparsemixer.comparison.speed_up import Reached, ToFinalLoss, reach_final_loss
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path, check_writable, write_json, write_lines
+from fairseq_sparsemixer.files import (
+    atomic_path,
+    check_writable,
+    read_lines,
+    write_json,
+    write_lines,
+)
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm, further_differences, read_arms
+from fairseq_sparsemixer.runs.points import number
 from fairseq_sparsemixer.tables import markdown
 
 PAPER = "fill in from the paper"
@@ -32,22 +37,39 @@ NO_FIGURE = "-"
 SUFFIXES = (".md", ".csv", ".json")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Read the runs, compare, write and print."""
-    if args.output.suffix in SUFFIXES:
-        raise UserError(
-            f"--output {args.output} is the stem of three files; leave out {args.output.suffix}"
-        )
-    for path in _output_paths(args.output):
+def make_table(paths: Sequence[Path], scores: Optional[str], baseline: str, stem: Path) -> None:
+    """Read the runs, compare, write STEM.md, STEM.csv and STEM.json, and print.
+
+    Args:
+        paths: folders of runs, or of such folders.
+        scores: which evaluation to take where a run has several.
+        baseline: name of an arm.
+        stem: of the three files.
+
+    Raises:
+        UserError: runs or files that are not there or damaged, or that cannot be compared.
+    """
+    outputs = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
+    for path in outputs:
         check_writable(path)
-    report = build_report(read_arms(args.runs, args.scores), args.baseline)
-    text = format_report(report)
-    write_report(report, text, args.output)
+    table = build_table(read_arms(paths, scores), baseline)
+    text = as_text(table)
+    text_path, csv_path, json_path = outputs
+    write_lines(text_path, [text])
+    _write_rows(table["rows"], csv_path)
+    write_json(json_path, table)
     print(text)
-    print("written:", ", ".join(map(str, _output_paths(args.output))))
+    print("written:", ", ".join(map(str, outputs)))
 
 
-def build_report(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
+def _write_rows(rows: List[Dict[str, Any]], path: Path) -> None:
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def build_table(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
     """All that the table shows, and every run's own figures.
 
     Returns:
@@ -63,31 +85,30 @@ def build_report(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
     others = [arm for arm in arms if arm.counted and arm is not baseline]
     comparisons: Dict[str, List[Dict[str, Any]]] = {}
     if others:
-        texts, references = read_texts(counted), read_references(counted)
+        texts, references = read_texts(counted), read_lines(find_text(counted, "reference"))
         comparisons = {
             arm.name: compare_arms(arm, baseline, texts, references)
             for arm in tqdm(others, desc="bootstrap", unit="row", disable=None)
         }
-    target = statistics.mean(run.validations[-1].nll_loss for run in baseline.counted)
-    reached = {
-        run.folder: first_reached(
-            run.validations, run.validations[-1].nll_loss if arm is baseline else target
-        )
-        for arm in arms
-        for run in arm.counted
-    }
-    rows = [
-        row for arm in arms for row in _rows(arm, baseline, comparisons.get(arm.name, []), reached)
-    ]
+    final_loss = reach_final_loss(arms, baseline)
+    rows = []
+    for arm in arms:
+        if arm.counted:
+            rows.append(_arm_row(arm, baseline, comparisons.get(arm.name, []), final_loss))
+        rows += [{**_empty_row(arm, [run]), "note": run.note} for run in arm.runs if run.note]
     return {
         "baseline": baseline.name,
-        "target_nll": target,
+        "target_nll": final_loss.target,
         "rows": rows,
         "signatures": _signatures(counted, comparisons),
-        "notes": _notes(arms, baseline, comparisons, reached),
+        "notes": _notes(arms, baseline, comparisons, final_loss.reached),
         "paper": PAPER,
         "comparisons": comparisons,
-        "runs": [_describe(arm, run, reached.get(run.folder)) for arm in arms for run in arm.runs],
+        "runs": [
+            _describe(arm, run, final_loss.reached.get(run.folder))
+            for arm in arms
+            for run in arm.runs
+        ],
     }
 
 
@@ -103,20 +124,6 @@ def _find_baseline(arms: List[Arm], name: str) -> Arm:
             return arm
     names = ", ".join(arm.name for arm in arms)
     raise UserError(f"--baseline: there is no {name}; choose one of {names}")
-
-
-def _rows(
-    arm: Arm,
-    baseline: Arm,
-    comparisons: List[Dict[str, Any]],
-    reached: Dict[Path, Optional[Reached]],
-) -> Iterator[Dict[str, Any]]:
-    """The row of an arm, if any of its runs counts, and one for each run that does not."""
-    if arm.counted:
-        yield _arm_row(arm, baseline, comparisons, reached)
-    for run in arm.runs:
-        if run.note:
-            yield {**_empty_row(arm, [run]), "note": run.note}
 
 
 def _empty_row(arm: Arm, runs: List[Run]) -> Dict[str, Any]:
@@ -142,53 +149,30 @@ def _arm_row(
     arm: Arm,
     baseline: Arm,
     comparisons: List[Dict[str, Any]],
-    reached: Dict[Path, Optional[Reached]],
+    final_loss: ToFinalLoss,
 ) -> Dict[str, Any]:
     runs = arm.counted
     row = _empty_row(arm, runs)
-    row["updates"] = _mean([run.validations[-1].updates for run in runs])
+    row["updates"] = mean_or_none([run.validations[-1].updates for run in runs])
     losses = [run.validations[-1].nll_loss for run in runs]
-    row.update(valid_nll=_mean(losses), valid_nll_deviation=_deviation(losses))
+    row.update(valid_nll=mean_or_none(losses), valid_nll_deviation=deviation_or_none(losses))
     for metric in METRICS:
         scores = [(run.scores.get(metric.key) or {}).get("score") for run in runs]
-        row[metric.key], row[f"{metric.key}_deviation"] = _mean(scores), _deviation(scores)
+        row[metric.key], row[f"{metric.key}_deviation"] = (
+            mean_or_none(scores),
+            deviation_or_none(scores),
+        )
     if comparisons:
         base = statistics.mean(run.scores["bleu"]["score"] for run in baseline.counted)
         row["bleu_difference"] = row["bleu"] - base
-        tests = [comparison["bleu"] for comparison in comparisons]
         row["p_value"] = joint_p_value(
-            [test["difference"] for test in tests],
-            [test["p_value"] for test in tests],
-            row["bleu_difference"],
+            [each["bleu"] for each in comparisons], row["bleu_difference"]
         )
-    row["updates_to_target"] = _mean_updates(runs, reached)
-    minutes = [
-        None if place is None or place.seconds is None else place.seconds / 60
-        for place in (reached[run.folder] for run in runs)
-    ]
-    row["minutes_to_target"] = _mean(minutes)
-    base_updates = _mean_updates(baseline.counted, reached)
-    if base_updates is not None and row["updates_to_target"] is not None:
-        row["speed_up"] = base_updates / row["updates_to_target"]
-    row["words_per_second"] = _mean([run.log.words_per_second for run in runs if run.log])
+    row["updates_to_target"] = final_loss.updates(arm)
+    row["minutes_to_target"] = final_loss.minutes(arm)
+    row["speed_up"] = final_loss.speed_up(arm, baseline)
+    row["words_per_second"] = mean_or_none([run.log.words_per_second for run in runs if run.log])
     return row
-
-
-def _mean_updates(runs: List[Run], reached: Dict[Path, Optional[Reached]]) -> Optional[float]:
-    places = [reached[run.folder] for run in runs]
-    return _mean([None if place is None else place.updates for place in places])
-
-
-def _mean(values: Sequence[Optional[float]]) -> Optional[float]:
-    """None where one value is missing: the mean of the rest would be of other runs."""
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if len(known) == len(values) else None
-
-
-def _deviation(values: Sequence[Optional[float]]) -> Optional[float]:
-    """Sample standard deviation; None for a single value, or where one is missing."""
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) == len(values) > 1 else None
 
 
 def _signatures(runs: List[Run], comparisons: Dict[str, List[Dict[str, Any]]]) -> Dict[str, str]:
@@ -270,8 +254,8 @@ def _describe(arm: Arm, run: Run, reached: Optional[Reached]) -> Dict[str, Any]:
         "note": run.note or None,
         "updates": last and last.updates,
         "max_update": run.max_update,
-        "valid_loss": last and _finite(last.loss),
-        "valid_nll": last and _finite(last.nll_loss),
+        "valid_loss": last and number(last.loss),
+        "valid_nll": last and number(last.nll_loss),
         "training_seconds": last and last.seconds,
         "updates_to_target": reached and reached.updates,
         "seconds_to_target": reached and reached.seconds,
@@ -286,8 +270,8 @@ def _describe(arm: Arm, run: Run, reached: Optional[Reached]) -> Dict[str, Any]:
         "validations": [
             {
                 "updates": each.updates,
-                "loss": _finite(each.loss),
-                "nll_loss": _finite(each.nll_loss),
+                "loss": number(each.loss),
+                "nll_loss": number(each.nll_loss),
                 "seconds": each.seconds,
             }
             for each in run.validations
@@ -295,49 +279,26 @@ def _describe(arm: Arm, run: Run, reached: Optional[Reached]) -> Dict[str, Any]:
     }
 
 
-def _finite(value: float) -> Optional[float]:
-    """JSON has no other numbers."""
-    return value if math.isfinite(value) else None
-
-
-def _output_paths(stem: Path) -> List[Path]:
-    return [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
-
-
-def write_report(report: Dict[str, Any], text: str, stem: Path) -> None:
-    """Write ``text`` and ``report`` to STEM.md, STEM.csv (its rows) and STEM.json."""
-    text_path, csv_path, json_path = _output_paths(stem)
-    write_lines(text_path, [text])
-    with (
-        atomic_path(csv_path) as partial,
-        partial.open("w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, list(report["rows"][0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(report["rows"])
-    write_json(json_path, report)
-
-
-def format_report(report: Dict[str, Any]) -> str:
+def as_text(table: Dict[str, Any]) -> str:
     """The table as Markdown, and below it what its columns are and what to know of its rows."""
-    columns = _columns(report)
+    columns = _columns(table)
     cells = [[title for title, _ in columns]]
-    cells += [[cell(row) for _, cell in columns] for row in report["rows"]]
+    cells += [[cell(row) for _, cell in columns] for row in table["rows"]]
     legend = [
-        f"baseline: {report['baseline']}; target: validation nll {report['target_nll']:.3f}, its "
-        "last (mean over its seeds)",
+        f"baseline: {table['baseline']}; target: validation nll {table['target_nll']:.3f}, "
+        "the baseline's final loss (mean over its seeds)",
         "±: sample standard deviation over seeds; p: with several seeds the largest, 1 unless all "
         "differ in the same direction as the means; nll: bits per token; minutes and words/s "
         "depend on the machine",
-        *(f"{name}: {signature}" for name, signature in report["signatures"].items()),
-        *report["notes"],
-        f"paper: {report['paper']}",
+        *(f"{name}: {signature}" for name, signature in table["signatures"].items()),
+        *table["notes"],
+        f"paper: {table['paper']}",
     ]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells]
     return "\n".join([markdown(escaped), "", *(f"- {line}" for line in legend)])
 
 
-def _columns(report: Dict[str, Any]) -> List[Tuple[str, Callable[[Dict[str, Any]], str]]]:
+def _columns(table: Dict[str, Any]) -> List[Tuple[str, Callable[[Dict[str, Any]], str]]]:
     """Title and text of each column of the Markdown table."""
     main, further = METRICS[:2], METRICS[2:]
     return [
@@ -362,7 +323,7 @@ def _columns(report: Dict[str, Any]) -> List[Tuple[str, Callable[[Dict[str, Any]
         *(
             _metric_column(metric)
             for metric in further
-            if any(run["scores"].get(metric.key) for run in report["runs"])
+            if any(run["scores"].get(metric.key) for run in table["runs"])
         ),
         ("paper", lambda row: ""),
     ]

@@ -85,11 +85,9 @@ def canvas(
         rows, columns: of axes.
         share: whether all have the same scales.
     """
-    import matplotlib
-
     if legend:
         height += LEGEND_ROW * -(-len(legend) // _legend_columns(legend, width)) + 0.1
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+    with pyplot().rc_context(SETTINGS), warnings.catch_warnings():
         # Names may be in a script that the font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure, axes = pyplot().subplots(

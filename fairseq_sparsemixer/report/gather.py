@@ -1,24 +1,23 @@
-"""Training as plain data: curves and the experts' load."""
+"""Training as plain data: what curves and heat maps show of it."""
 
 import math
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from fairseq_sparsemixer.comparison.histories import (
-    History,
-    mean_or_none,
+    Histories,
     times_are_of_points,
     validations,
 )
+from fairseq_sparsemixer.comparison.means import mean_or_none
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm
 
 MOST_POINTS = 200
-"""Of a curve of training: longer ones are averaged over stretches."""
+"""A curve of training has no more: longer ones are averaged over stretches."""
 
 
 class Line(NamedTuple):
@@ -56,7 +55,7 @@ class Loads(NamedTuple):
     layers: Dict[str, List[List[float]]]
 
 
-def validation_curves(arms: Iterable[Arm], histories: Dict[Path, History]) -> Curves:
+def validation_curves(arms: Iterable[Arm], histories: Histories) -> Curves:
     """Validation nll, bits a token."""
     found = validations(histories)
     return _curves(
@@ -65,7 +64,7 @@ def validation_curves(arms: Iterable[Arm], histories: Dict[Path, History]) -> Cu
     )
 
 
-def training_curves(arms: Iterable[Arm], histories: Dict[Path, History]) -> Curves:
+def training_curves(arms: Iterable[Arm], histories: Histories) -> Curves:
     """Training nll, bits a token, at most :data:`MOST_POINTS` values a run."""
     seconds = _clocks(histories)
     of_points = times_are_of_points(histories)
@@ -82,8 +81,8 @@ def training_curves(arms: Iterable[Arm], histories: Dict[Path, History]) -> Curv
     return _curves(arms, points_of)
 
 
-def point_curves(arms: Iterable[Arm], histories: Dict[Path, History], key: str) -> Curves:
-    """A figure of the points themselves, such as ``bleu``."""
+def point_curves(arms: Iterable[Arm], histories: Histories, key: str) -> Curves:
+    """Curves of a figure that points have themselves, such as ``bleu``."""
     seconds = _clocks(histories)
     return _curves(
         arms,
@@ -93,7 +92,7 @@ def point_curves(arms: Iterable[Arm], histories: Dict[Path, History], key: str) 
     )
 
 
-def _clocks(histories: Dict[Path, History]) -> Callable[[Run, float], Optional[float]]:
+def _clocks(histories: Histories) -> Callable[[Run, float], Optional[float]]:
     """When a run had made so many updates, in the time of :func:`validations`, linear between."""
     known = {}
     for folder, found in validations(histories).items():
@@ -109,10 +108,8 @@ def _clocks(histories: Dict[Path, History]) -> Callable[[Run, float], Optional[f
     return seconds
 
 
-def layer_curves(
-    arms: Sequence[Arm], histories: Dict[Path, History], key: str
-) -> Dict[str, Curves]:
-    """A figure of the layers, such as ``entropy``, by layer; no layer without any value."""
+def layer_curves(arms: Sequence[Arm], histories: Histories, key: str) -> Dict[str, Curves]:
+    """By layer the curves of a figure that layers have, such as ``entropy``, if any has a value."""
     layers = dict.fromkeys(
         layer
         for history in histories.values()
@@ -130,7 +127,7 @@ def layer_curves(
     return {layer: found for layer, found in curves.items() if found}
 
 
-def _points(histories: Dict[Path, History], run: Run) -> List[Dict[str, Any]]:
+def _points(histories: Histories, run: Run) -> List[Dict[str, Any]]:
     return histories[run.folder].points if run.folder in histories else []
 
 
@@ -193,7 +190,7 @@ def without_time(curves: Curves) -> str:
     return f"Left out over time, which is not known: {', '.join(missing)}." if missing else ""
 
 
-def find_loads(arms: Iterable[Arm], histories: Dict[Path, History]) -> Dict[str, Loads]:
+def find_loads(arms: Iterable[Arm], histories: Histories) -> Dict[str, Loads]:
     """The load of each arm's first counted run whose points have it, by the arm's name.
 
     One run, because experts of one number in two runs have nothing in common.

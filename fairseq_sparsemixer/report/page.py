@@ -1,4 +1,4 @@
-"""The page: what :mod:`.command` gathered and drew, as HTML by ``page.html.j2``."""
+"""The page: what :mod:`.content` gathered, as HTML by ``page.html.j2``."""
 
 import re
 from pathlib import Path

@@ -41,14 +41,14 @@ class Word(NamedTuple):
 
 
 def entropy(values: np.ndarray) -> float:
-    """Of the distribution of whole numbers >= 0, in nats."""
+    """The entropy of the distribution of whole numbers >= 0, in nats."""
     counts = np.bincount(values)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two arrays of as many whole numbers >= 0, in nats (the plug-in estimate)."""
+    """That of two arrays of as many whole numbers >= 0, in nats (the plug-in estimate)."""
     joint = one.astype(np.int64) * (int(other.max()) + 1) + other
     # Of the pairs that occur: a table of all would not fit for large vocabularies.
     joint = np.unique(joint, return_inverse=True)[1]

@@ -2,10 +2,13 @@
 
 ==================  =============================================================================
 ``arms``            which model is trained: a router and its number of experts, or the dense one
-``folder``          a run read back, and runs of equal settings grouped
+``folder``          a run read back
+``settings``        what decides how a run trains, from its config
+``grouping``        runs that differ by the seed alone, and what others differ in
 ``record``          ``run.json``: what a run was started with
 ``logs``            fairseq's log
 ``points``          ``points.jsonl``: what is measured at each validation
+``checkpoints``     which there are, and what one holds
 ``mending``         the last checkpoint, where a run was killed while it was written
 ==================  =============================================================================
 """

@@ -1,4 +1,4 @@
-"""Runs of training: what their folders hold, and which differ by the seed alone.
+"""Runs of training, read back from their folders.
 
 A run folder is what ``fairseq-hydra-train`` and ``fairseq-sparsemixer evaluate`` write: hydra's
 ``.hydra/config.yaml``, ``hydra_train.log``, ``evaluation/*.json``, and ``run.json`` where
@@ -11,14 +11,18 @@ import math
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional
 
+import yaml
+from omegaconf import OmegaConf
+
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.runs.logs import TrainingLog, Validation, read_log
+from fairseq_sparsemixer.runs.record import RECORD
 from fairseq_sparsemixer.runs.settings import read_settings
 
 CONFIG = Path(".hydra", "config.yaml")
 LOG = "hydra_train.log"
 ROUTING = Path("evaluation", "routing.json")
-"""What ``fairseq-sparsemixer report`` keeps there: no evaluation."""
+"""Kept by ``fairseq-sparsemixer report`` beside evaluations; it is none."""
 
 
 @dataclasses.dataclass
@@ -107,7 +111,7 @@ def read_run(folder: Path, scores: Optional[str] = None) -> Run:
     subsets = (config.get("dataset") or {}).get("valid_subset", "valid")
     log = read_log(folder / LOG, subsets.split(",")[0]) if (folder / LOG).is_file() else None
     scores_path = find_scores(folder, scores)
-    record = folder / "run.json"
+    record = folder / RECORD
     found = Run(
         folder=folder,
         settings=read_settings(config),
@@ -144,9 +148,6 @@ def _why_it_does_not_count(run: Run, scores: Optional[str]) -> str:
 
 
 def _read_config(path: Path) -> Dict[str, Any]:
-    import yaml
-    from omegaconf import OmegaConf
-
     try:
         # Unresolved: hydra's own interpolations have no meaning here.
         config = OmegaConf.to_container(OmegaConf.load(path))

@@ -113,7 +113,7 @@ def read_log(path: Path, subset: str = "valid") -> TrainingLog:
     Raises:
         UserError: the file cannot be read.
     """
-    reader = _Reader(subset)
+    reader = _LogReader(subset)
     try:
         with path.open(encoding="utf-8", errors="replace") as log:
             for line in log:
@@ -133,7 +133,7 @@ def read_log(path: Path, subset: str = "valid") -> TrainingLog:
     )
 
 
-class _Reader:
+class _LogReader:
     """The state of training after the lines that were read."""
 
     def __init__(self, subset: str) -> None:

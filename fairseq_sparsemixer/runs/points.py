@@ -29,7 +29,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, write_json, write_lines
 
 FILE = "points.jsonl"
-"""In the folder of a run."""
+"""The file of the points in the folder of a run."""
 
 
 # Files

@@ -4,6 +4,11 @@ import dataclasses
 import json
 from typing import Any, Dict
 
+from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
+    LabelSmoothedCrossEntropyWithRoutingConfig,
+)
+from fairseq_sparsemixer.models.config import SwitchTransformerConfig
+
 _WHOLE_SECTIONS = (
     "model",
     "criterion",
@@ -54,7 +59,7 @@ def read_settings(config: Dict[str, Any]) -> Dict[str, Any]:
     frequencies = sections["optimization"].pop("update_freq", [1])
     size = "tokens_per_update" if tokens else "update_freq"  # batches of so many sentences
     sections["optimization"][size] = [workers * each * (tokens or 1) for each in frequencies]
-    dense = is_dense(sections["model"])
+    dense = _is_dense(sections["model"])
     for section, defaults in expert_settings().items():
         values = sections[section]
         if dense:
@@ -73,7 +78,7 @@ def read_settings(config: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def is_dense(model: Dict[str, Any]) -> bool:
+def _is_dense(model: Dict[str, Any]) -> bool:
     """Whether the model has no experts, be it one of fairseq's own."""
     if "router" not in model and not str(model.get("_name")).startswith("switch_transformer"):
         return True
@@ -82,11 +87,6 @@ def is_dense(model: Dict[str, Any]) -> bool:
 
 def expert_settings() -> Dict[str, Dict[str, Any]]:
     """The settings of this package, by section, with their defaults."""
-    from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
-        LabelSmoothedCrossEntropyWithRoutingConfig,
-    )
-    from fairseq_sparsemixer.models.config import SwitchTransformerConfig
-
     owners = {
         "model": SwitchTransformerConfig,
         "criterion": LabelSmoothedCrossEntropyWithRoutingConfig,

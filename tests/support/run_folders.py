@@ -1,24 +1,20 @@
-"""What training and evaluation leave in the folder of a run, written by hand."""
+"""What training and evaluation leave in the folder of a run, written by hand; tables of these."""
 
 import json
 import random
+import re
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_json, write_lines
 
 ROOT = Path(__file__).parents[2]
-
-
 WORDS = (ROOT / "LICENSE").read_text().split()
-
-
 REFERENCE = [" ".join(WORDS[i : i + 8]) for i in range(0, len(WORDS), 8)]
-
-
 CURVE = {100: 8.0, 200: 6.0, 300: 5.0}
 """Validation nll after so many updates."""
 
@@ -38,8 +34,8 @@ class Log:
         time = self.now.strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
         self.lines.append(f"[{time}][{logger}][INFO] - {text}")
 
-    def begin(self, updates=0, found=True):
-        """A session up to its first update; ``found``: its checkpoint is there."""
+    def begin(self, updates=0):
+        """A session up to its first update, from a checkpoint of ``updates``."""
         path = "runs/a/checkpoint_last.pt"
         self.add("fairseq_cli.train", "{'_name': None, 'common': {'_name': None, 'seed': 1}}")
         self.add("fairseq_cli.train", "SwitchTransformerModel(")
@@ -162,3 +158,58 @@ def evaluation(folder, hypotheses, reference, name="evaluation/test.checkpoint_l
     }
     write_json(path, content)
     return path, content
+
+
+class Place:
+    """Run folders, and ``fairseq-sparsemixer table`` over them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.runs = folder / "runs"
+        self.reference = folder / "test.de"
+        write_lines(self.reference, REFERENCE)
+
+    def run(self, name, keep=0.9, curve=CURVE, scored=True, log=None, **settings):
+        """One run folder."""
+        folder = self.runs / name
+        (folder / ".hydra").mkdir(parents=True)
+        OmegaConf.save(config(**settings), folder / ".hydra" / "config.yaml")
+        (log or straight_log(curve)).write(folder / "hydra_train.log")
+        if scored:
+            hypotheses = translations(keep, seed=name)
+            evaluation(folder, hypotheses, self.reference)
+        return folder
+
+    def change(self, folder, change, name="evaluation/test.checkpoint_last.json"):
+        """Edit an evaluation."""
+        path = folder / name
+        content = json.loads(path.read_text())
+        change(content)
+        write_json(path, content)
+
+    def table(self, *arguments, baseline="switch-4"):
+        """Run the command; (JSON report, rows by model, Markdown)."""
+        stem = self.folder / "out" / "table.v1"
+        runs = [] if any(Path(str(a)).is_dir() for a in arguments) else [self.runs]
+        command = ["table", *runs, *arguments, "--baseline", baseline, "--output", stem]
+        assert cli.main(list(map(str, command))) == 0
+        report = json.loads(stem.with_name("table.v1.json").read_text())
+        rows = {row["model"]: row for row in report["rows"] if row["note"] is None}
+        return report, rows, stem.with_name("table.v1.md").read_text()
+
+    def error(self, capsys, *arguments, baseline="switch-4"):
+        """Run the command, which must fail with one line."""
+        runs = [] if any("/" in str(a) for a in arguments) else [self.runs]
+        command = ["table", *runs, *arguments, "--baseline", baseline]
+        if "--output" not in arguments:
+            command += ["--output", self.folder / "out"]
+        capsys.readouterr()
+        assert cli.main(list(map(str, command))) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message
+
+
+def cells(line):
+    """The cells of a line of a Markdown table; an escaped bar is no border."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
