@@ -310,7 +310,8 @@ def _describe_data(
 
 def generation_settings(translator: "Translator", args: argparse.Namespace) -> Dict[str, Any]:
     """Everything that the search depends on."""
-    from fairseq_sparsemixer.evaluation.translator import MAX_LEN_A, MAX_LEN_B
+    from fairseq_sparsemixer.evaluation.translator import MAX_LEN_B
+    from fairseq_sparsemixer.models.search import MAX_LEN_A
 
     subwords = translator.subwords
     key = {"sentencepiece": "sentencepiece_model_sha256", "moses": "bpecodes_sha256"}
