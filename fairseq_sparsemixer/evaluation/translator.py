@@ -7,7 +7,6 @@ that as many lines come out as went in.
 
 import copy
 import logging
-import pickle
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -21,9 +20,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.average import average_in_run
+from fairseq_sparsemixer.evaluation.options import ModelChoice
 from fairseq_sparsemixer.models.search import best_hypotheses
 from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
-from fairseq_sparsemixer.runs.checkpoints import num_updates
+from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
 from fairseq_sparsemixer.text.subwords import Subwords, find_subwords, not_found
 
 logger = logging.getLogger(__name__)
@@ -282,6 +283,20 @@ class Translator:
         )
 
 
+def load_translator(model: ModelChoice, precision: str) -> Translator:
+    """The translator of a model; an average is made first, where there is none yet.
+
+    Raises:
+        UserError: see :func:`.average.average_in_run` and :class:`Translator`.
+    """
+    checkpoint = model.checkpoint
+    if model.average is not None:
+        checkpoint = average_in_run(Path(model.run), *model.average).name
+    return Translator(
+        model.run, checkpoint, model.data, model.source_lang, model.target_lang, precision
+    )
+
+
 def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
     """The checkpoint files that ``RUN_DIR`` and ``--checkpoint`` name.
 
@@ -303,31 +318,6 @@ def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
                 f"there is no checkpoint {path}; choose another with --checkpoint (there: {others})"
             )
     return paths
-
-
-def load_state(path: Path) -> Dict[str, Any]:
-    """The content of a checkpoint on the CPU, its config under ``cfg``.
-
-    Raises:
-        UserError: the file is damaged or not a fairseq checkpoint.
-    """
-    try:
-        return checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-        # A file of torch that fairseq did not write:
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"cannot read the checkpoint {path} ({type(error).__name__}: {reason}); copy it again "
-            "or choose another with --checkpoint"
-        ) from error
 
 
 def find_dictionaries(folders: List[Path], source_lang: str, target_lang: str) -> Path:
