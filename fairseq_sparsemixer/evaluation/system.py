@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
@@ -11,6 +11,7 @@ from fairseq_sparsemixer.evaluation.test_sets import Text
 from fairseq_sparsemixer.evaluation.tokens import (
     COMPOUND_SPLIT,
     TOKENISED,
+    TokenScore,
     compounds_split,
     score_tokens,
     token_paths,
@@ -45,14 +46,9 @@ def score_system(
     Raises:
         UserError: a package is missing, or compounds would be split twice.
     """
-    tokenised = translator.subwords.pipeline == "moses"
-    if tokenised and further.compound_split:
-        raise UserError(
-            f"--compound-split is not for {run}: its Moses tokens (-a) have their "
-            "compounds split already, and splitting them once more would raise BLEU; leave it out"
-        )
+    kind = _token_score(translator, further, run)
     language = translator.target_lang
-    if further.compound_split:
+    if kind is COMPOUND_SPLIT:
         # Before the search: the package that it needs may be missing.
         reference = compounds_split(text.references, language)
     started = time.perf_counter()
@@ -64,13 +60,13 @@ def score_system(
     path = _hypotheses_path(stem, language)
     write_lines(path, hypotheses)
     scores = scoring.score(hypotheses, text.references, text.official)
-    if tokenised:
+    if kind is TOKENISED:
         tokens = [translation.tokens or "" for translation in translations]
         reference = [translator.subwords.tokenise(line, language) for line in text.references]
-        scores[TOKENISED.key] = score_tokens(TOKENISED, tokens, reference, stem, language)
-    if further.compound_split:
+    elif kind is COMPOUND_SPLIT:
         tokens = compounds_split(hypotheses, language)
-        scores[COMPOUND_SPLIT.key] = score_tokens(COMPOUND_SPLIT, tokens, reference, stem, language)
+    if kind is not None:
+        scores[kind.key] = score_tokens(kind, tokens, reference, stem, language)
     if further.comet is not None:
         comet = scoring.comet_score(text.sources, hypotheses, text.references, further.comet)
         scores["comet"] = comet
@@ -82,6 +78,18 @@ def score_system(
         "model": translator.model_settings,
         "seconds": {"translation": seconds},
     }
+
+
+def _token_score(translator: Translator, further: FurtherScores, run: str) -> Optional[TokenScore]:
+    """Which BLEU over tokens the system has, if any."""
+    if translator.subwords.pipeline != "moses":
+        return COMPOUND_SPLIT if further.compound_split else None
+    if further.compound_split:
+        raise UserError(
+            f"--compound-split is not for {run}: its Moses tokens (-a) have their "
+            "compounds split already, and splitting them once more would raise BLEU; leave it out"
+        )
+    return TOKENISED
 
 
 def _hypotheses_path(stem: Path, language: str) -> Path:
