@@ -31,7 +31,7 @@ def test_version_and_list_of_commands(capsys):
 
 
 def test_a_user_error_is_one_line_and_status_2(monkeypatch, capsys):
-    from fairseq_sparsemixer.evaluation import translate
+    from fairseq_sparsemixer.commands import translate
 
     def fail(args):
         raise UserError("--beam must be at least 1")

@@ -10,6 +10,10 @@ The result serves for translation and scoring, or to fine-tune from; it holds no
 
 import argparse
 from pathlib import Path
+from typing import List, Optional
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import check_writable
 
 HELP = "average the last or best checkpoints of a run"
 
@@ -41,7 +45,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
-    from fairseq_sparsemixer.evaluation import average
+    """Choose, average and write checkpoints.
 
-    average.run(args)
+    Raises:
+        UserError: the flags do not fit together, name too few checkpoints, or some that are not of
+            one run.
+    """
+    from fairseq_sparsemixer.evaluation.average import average_checkpoints
+
+    check_writable(args.output)
+    paths = _checkpoints(args.inputs, args.last, args.best)
+    average_checkpoints(paths, args.output)
+    print(f"wrote {args.output}, the mean of:", *(f"  {path}" for path in paths), sep="\n")
+
+
+def _checkpoints(inputs: List[Path], last: Optional[int], best: Optional[int]) -> List[Path]:
+    """The files that ``--inputs`` with ``--last`` or ``--best`` stand for."""
+    from fairseq_sparsemixer.runs.checkpoints import best_checkpoints, last_checkpoints
+
+    folders = [path for path in inputs if path.is_dir()]
+    if not folders:
+        if last is not None or best is not None:
+            raise UserError("--last and --best choose from a run folder; give --inputs one folder")
+        return inputs
+    if len(inputs) > 1:
+        raise UserError("--inputs takes either one run folder or checkpoint files, not both")
+    if last is not None:
+        return last_checkpoints(folders[0], last)
+    if best is not None:
+        return best_checkpoints(folders[0], best)
+    raise UserError(f"{folders[0]} is a folder; add --last N or --best N to choose from it")

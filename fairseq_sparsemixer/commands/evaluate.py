@@ -19,7 +19,10 @@ lie beside the translations. Never compare such a score with sacreBLEU.
 import argparse
 from pathlib import Path
 
-from fairseq_sparsemixer.commands.flags import add_translation_arguments
+from fairseq_sparsemixer.commands.flags import add_translation_arguments, model_of, search_of
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.options import FurtherScores
+from fairseq_sparsemixer.files import check_writable
 
 DEFAULT_COMET = "Unbabel/wmt22-comet-da"
 HELP = "translate a test set with a trained model and score it"
@@ -74,7 +77,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
-    from fairseq_sparsemixer.evaluation import evaluate
+    """Translate, score, write and print.
 
-    evaluate.run(args)
+    Raises:
+        UserError: the flags do not fit together, or see :func:`.evaluation.evaluate.evaluate`.
+    """
+    from fairseq_sparsemixer.evaluation.evaluate import evaluate
+
+    if args.output is not None:
+        if args.output.suffix != ".json":
+            raise UserError(f"--output {args.output} holds scores; give it a name ending in .json")
+        check_writable(args.output)
+    if (args.source is None) != (args.reference is None):
+        raise UserError("--source and --reference go together; give both or neither")
+    model = model_of(args)
+    for choice in ("last", "best"):
+        count = getattr(args, choice)
+        if count is not None:
+            model = model._replace(average=(choice, count))
+    evaluate(
+        model,
+        search_of(args),
+        FurtherScores(args.compound_split, args.comet),
+        subset=args.subset,
+        files=None if args.source is None else (args.source, args.reference),
+        baseline=args.baseline,
+        output=args.output,
+    )

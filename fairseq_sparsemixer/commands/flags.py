@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fairseq_sparsemixer.evaluation.options import ModelChoice, Search
+
 
 def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
     """Add the flags that choose a model and how it searches.
@@ -53,9 +55,15 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
     return choice
 
 
-def precision_of(args: argparse.Namespace) -> str:
-    """``"fp16"``, ``"bf16"`` or ``"fp32"``."""
-    return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+def model_of(args: argparse.Namespace) -> ModelChoice:
+    """The model that the flags of :func:`add_translation_arguments` choose."""
+    return ModelChoice(args.run_dir, args.checkpoint, args.data, args.source_lang, args.target_lang)
+
+
+def search_of(args: argparse.Namespace) -> Search:
+    """How it searches, by the same flags."""
+    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+    return Search(args.beam, args.lenpen, args.max_tokens, precision)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,8 @@ gradients.json, tables and figures; stopped, the same command goes on where it w
 import argparse
 from pathlib import Path
 
+from fairseq_sparsemixer.errors import UserError
+
 HELP = "measure the routers' gradients against the exact ones"
 
 
@@ -66,7 +68,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
+    """Do it.
+
+    Raises:
+        UserError: a flag is out of range, or see :mod:`.laboratory.gradients`.
+    """
     from fairseq_sparsemixer.laboratory import gradients
 
-    gradients.run(args)
+    for flag in ("tokens", "fit_sentences", "max_length"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.run_dir is None:
+        gradients.measure_toys(args.seed, args.output or Path("gradients"))
+        return
+    run_dir = Path(args.run_dir)
+    gradients.measure_model(
+        args.run_dir,
+        args.checkpoint.split(","),
+        args.data,
+        args.layers.split(",") if args.layers else None,
+        gradients.Sample(args.subset, args.tokens, args.fit_sentences, args.max_length, args.seed),
+        args.output or (run_dir if run_dir.is_dir() else run_dir.parent) / "gradients",
+    )

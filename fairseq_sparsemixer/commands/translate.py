@@ -8,9 +8,12 @@ Lines are raw text, and so are translations. Each input line gives one output li
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from fairseq_sparsemixer.commands.flags import add_translation_arguments
+from fairseq_sparsemixer.commands.flags import add_translation_arguments, model_of, search_of
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import check_writable
 
 PIPE_BUFFER, FILE_BUFFER = 64, 2048
 """Lines translated together. More are faster, because batches hold lines of like length; a pipe
@@ -37,7 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
-    from fairseq_sparsemixer.evaluation import translate
+    """Translate until the input ends.
 
-    translate.run(args)
+    Raises:
+        UserError: a flag is out of range, or see :func:`.evaluation.translate.translate`.
+    """
+    from fairseq_sparsemixer.evaluation.translate import translate
+
+    if args.buffer_size is not None and args.buffer_size < 1:
+        raise UserError(f"--buffer-size {args.buffer_size} translates nothing; give 1 or more")
+    if args.output is not None:
+        check_writable(args.output)
+    at_prompt = args.input == "-" and sys.stdin.isatty()
+    usual_size = 1 if at_prompt else PIPE_BUFFER if args.input == "-" else FILE_BUFFER
+    size = args.buffer_size or usual_size
+    translate(model_of(args), search_of(args), args.input, args.output, size, at_prompt)

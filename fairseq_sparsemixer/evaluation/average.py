@@ -1,45 +1,18 @@
 """Average the parameters of several checkpoints of one run into a new checkpoint."""
 
-import argparse
 from pathlib import Path
 from typing import Any, Dict, List
 
+import torch
+
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path, check_writable
+from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.checkpoints import (
     best_checkpoints,
     last_checkpoints,
     load_state,
     num_updates,
 )
-
-
-def run(args: argparse.Namespace) -> None:
-    """Choose, average and write checkpoints."""
-    check_writable(args.output)
-    paths = choose_checkpoints(args)
-    average_checkpoints(paths, args.output)
-    print(f"wrote {args.output}, the mean of:", *(f"  {path}" for path in paths), sep="\n")
-
-
-def choose_checkpoints(args: argparse.Namespace) -> List[Path]:
-    """The files that ``--inputs`` with ``--last`` or ``--best`` stand for.
-
-    Raises:
-        UserError: the flags do not fit together, or name too few checkpoints.
-    """
-    folders = [path for path in args.inputs if path.is_dir()]
-    if not folders:
-        if args.last is not None or args.best is not None:
-            raise UserError("--last and --best choose from a run folder; give --inputs one folder")
-        return list(args.inputs)
-    if len(args.inputs) > 1:
-        raise UserError("--inputs takes either one run folder or checkpoint files, not both")
-    if args.last is not None:
-        return last_checkpoints(folders[0], args.last)
-    if args.best is not None:
-        return best_checkpoints(folders[0], args.best)
-    raise UserError(f"{folders[0]} is a folder; add --last N or --best N to choose from it")
 
 
 def average_checkpoints(paths: List[Path], output: Path) -> None:
@@ -53,12 +26,10 @@ def average_checkpoints(paths: List[Path], output: Path) -> None:
     Raises:
         UserError: a file cannot be read, or does not fit the first.
     """
-    import torch
-
     newest: Dict[str, Any] = {}
     sums: Dict[str, torch.Tensor] = {}
     for path in paths:
-        state = load_state(path)
+        state = load_state(path, to_average=True)
         if newest:
             _check_same_model(newest["model"], state["model"], paths[0], path)
         for key, tensor in state["model"].items():
@@ -103,16 +74,16 @@ def _is_average_of(paths: List[Path], output: Path) -> bool:
     if not output.is_file() or output.stat().st_mtime_ns <= newest:
         return False
     try:
-        return load_state(output).get("averaged_from") == [path.name for path in paths]
+        return load_state(output, to_average=True).get("averaged_from") == [
+            path.name for path in paths
+        ]
     except UserError:
         # Damaged: to be made again.
         return False
 
 
-def _accumulator_dtype(dtype: Any) -> Any:
+def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """A dtype wide enough that the sum of a few checkpoints loses nothing that counts."""
-    import torch
-
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
 
 
@@ -137,8 +108,6 @@ def _write_average(
     newest: Dict[str, Any], means: Dict[str, Any], paths: List[Path], output: Path
 ) -> None:
     """Put ``means`` into the newest state and save it to ``output``."""
-    import torch
-
     model = newest["model"]
     shared: Dict[Any, str] = {}
     for key, tensor in list(model.items()):

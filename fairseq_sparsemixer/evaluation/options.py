@@ -1,18 +1,47 @@
-"""The translator that flags stand for."""
+"""What a command line chooses: a model, how it searches, and what is scored. Loads no torch."""
 
-import argparse
-
-from fairseq_sparsemixer.commands.flags import precision_of
-from fairseq_sparsemixer.evaluation.translator import Translator
+from pathlib import Path
+from typing import NamedTuple, Optional, Tuple
 
 
-def build_translator(args: argparse.Namespace) -> Translator:
-    """The translator that the flags name."""
-    return Translator(
-        args.run_dir,
-        args.checkpoint,
-        data=args.data,
-        source_lang=args.source_lang,
-        target_lang=args.target_lang,
-        precision=precision_of(args),
-    )
+class ModelChoice(NamedTuple):
+    """Which model, or ensemble.
+
+    Attributes:
+        run, checkpoint, data, source_lang, target_lang: see :class:`.translator.Translator`.
+        average: ``"last"`` or ``"best"``, and of how many checkpoints of the run the mean is to
+            take the place of ``checkpoint``.
+    """
+
+    run: str
+    checkpoint: str
+    data: Optional[Path]
+    source_lang: Optional[str]
+    target_lang: Optional[str]
+    average: Optional[Tuple[str, int]] = None
+
+
+class Search(NamedTuple):
+    """How a model searches.
+
+    Attributes:
+        beam, lenpen, max_tokens: see :meth:`.translator.Translator.translate`.
+        precision: see :class:`.translator.Translator`.
+    """
+
+    beam: int
+    lenpen: float
+    max_tokens: int
+    precision: str
+
+
+class FurtherScores(NamedTuple):
+    """Which scores stand beside sacreBLEU's.
+
+    Attributes:
+        compound_split: BLEU over Moses tokens with compounds split.
+        comet: a model of COMET, if any.
+    """
+
+    compound_split: bool
+    comet: Optional[str]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+import torch
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
@@ -131,7 +132,6 @@ def comet_score(
         ``model``.
     """
     import comet
-    import torch
 
     path = model if Path(model).is_file() else comet.download_model(model)
     data = [

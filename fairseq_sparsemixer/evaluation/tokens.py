@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
+from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.files import write_lines
 from fairseq_sparsemixer.text import moses
 
@@ -46,8 +47,6 @@ def score_tokens(
     kind: TokenScore, hypotheses: List[str], reference: List[str], stem: Path, language: str
 ) -> Dict[str, Any]:
     """BLEU over tokens, with its label and the files that it can be computed from again."""
-    from fairseq_sparsemixer.evaluation import scoring
-
     paths = token_paths(stem, language, kind)
     for path, lines in zip(paths, (hypotheses, reference)):
         write_lines(path, lines)
@@ -65,8 +64,6 @@ def compounds_split(lines: List[str], language: str) -> List[str]:
     ``get_ende_bleu.sh`` also makes the Unicode punctuation of translations plain, but not that of
     references; here both stay as they are.
     """
-    from fairseq_sparsemixer.evaluation import scoring
-
     return scoring.split_compounds(
         [moses.tokenise(line, language, split_hyphens=False) for line in lines]
     )

@@ -1,41 +1,59 @@
 """Translate raw text: a file, a pipe, or lines typed at a prompt."""
 
-import argparse
 import contextlib
 import itertools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, ContextManager, Iterator, Optional, TextIO
+from typing import BinaryIO, ContextManager, Iterator, Optional, TextIO
 
-from fairseq_sparsemixer.commands.translate import FILE_BUFFER, PIPE_BUFFER
+from tqdm import tqdm
+
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.options import (
-    build_translator,
-)
-from fairseq_sparsemixer.files import atomic_path, check_writable, decode_line
-
-if TYPE_CHECKING:
-    from fairseq_sparsemixer.evaluation.translator import Translator
+from fairseq_sparsemixer.evaluation.options import ModelChoice, Search
+from fairseq_sparsemixer.evaluation.translator import load_translator
+from fairseq_sparsemixer.files import atomic_path, decode_line
 
 
-def run(args: argparse.Namespace) -> None:
-    """Translate until the input ends."""
-    if args.buffer_size is not None and args.buffer_size < 1:
-        raise UserError(f"--buffer-size {args.buffer_size} translates nothing; give 1 or more")
-    if args.output is not None:
-        check_writable(args.output)
-    prompt = args.input == "-" and sys.stdin.isatty()
-    size = args.buffer_size or (1 if prompt else PIPE_BUFFER if args.input == "-" else FILE_BUFFER)
+def translate(
+    model: ModelChoice,
+    search: Search,
+    source: str,
+    output: Optional[Path],
+    buffer_size: int,
+    at_prompt: bool,
+) -> None:
+    """Translate until the input ends.
+
+    Args:
+        model, search: what translates, and how.
+        source: a file, or ``-`` for stdin.
+        output: a file; None for stdout.
+        buffer_size: lines translated together.
+        at_prompt: whether lines are typed, so that each is asked for.
+
+    Raises:
+        UserError: there is no such model or input, or the input is not UTF-8.
+    """
     # A bar would tear translations apart that go to the same terminal.
-    progress = args.output is not None or not sys.stdout.isatty()
+    progress = output is not None or not sys.stdout.isatty()
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_open_input(args.input))
-        sink = stack.enter_context(_open_output(args.output))
+        stream = stack.enter_context(_open_input(source))
+        sink = stack.enter_context(_open_output(output))
         # Whatever the libraries print must not land among the translations.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        translator = build_translator(args)
-        lines = _read_lines(source, args.input, sys.stderr if prompt else None)
-        _translate_lines(translator, lines, sink, size, args, progress and not prompt)
+        translator = load_translator(model, search.precision)
+        lines = _read_lines(stream, source, sys.stderr if at_prompt else None)
+        bar = stack.enter_context(
+            tqdm(unit=" lines", file=sys.stderr, disable=at_prompt or not progress)
+        )
+        for buffer in iter(lambda: list(itertools.islice(lines, buffer_size)), []):
+            translations = translator.translate(
+                buffer, beam=search.beam, lenpen=search.lenpen, max_tokens=search.max_tokens
+            )
+            for translation in translations:
+                sink.write(f"{translation.text}\n".encode())
+            sink.flush()
+            bar.update(len(buffer))
 
 
 def _open_input(name: str) -> ContextManager[BinaryIO]:
@@ -71,25 +89,3 @@ def _read_lines(source: BinaryIO, name: str, prompt: Optional[TextIO]) -> Iterat
                 prompt.write("\n")
             return
         yield decode_line(line, "stdin" if name == "-" else name, number)
-
-
-def _translate_lines(
-    translator: "Translator",
-    lines: Iterator[str],
-    sink: BinaryIO,
-    size: int,
-    args: argparse.Namespace,
-    progress: bool,
-) -> None:
-    """Write the translation of each of ``lines`` to ``sink``, ``size`` lines at a time."""
-    from tqdm import tqdm
-
-    with tqdm(unit=" lines", file=sys.stderr, disable=not progress) as bar:
-        for buffer in iter(lambda: list(itertools.islice(lines, size)), []):
-            translations = translator.translate(
-                buffer, beam=args.beam, lenpen=args.lenpen, max_tokens=args.max_tokens
-            )
-            for translation in translations:
-                sink.write(f"{translation.text}\n".encode())
-            sink.flush()
-            bar.update(len(buffer))

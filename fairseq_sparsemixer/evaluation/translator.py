@@ -7,7 +7,6 @@ that as many lines come out as went in.
 
 import copy
 import logging
-import pickle
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -21,14 +20,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.runs.checkpoints import num_updates
+from fairseq_sparsemixer.evaluation.average import average_in_run
+from fairseq_sparsemixer.evaluation.options import ModelChoice
+from fairseq_sparsemixer.models.search import best_hypotheses
+from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
+from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
 from fairseq_sparsemixer.text.subwords import Subwords, find_subwords, not_found
 
 logger = logging.getLogger(__name__)
 
-# Output is at most MAX_LEN_A * source tokens + MAX_LEN_B tokens long: fairseq's own defaults. A
-# slope other than 0 would make a line's limit depend on the longest line of its batch.
-MAX_LEN_A, MAX_LEN_B = 0, 200
+# Output is at most so many tokens long: fairseq's own default.
+MAX_LEN_B = 200
 
 # Parts of a model's config worth reporting beside its score.
 MODEL_KEYS = ("router", "num_experts", "top_k")
@@ -149,12 +151,12 @@ class Translator:
         """fairseq's dictionary of the output."""
         return self._hub.task.target_dictionary
 
-    def encode_pair(self, source: str, target: str) -> Tuple[torch.Tensor, torch.Tensor]:
-        """A sentence and its translation as int64 tokens, each with its end-of-sentence."""
+    def encode_pair(self, source: str, target: str) -> EncodedPair:
+        """A sentence and its translation as tokens."""
         target = self._hub.tokenize(self.subwords.tokenise(target, self.target_lang))
         pieces = self._hub.apply_bpe(target)
         encoded = self.target_dictionary.encode_line(pieces, add_if_not_exist=False)
-        return self._encode_source(source), encoded.long()
+        return EncodedPair(self._encode_source(source), encoded.long())
 
     def translate(
         self,
@@ -194,8 +196,8 @@ class Translator:
             file=sys.stderr,
             disable=not progress,
         ) as bar:
-            generation = self._generation(beam, lenpen)
-            for source, hypothesis in self._search(sources, generation, max_tokens, batch_size):
+            found = self._search(sources, beam, lenpen, max_tokens, batch_size)
+            for source, hypothesis in found:
                 results[source.place] = self._decode(hypothesis, source.cut)
                 missing.remove(source.place)
                 bar.update()
@@ -233,24 +235,18 @@ class Translator:
         """A raw line of the source as int64 tokens (length,), end of sentence included."""
         return self._hub.encode(self.subwords.tokenise(line, self.source_lang))
 
-    def _generation(self, beam: int, lenpen: float) -> DictConfig:
-        """Search settings: fairseq's defaults but for ``beam`` and ``lenpen``."""
-        return OmegaConf.structured(
-            GenerationConfig(beam=beam, lenpen=lenpen, max_len_a=MAX_LEN_A, max_len_b=MAX_LEN_B)
-        )
-
     def _search(
         self,
         sources: List["_Source"],
-        generation: DictConfig,
+        beam: int,
+        lenpen: float,
         max_tokens: int,
         batch_size: Optional[int],
     ) -> Iterator[Tuple["_Source", Dict[str, Any]]]:
         """Yield each source with its best hypothesis, shortest source first."""
         if not sources:
             return
-        task, models = self._hub.task, list(self._hub.models)
-        generator = task.build_generator(models, generation)
+        task = self._hub.task
         tokens = [source.tokens for source in sources]
         lengths = torch.tensor([len(line) for line in tokens])
         batches = task.get_batch_iterator(
@@ -262,11 +258,16 @@ class Translator:
             required_batch_size_multiple=1,
             disable_iterator_cache=True,
         ).next_epoch_itr(shuffle=False)
-        for batch in batches:
-            batch = utils.apply_to_sample(lambda tensor: tensor.to(self.device), batch)
-            hypotheses = task.inference_step(generator, models, batch)
-            for index, best_first in zip(batch["id"].tolist(), hypotheses):
-                yield sources[index], best_first[0]
+        found = best_hypotheses(
+            task,
+            list(self._hub.models),
+            batches,
+            max_output=MAX_LEN_B,
+            beam=beam,
+            lenpen=lenpen,
+        )
+        for index, hypothesis in found:
+            yield sources[index], hypothesis
 
     def _decode(self, hypothesis: Dict[str, Any], source_cut: bool) -> Translation:
         """The :class:`Translation` of one of fairseq's hypotheses."""
@@ -280,6 +281,20 @@ class Translator:
             at_length_limit=len(tokens) >= longest,
             tokens=text_tokens,
         )
+
+
+def load_translator(model: ModelChoice, precision: str) -> Translator:
+    """The translator of a model; an average is made first, where there is none yet.
+
+    Raises:
+        UserError: see :func:`.average.average_in_run` and :class:`Translator`.
+    """
+    checkpoint = model.checkpoint
+    if model.average is not None:
+        checkpoint = average_in_run(Path(model.run), *model.average).name
+    return Translator(
+        model.run, checkpoint, model.data, model.source_lang, model.target_lang, precision
+    )
 
 
 def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
@@ -303,31 +318,6 @@ def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
                 f"there is no checkpoint {path}; choose another with --checkpoint (there: {others})"
             )
     return paths
-
-
-def load_state(path: Path) -> Dict[str, Any]:
-    """The content of a checkpoint on the CPU, its config under ``cfg``.
-
-    Raises:
-        UserError: the file is damaged or not a fairseq checkpoint.
-    """
-    try:
-        return checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-        # A file of torch that fairseq did not write:
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"cannot read the checkpoint {path} ({type(error).__name__}: {reason}); copy it again "
-            "or choose another with --checkpoint"
-        ) from error
 
 
 def find_dictionaries(folders: List[Path], source_lang: str, target_lang: str) -> Path:

@@ -7,7 +7,7 @@ has no jumps that belong to somebody else's choice. Everything runs on the CPU.
 """
 
 import dataclasses
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
@@ -18,6 +18,12 @@ from torch.nn import functional
 
 from fairseq_sparsemixer.laboratory.problems import Loss, Problem
 from fairseq_sparsemixer.models.layers import SwitchLayer, switch_layers
+from fairseq_sparsemixer.models.teacher_forcing import (
+    EncodedPair,
+    batches,
+    decoder_input,
+    net_input,
+)
 from fairseq_sparsemixer.models.watching import watch_routing
 from fairseq_sparsemixer.moe import MoEFeedForward, Router, Routing
 from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
@@ -25,13 +31,6 @@ from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
 TOKENS_AT_ONCE = 4000
 """Of source and target together, in one forward pass."""
 SMOOTHING = 0.1
-
-
-class Pair(NamedTuple):
-    """A sentence and its translation, (length,) int64 each, with the end-of-sentence symbol."""
-
-    source: Tensor
-    target: Tensor
 
 
 class Place(NamedTuple):
@@ -42,7 +41,7 @@ class Place(NamedTuple):
 
 
 def draw_places(
-    pairs: List[Pair], side: str, count: int, generator: torch.Generator
+    pairs: List[EncodedPair], side: str, count: int, generator: torch.Generator
 ) -> List[Place]:
     """``count`` tokens of one side ("encoder", "decoder"), drawn without replacement."""
     places = [
@@ -78,12 +77,13 @@ class Sentences:
         pad, eos: symbols of the target dictionary.
     """
 
-    def __init__(self, model: Any, pairs: List[Pair], pad: int, eos: int) -> None:
+    def __init__(self, model: Any, pairs: List[EncodedPair], pad: int, eos: int) -> None:
         self.model = unwrap_checkpoint(model.cpu())
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.pairs = pairs
+        self.sizes = [sum(map(len, pair)) for pair in pairs]
         self.pad, self.eos = pad, eos
         self._choices: Dict[str, List[_Choice]] = {}
         self._record_choices()
@@ -91,7 +91,7 @@ class Sentences:
     def _record_choices(self) -> None:
         """Note which experts evaluation gives every token, in every layer."""
         with watch_routing(self.model) as seen, torch.no_grad():
-            for run in self.batches(list(range(len(self.pairs)))):
+            for run in self.batches(range(len(self.pairs))):
                 self._run(run)
                 for name, routing in seen.items():
                     by_token = _Choice(routing.expert_index, routing.sampling_probs > 0)
@@ -107,7 +107,7 @@ class Sentences:
         pair = self.pairs[number]
         if side == "encoder":
             return pair.source
-        return torch.cat([pair.target.new_tensor([self.eos]), pair.target[:-1]])
+        return decoder_input(pair.target, self.eos)
 
     def losses(self, numbers: List[int]) -> Tensor:
         """(len(numbers),) the label-smoothed loss of each sentence, summed over its target.
@@ -135,41 +135,27 @@ class Sentences:
                 for values in zip(*(choice.of_length(length) for choice in choices))
             )
             logits = routing.logits.masked_fill(~reachable, float("-inf"))
-            probs = (logits / getattr(router, "temperature", 1.0)).softmax(dim=-1)
+            probs = (logits / router.temperature).softmax(dim=-1)
             gate = probs.gather(-1, index.clamp_min(0)).masked_fill(index < 0, 0.0)
             return dataclasses.replace(routing, expert_index=index, gate=gate)
 
         return hook
 
     def _run(self, numbers: List[int]) -> Tensor:
-        pairs = [self.pairs[i] for i in numbers]
-        source = self._collate([pair.source for pair in pairs])
-        target = self._collate([pair.target for pair in pairs])
-        previous = self._collate([self.read_by("decoder", i) for i in numbers])
-        lengths = torch.tensor([len(pair.source) for pair in pairs])
-        log_probs = self.model.get_normalized_probs(
-            self.model(source, lengths, previous), log_probs=True
+        sources, previous = (
+            [self.read_by(side, i) for i in numbers] for side in ("encoder", "decoder")
         )
+        inputs = net_input(sources, previous, self.pad, left_pad_source=False)
+        log_probs = self.model.get_normalized_probs(self.model(**inputs), log_probs=True)
+        target = data_utils.collate_tokens([self.pairs[i].target for i in numbers], self.pad)
         loss, _ = label_smoothed_nll_loss(
             log_probs.flatten(0, 1), target.flatten(), SMOOTHING, self.pad, reduce=False
         )
         return loss.view(target.shape).sum(-1)
 
-    def batches(self, numbers: List[int]) -> List[List[int]]:
+    def batches(self, numbers: Iterable[int]) -> Iterator[List[int]]:
         """``numbers`` cut into runs of at most :data:`TOKENS_AT_ONCE` tokens."""
-        runs: List[List[int]] = [[]]
-        longest = 0
-        for number in numbers:
-            pair = self.pairs[number]
-            longest = max(longest, len(pair.source) + len(pair.target))
-            if runs[-1] and longest * (len(runs[-1]) + 1) > TOKENS_AT_ONCE:
-                runs.append([])
-                longest = len(pair.source) + len(pair.target)
-            runs[-1].append(number)
-        return runs
-
-    def _collate(self, tokens: List[Tensor]) -> Tensor:
-        return data_utils.collate_tokens(tokens, self.pad, left_pad=False)
+        return batches(self.sizes, numbers, TOKENS_AT_ONCE)
 
 
 class _Seen(NamedTuple):
@@ -192,7 +178,7 @@ def _watch(sentences: Sentences, layer: SwitchLayer) -> List[_Seen]:
     seen: List[_Seen] = []
     try:
         with torch.no_grad():
-            for run in sentences.batches(list(range(len(sentences.pairs)))):
+            for run in sentences.batches(range(len(sentences.pairs))):
                 sentences.losses(run)
                 inputs, expert = captured.pop()
                 expert = expert.view(inputs.shape[:2])
@@ -275,7 +261,7 @@ def build_problem(
 @torch.no_grad()
 def _logits(router: Router, x_RD: Tensor) -> Tensor:
     """(R, N): z with p = softmax(z), so with the balance bias and the temperature if it has any."""
-    return router.route(router.logits(x_RD.float())).logits / getattr(router, "temperature", 1.0)
+    return router.route(router.logits(x_RD.float())).logits / router.temperature
 
 
 def _sentence_loss(sentences: Sentences, layer: SwitchLayer, places: List[Place]) -> Loss:
@@ -285,8 +271,7 @@ def _sentence_loss(sentences: Sentences, layer: SwitchLayer, places: List[Place]
         losses_M, slope_MD = torch.empty(len(h_MD)), torch.empty_like(h_MD)
         of_sentence: List[int] = [places[row].sentence for row in row_M.tolist()]
         # Sentences of like length together: less padding.
-        lengths = [sum(map(len, sentences.pairs[i])) for i in of_sentence]
-        order = sorted(range(len(h_MD)), key=lengths.__getitem__)
+        order = sorted(range(len(h_MD)), key=lambda m: sentences.sizes[of_sentence[m]])
         start = 0
         for run in sentences.batches([of_sentence[m] for m in order]):
             chunk = torch.tensor(order[start : start + len(run)])

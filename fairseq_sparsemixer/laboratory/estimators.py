@@ -126,7 +126,7 @@ def draw_gradients(
     """
     router = _build(estimator, problem.num_experts, jitter_eps)
     # v2* samples from softmax(z / 2): given 2 z it has the distribution of the others.
-    scale = getattr(router, "temperature", 1.0)
+    scale = router.temperature
     rows, num_experts = problem.logits.shape
     draws = estimator.draws if draws is None else draws
     row_M = torch.arange(rows).repeat_interleave(draws)

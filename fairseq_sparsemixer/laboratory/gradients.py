@@ -1,44 +1,104 @@
 """How good are the routers' gradients? Estimators against the exact one, every expert computed."""
 
-import argparse
 import functools
 import json
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 
+from fairseq_sparsemixer.corpora.binarise import raw_path
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import check_writable, read_lines, write_json, write_lines
-
-Record = Dict[str, Any]
+from fairseq_sparsemixer.laboratory import plots, tables, toys
+from fairseq_sparsemixer.laboratory.checkpoint import Sentences, build_problem, draw_places
+from fairseq_sparsemixer.laboratory.estimators import (
+    ESTIMATORS,
+    NO_MASK,
+    Estimator,
+    draw_gradients,
+    target_probs,
+    with_other_predictions,
+)
+from fairseq_sparsemixer.laboratory.measures import as_dict, measure
+from fairseq_sparsemixer.laboratory.problems import Problem
+from fairseq_sparsemixer.laboratory.tables import Record
+from fairseq_sparsemixer.models.layers import switch_layers
+from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
+from fairseq_sparsemixer.moe import Router
 
 TOY_EXPERTS = (2, 4, 8)
 TOY_TEMPERATURES = (0.5, 1.0, 2.0)
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
+Case = Tuple[str, Callable[[], List[Record]]]
+"""A name, and what measures it."""
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, write, print."""
-    from fairseq_sparsemixer.laboratory import plots, tables
 
-    for flag in ("tokens", "fit_sentences", "max_length"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
-    with_model = args.run_dir is not None
-    if with_model:
-        run_dir = Path(args.run_dir)
-        output = args.output or (run_dir if run_dir.is_dir() else run_dir.parent) / "gradients"
-        names = ("subset", "tokens", "fit_sentences", "max_length", "seed")
-        settings = {name: getattr(args, name) for name in names}
-        settings["run_dir"] = str(run_dir.resolve())
-        settings["data"] = str(args.data.resolve()) if args.data else None
-        cases = _checkpoint_cases(args)
-    else:
-        output = args.output or Path("gradients")
-        settings = {"seed": args.seed}
-        cases = _toy_cases(args.seed)
+class Sample(NamedTuple):
+    """The tokens of a corpus that a model is measured on.
+
+    Attributes:
+        subset: ``raw/SUBSET.*`` of the corpus.
+        tokens: in each layer.
+        fit_sentences: of the training set, for the predictions.
+        max_length: of a sentence, in pieces.
+        seed: of all draws.
+    """
+
+    subset: str
+    tokens: int
+    fit_sentences: int
+    max_length: int
+    seed: int
+
+
+def measure_toys(seed: int, output: Path) -> None:
+    """Measure the problems with a formula; write into ``output``, print.
+
+    Raises:
+        UserError: ``output`` holds other results, or cannot be written to.
+    """
+    records = _measure_cases(_toy_cases(seed), {"seed": seed}, output)
+    _show(records, output, tables.toy_tables, plots.toy_figures)
+
+
+def measure_model(
+    run_dir: str,
+    checkpoints: List[str],
+    data: Optional[Path],
+    layers: Optional[List[str]],
+    sample: Sample,
+    output: Path,
+) -> None:
+    """Measure the layers of a trained model; write into ``output``, print.
+
+    Args:
+        run_dir: a run folder, or a checkpoint file.
+        checkpoints: names in the run folder.
+        data: prepared corpus; None for the one that the model was trained on.
+        layers: names such as ``encoder.0``; None for all.
+        sample: which tokens.
+        output: a folder; what it holds of the same measurements is not measured again.
+
+    Raises:
+        UserError: ``output`` holds other results, there is no such checkpoint, layer or corpus, or
+            the model's layers do not put out one expert's output times its probability.
+    """
+    settings = {
+        **sample._asdict(),
+        "run_dir": str(Path(run_dir).resolve()),
+        "data": str(data.resolve()) if data else None,
+    }
+    cases = _model_cases(run_dir, checkpoints, data, layers, sample)
+    records = _measure_cases(cases, settings, output)
+    _show(records, output, tables.model_tables, plots.model_figures)
+
+
+def _measure_cases(cases: Iterable[Case], settings: Dict[str, Any], output: Path) -> List[Record]:
+    """The records of all cases; those that were measured before are read."""
     path = output / "gradients.json"
     check_writable(path)
     results = _read_results(path, settings)
@@ -49,17 +109,7 @@ def run(args: argparse.Namespace) -> None:
         results["cases"][name] = measure_case()
         write_json(path, results)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    records = [record for case in results["cases"].values() for record in case]
-    text = tables.model_tables(records) if with_model else tables.toy_tables(records)
-    print(f"\n{text}")
-    written = [path, output / "gradients.md"]
-    write_lines(written[1], [text])
-    draw = plots.model_figures if with_model else plots.toy_figures
-    try:
-        written += draw(records, output)
-    except ImportError:
-        print("no figures: install matplotlib (pip install 'fairseq-sparsemixer[report]')")
-    print("written: " + ", ".join(str(name) for name in written))
+    return [record for case in results["cases"].values() for record in case]
 
 
 def _read_results(path: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
@@ -75,36 +125,45 @@ def _read_results(path: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
     return results
 
 
-def measure_all(
-    problem: Any, estimators: Dict[str, Any], jitter_eps: float, seed: int
+def _show(
+    records: List[Record],
+    output: Path,
+    as_text: Callable[[List[Record]], str],
+    draw: Callable[[List[Record], Path], List[Path]],
+) -> None:
+    """Print and write the tables, and draw the figures where matplotlib is installed."""
+    text = as_text(records)
+    print(f"\n{text}")
+    written = [output / "gradients.json", output / "gradients.md"]
+    write_lines(written[1], [text])
+    try:
+        written += draw(records, output)
+    except ImportError:
+        print("no figures: install matplotlib (pip install 'fairseq-sparsemixer[report]')")
+    print("written: " + ", ".join(str(name) for name in written))
+
+
+def _measure_all(
+    problem: Problem, estimators: Dict[str, Estimator], jitter_eps: float, seed: int
 ) -> List[Record]:
     """One record for each of some estimators.
 
     Args:
-        problem: a :class:`~fairseq_sparsemixer.laboratory.problems.Problem`.
+        problem: the tokens.
         estimators: by name.
         jitter_eps: of the mask.
         seed: of the draws, the same for each estimator.
     """
-    from fairseq_sparsemixer.laboratory import estimators as lab
-    from fairseq_sparsemixer.laboratory.measures import as_dict, measure
-
     records = []
     for name, estimator in estimators.items():
         torch.manual_seed(seed)
-        exact = problem.exact_gradient(lab.target_probs(problem, estimator, jitter_eps))
-        draws = lab.draw_gradients(problem, estimator, jitter_eps)
+        exact = problem.exact_gradient(target_probs(problem, estimator, jitter_eps))
+        draws = draw_gradients(problem, estimator, jitter_eps)
         records.append({"estimator": name, **as_dict(measure(draws, exact, problem.inputs))})
     return records
 
 
-Case = Tuple[str, Callable[[], List[Record]]]
-
-
 def _toy_cases(seed: int) -> Iterator[Case]:
-    from fairseq_sparsemixer.laboratory import toys
-    from fairseq_sparsemixer.laboratory.estimators import ESTIMATORS, NO_MASK
-
     def order() -> List[Record]:
         bias = toys.order_of_accuracy(list(SCALES), seed=seed)
         slopes = toys.slopes(list(SCALES), bias)
@@ -126,36 +185,29 @@ def _toy_cases(seed: int) -> Iterator[Case]:
 
             def case(about: Dict[str, Any] = about) -> List[Record]:
                 problem = toys.toy_problem(seed=seed, **about)
-                records = measure_all(problem, ESTIMATORS, NO_MASK, seed)
+                records = _measure_all(problem, ESTIMATORS, NO_MASK, seed)
                 return [{**about, **record} for record in records]
 
             means = "" if mean_to_spread else ", experts with the same mean"
             yield f"{kind}, {num_experts} experts, temperature {temperature:g}{means}", case
 
 
-def _checkpoint_cases(args: argparse.Namespace) -> Iterator[Case]:
-    from fairseq_sparsemixer.evaluation.translator import Translator
-    from fairseq_sparsemixer.models.layers import switch_layers
-
-    for name in args.checkpoint.split(","):
-        translator = Translator(args.run_dir, name, data=args.data)
-        layers = switch_layers(translator.model)
-        wanted = args.layers.split(",") if args.layers else list(layers)
-        for layer_name in wanted:
-            if layer_name not in layers:
-                raise UserError(
-                    f"--layers {layer_name}: the layers with experts are {', '.join(layers)}"
-                )
-        router = next(iter(layers.values())).moe.router if layers else None
-        if router is None or not _gates_one_expert(router):
-            raise UserError(
-                f"{args.run_dir}: gradients are measured for models whose layers put out one "
-                "expert's output times its probability (--top-k 1; not hash, random, default-moe "
-                "or expert-choice)"
-            )
+def _model_cases(
+    run_dir: str,
+    checkpoints: List[str],
+    data: Optional[Path],
+    layers: Optional[List[str]],
+    sample: Sample,
+) -> Iterator[Case]:
+    for name in checkpoints:
+        translator = Translator(run_dir, name, data=data)
+        wanted = _check_layers(translator, layers, run_dir)
         updates = translator.checkpoints[0].updates
+        corpus = data or translator.trained_on.parent
         # Read and routed once, when the first layer is measured.
-        sentences = functools.lru_cache(functools.partial(_read_sentences, translator, args))
+        sentences = functools.lru_cache(
+            functools.partial(_read_sentences, translator, corpus, sample)
+        )
         for layer_name in wanted:
 
             def case(
@@ -165,35 +217,45 @@ def _checkpoint_cases(args: argparse.Namespace) -> Iterator[Case]:
                 name: str = name,
             ) -> List[Record]:
                 about = {"checkpoint": name, "updates": updates, "layer": layer_name}
-                return _measure_layer(sentences(), layer_name, about, args)
+                return _measure_layer(sentences(), layer_name, about, sample)
 
             yield f"{name} ({updates} updates), {layer_name}", case
 
 
-def _gates_one_expert(router: Any) -> bool:
+def _check_layers(translator: Translator, wanted: Optional[List[str]], run_dir: str) -> List[str]:
+    """The names of the layers to measure: those that are ``wanted``, or all.
+
+    Raises:
+        UserError: there is no such layer, or none that can be measured.
+    """
+    layers = switch_layers(translator.model)
+    for name in wanted or []:
+        if name not in layers:
+            raise UserError(f"--layers {name}: the layers with experts are {', '.join(layers)}")
+    if not layers or not _gates_one_expert(next(iter(layers.values())).moe.router):
+        raise UserError(
+            f"{run_dir}: gradients are measured for models whose layers put out one "
+            "expert's output times its probability (--top-k 1; not hash, random, default-moe "
+            "or expert-choice)"
+        )
+    return wanted or list(layers)
+
+
+def _gates_one_expert(router: Router) -> bool:
     """Whether the layer computes p_D E_D in evaluation, with learnt logits."""
     one = router.top_k == 1 and router.causal and router.weight is not None
-    return one and router.name != "default-moe"
+    return one and not router.adds_means
 
 
 def _measure_layer(
-    sentences_and_fit: Any, layer_name: str, about: Dict[str, Any], args: argparse.Namespace
+    sentences_and_fit: List[Sentences], layer_name: str, about: Dict[str, Any], sample: Sample
 ) -> List[Record]:
     """Without the mask, and with the one that the model was trained with."""
-    from fairseq_sparsemixer.laboratory import checkpoint as lab
-    from fairseq_sparsemixer.laboratory.estimators import (
-        ESTIMATORS,
-        NO_MASK,
-        target_probs,
-        with_other_predictions,
-    )
-    from fairseq_sparsemixer.models.layers import switch_layers
-
     sentences, fit = sentences_and_fit
     layer = switch_layers(sentences.model)[layer_name]
-    generator = torch.Generator().manual_seed(args.seed)
-    places = lab.draw_places(sentences.pairs, layer_name.split(".")[0], args.tokens, generator)
-    problem = lab.build_problem(sentences, fit, layer, places)
+    generator = torch.Generator().manual_seed(sample.seed)
+    places = draw_places(sentences.pairs, layer_name.split(".")[0], sample.tokens, generator)
+    problem = build_problem(sentences, fit, layer, places)
     spread = problem.outputs.square().sum()
     about = {
         **about,
@@ -213,34 +275,30 @@ def _measure_layer(
             for name, estimator in with_other_predictions(problem).items()
             if not estimator.continuous and (estimator.uses_mask or not masked)
         }
-        for record in measure_all(problem, estimators, jitter_eps, args.seed):
+        for record in _measure_all(problem, estimators, jitter_eps, sample.seed):
             mask = {"mask": jitter_eps if masked else None, "tokens_with_choice": choice}
             records.append({**about, **mask, **record})
     return records
 
 
-def _read_sentences(translator: Any, args: argparse.Namespace) -> List[Any]:
-    """:class:`Sentences` that tokens are drawn from, and others that predictions are fitted on."""
-    from fairseq_sparsemixer.laboratory.checkpoint import Sentences
-
+def _read_sentences(translator: Translator, corpus: Path, sample: Sample) -> List[Sentences]:
+    """Those that tokens are drawn from, and others that predictions are fitted on."""
     return [
         Sentences(
             translator.model,
-            _read_pairs(translator, subset, count, args),
+            _read_pairs(translator, corpus, subset, count, sample),
             translator.target_dictionary.pad(),
             translator.target_dictionary.eos(),
         )
         # As many sentences as tokens: about one token of each is drawn.
-        for subset, count in ((args.subset, args.tokens), ("train", args.fit_sentences))
+        for subset, count in ((sample.subset, sample.tokens), ("train", sample.fit_sentences))
     ]
 
 
-def _read_pairs(translator: Any, subset: str, count: int, args: argparse.Namespace) -> List[Any]:
+def _read_pairs(
+    translator: Translator, corpus: Path, subset: str, count: int, sample: Sample
+) -> List[EncodedPair]:
     """``count`` sentence pairs, not longer than --max-length, drawn by the seed."""
-    from fairseq_sparsemixer.corpora.binarise import raw_path
-    from fairseq_sparsemixer.laboratory.checkpoint import Pair
-
-    corpus = args.data or translator.trained_on.parent
     paths = [
         raw_path(corpus, subset, language)
         for language in (translator.source_lang, translator.target_lang)
@@ -249,14 +307,14 @@ def _read_pairs(translator: Any, subset: str, count: int, args: argparse.Namespa
         if not path.is_file():
             raise UserError(f"there is no {path}; name a prepared corpus with --data")
     lines = list(zip(*map(read_lines, paths)))
-    generator = torch.Generator().manual_seed(args.seed)
-    pairs = []
+    generator = torch.Generator().manual_seed(sample.seed)
+    pairs: List[EncodedPair] = []
     for place in torch.randperm(len(lines), generator=generator).tolist():
-        pair = Pair(*translator.encode_pair(*lines[place]))
-        if max(map(len, pair)) <= args.max_length:
+        pair = translator.encode_pair(*lines[place])
+        if max(map(len, pair)) <= sample.max_length:
             pairs.append(pair)
         if len(pairs) == count:
             break
     if not pairs:
-        raise UserError(f"no sentence of {paths[0]} fits --max-length {args.max_length}")
+        raise UserError(f"no sentence of {paths[0]} fits --max-length {sample.max_length}")
     return pairs

@@ -109,6 +109,10 @@ class Router(nn.Module):
     """Whether the choice is by logits that a bias can shift."""
     computes_all_experts = False
     """Whether training computes every expert for every token: a yardstick, not a sparse layer."""
+    adds_means = False
+    """Whether predicted outputs are part of what evaluation puts out."""
+    temperature = 1.0
+    """The choice is by softmax(z / temperature) over the experts that are not masked."""
 
     weight: Optional[nn.Parameter]
     """(N, D), None for routers that learn no logits."""

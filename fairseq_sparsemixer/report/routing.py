@@ -8,12 +8,11 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from fairseq import utils
-from fairseq.data import data_utils
 from tqdm import tqdm
 
 from fairseq_sparsemixer.comparison.conditions import read_texts
@@ -22,6 +21,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import sha256_of, write_json
 from fairseq_sparsemixer.models.layers import switch_layers
+from fairseq_sparsemixer.models.teacher_forcing import batches, decoder_input, net_input
 from fairseq_sparsemixer.models.watching import SentenceChoices, choices_of_batch, watch_routing
 from fairseq_sparsemixer.report.specialisation import Information, information, typical_words
 from fairseq_sparsemixer.runs.folder import ROUTING, Run
@@ -187,8 +187,7 @@ def _encode(translator: Translator, lines: List[Tuple[int, str, str]]) -> List[_
                 len(source_tokens) <= translator.max_source_positions
                 and len(target_tokens) <= longest_target
             ):
-                end = translator.target_dictionary.eos()
-                read = torch.cat([target_tokens.new_tensor([end]), target_tokens[:-1]])
+                read = decoder_input(target_tokens, translator.target_dictionary.eos())
                 pairs.append(_Pair(line, source_tokens, read))
     return pairs
 
@@ -200,38 +199,24 @@ def choose_experts(
     """The experts of each pair under teacher forcing; with a progress bar where it has a name."""
     pad = translator.target_dictionary.pad()
     choices: List[SentenceChoices] = [{}] * len(pairs)
+    sizes = [len(pair.source) + len(pair.target) for pair in pairs]
+    by_size = sorted(range(len(pairs)), key=sizes.__getitem__)
     with tqdm(
         total=len(pairs), desc=f"routing of {name}", unit="line", disable=None if name else True
     ) as bar:
-        for batch in _batches(pairs):
-            sources, targets = (
-                data_utils.collate_tokens([pairs[n][side] for n in batch], pad, left_pad=left)
-                for side, left in ((1, True), (2, False))
+        for batch in batches(sizes, by_size, BATCH_TOKENS):
+            sources = [pairs[n].source for n in batch]
+            targets = [pairs[n].target for n in batch]
+            inputs = utils.apply_to_sample(
+                lambda tensor: tensor.to(translator.device),
+                net_input(sources, targets, pad, left_pad_source=True),
             )
-            lengths = torch.tensor([len(pairs[n].source) for n in batch])
-            net_input = {
-                "src_tokens": sources, "src_lengths": lengths, "prev_output_tokens": targets,
-            }  # fmt: skip
-            net_input = utils.apply_to_sample(lambda t: t.to(translator.device), net_input)
             with watch_routing(translator.model) as seen:
-                translator.model(**net_input)
-            for n, choice in zip(batch, choices_of_batch(seen, net_input, pad)):
+                translator.model(**inputs)
+            for n, choice in zip(batch, choices_of_batch(seen, inputs, pad)):
                 choices[n] = choice
             bar.update(len(batch))
     return choices
-
-
-def _batches(pairs: Sequence[_Pair]) -> Iterator[List[int]]:
-    """Numbers of pairs, those of like length together."""
-    batch: List[int] = []
-    sizes = [len(pair.source) + len(pair.target) for pair in pairs]
-    for n in sorted(range(len(pairs)), key=sizes.__getitem__):
-        if batch and sizes[n] * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(n)
-    if batch:
-        yield batch
 
 
 def _describe_layer(

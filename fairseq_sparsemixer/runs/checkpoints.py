@@ -1,8 +1,12 @@
 """The checkpoints of a run: which there are, and what one holds."""
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
+
+import torch
+from fairseq import checkpoint_utils
 
 from fairseq_sparsemixer.errors import UserError
 
@@ -48,7 +52,7 @@ def best_checkpoints(folder: Path, count: int) -> List[Path]:
             f"{folder} holds best checkpoints by {' and '.join(metrics)}; name the files of one "
             "metric with --inputs instead of --best"
         )
-    checkpoint_cfg = load_state(found[0][1])["cfg"]["checkpoint"]
+    checkpoint_cfg = load_state(found[0][1], to_average=True)["cfg"]["checkpoint"]
     sign = -1 if checkpoint_cfg["maximize_best_checkpoint_metric"] else 1
     return [path for _, path in sorted(found, key=lambda entry: sign * entry[0])[:count]]
 
@@ -61,28 +65,45 @@ def _check_count(found: int, wanted: int, flag: str, what: str) -> None:
         raise UserError(f"found {found} of {what} for {flag} {wanted}; lower {flag}")
 
 
-def load_state(path: Path) -> Dict[str, Any]:
+def load_state(path: Path, to_average: bool = False) -> Dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU.
+
+    Args:
+        path: of the file.
+        to_average: leave everything as it was written, since it is to be written again; errors
+            name ``--inputs``. Else the content is what fairseq makes of it, with its config under
+            ``cfg``, and errors name ``--checkpoint``.
 
     Raises:
         UserError: the file is missing, damaged or not a fairseq checkpoint.
     """
-    import pickle
-
-    import torch
-
+    cure = "leave it out of --inputs" if to_average else "choose another with --checkpoint"
     try:
-        state = torch.load(path, map_location="cpu")
+        if to_average:
+            state = torch.load(path, map_location="cpu")
+        else:
+            state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
     except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}; check --inputs") from error
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        flag = "--inputs" if to_average else "--checkpoint"
+        raise UserError(f"there is no checkpoint {path}; check {flag}") from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+        # A file of torch that fairseq did not write:
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = str(error).partition("\n")[0]
+        if not to_average:  # fairseq's own may be no more than a key
+            reason = f"{type(error).__name__}: {reason}"
         raise UserError(
-            f"cannot read the checkpoint {path} ({reason}); copy it again or leave it out of "
-            "--inputs"
+            f"cannot read the checkpoint {path} ({reason}); copy it again or {cure}"
         ) from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path} is not a checkpoint of fairseq; leave it out of --inputs")
+        raise UserError(f"{path} is not a checkpoint of fairseq; {cure}")
     return state
 
 

@@ -1,18 +1,19 @@
 """What is measured at each validation of a run: a point, one line of JSON.
 
-==================  ===============================================================================
-``updates``         of the parameters
-``seconds``         of training alone: neither validation nor saving nor starting
-``cpu_seconds``     of the training process's threads in that time
-``words``           of the target that were trained on, by all workers
-``loss``            of the whole validation set as the criterion reports it, bits a target token
-``nll_loss``        its negative log-likelihood, bits a target token
-``bleu, chrf``      sacreBLEU of ``sentences`` sentences of it, with ``signatures``
-``by_domain``       the last four and ``nll_loss``, ``tokens`` for each domain
-``layers``          for each layer with experts: ``load``, each expert's share of the choices;
-                    ``load_by_domain``; ``entropy`` of a token's softmax over experts in nats;
-                    ``drift``, the share of the choices that were not made at the point before
-==================  ===============================================================================
+====================  ==============================================================================
+``updates``           of the parameters
+``seconds``           of training alone: neither validation nor saving nor starting
+``cpu_seconds``       of the training process's threads in that time
+``words``             of the target that were trained on, by all workers
+``words_per_second``  of training, ``words`` over ``seconds``
+``loss``              of the whole validation set as the criterion reports it, bits a target token
+``nll_loss``          its negative log-likelihood, bits a target token
+``bleu, chrf``        sacreBLEU of ``sentences`` sentences of it, with ``signatures``
+``by_domain``         the last four and ``nll_loss``, ``tokens`` for each domain
+``layers``            for each layer with experts: ``load``, each expert's share of the choices;
+                      ``load_by_domain``; ``entropy`` of a token's softmax over experts in nats;
+                      ``drift``, the share of the choices that were not made at the point before
+====================  ==============================================================================
 
 What is not known is null: time and words where training went on from a checkpoint of elsewhere,
 losses that are no numbers.

@@ -6,9 +6,14 @@ import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+
+import fairseq
+import hydra
+import torch
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.version import __version__
 
 RECORD = "run.json"
 _MAY_CHANGE = (
@@ -21,6 +26,17 @@ _MAY_CHANGE = (
 )
 """Settings (or, with a dot, groups of them) that say where and on how many GPUs a run is trained;
 the tokens of an update, which are compared apart, stay."""
+TAKE_PART = (
+    "fairseq_sparsemixer",
+    "python",
+    "torch",
+    "cuda",
+    "fairseq",
+    "hydra",
+    "sacrebleu",
+    "sentencepiece",
+)
+"""In training and its scores."""
 
 
 def read_record(folder: Path) -> Dict[str, Any]:
@@ -94,23 +110,18 @@ def start_record(record: Mapping[str, Any], start: Mapping[str, Any]) -> Dict[st
     return {**start, "starts": [*record.get("starts", []), entry]}
 
 
-def versions() -> Dict[str, Optional[str]]:
-    """The version of everything that takes part in training and scoring."""
-    import fairseq
-    import hydra
-    import torch
-
-    from fairseq_sparsemixer.version import __version__
-
-    return {
+def versions(names: Sequence[str] = TAKE_PART) -> Dict[str, Optional[str]]:
+    """The versions of ``python``, ``cuda`` (None without) and packages, by name."""
+    known = {
         "fairseq_sparsemixer": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "fairseq": fairseq.__version__,
         "hydra": hydra.__version__,
-        "sacrebleu": importlib.metadata.version("sacrebleu"),
-        "sentencepiece": importlib.metadata.version("sentencepiece"),
+    }
+    return {
+        name: known[name] if name in known else importlib.metadata.version(name) for name in names
     }
 
 

@@ -288,8 +288,7 @@ class _Failure(NamedTuple):
 
 
 def _updates(checkpoint: Path) -> int:
-    from fairseq_sparsemixer.evaluation.translator import load_state
-    from fairseq_sparsemixer.runs.checkpoints import num_updates
+    from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
 
     return num_updates(load_state(checkpoint))
 

@@ -1,4 +1,7 @@
-"""What a point of measurement holds, measured on the validation set."""
+"""What a point (:mod:`fairseq_sparsemixer.runs.points`) holds, measured on the validation set.
+
+Shape suffixes: B sentences of a batch, L their length, T tokens, K choices of a token, N experts.
+"""
 
 import contextlib
 import math
@@ -29,7 +32,13 @@ Sentences = Dict[int, Sentence]
 
 @contextlib.contextmanager
 def observe(model: nn.Module, sample: Dict[str, Any], pad: int) -> Iterator[Sentences]:
-    """The sentences of ``sample``, filled in when the block has run ``model`` on them."""
+    """The sentences of ``sample``, filled in when the block has run ``model`` on them.
+
+    Args:
+        model: called in the block, in evaluation mode and without gradient.
+        sample: a batch of the validation set: ``id``, ``net_input`` and ``target``.
+        pad: symbol of padding.
+    """
     outputs: List[Any] = []
     handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
     sentences: Sentences = {}
@@ -56,6 +65,7 @@ def is_first_worker() -> bool:
 
 
 def _workers() -> int:
+    """How many processes train together."""
     started = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if started else 1
 
@@ -78,11 +88,11 @@ def layer_figures(
     stats: Mapping[str, float],
     before: Mapping[str, np.ndarray],
 ) -> Dict[str, Any]:
-    """The value of ``layers``.
+    """A point's ``layers``: for each layer ``load``, ``entropy``, ``drift``, ``load_by_domain``.
 
     Args:
         sentences: of the validation set.
-        domains: of each line, if there are any.
+        domains: of each line; None where there are none, and then no ``load_by_domain``.
         num_experts: of each layer.
         stats: of the validation, for the entropy.
         before: :func:`flat_choices` of the point before, or nothing.
@@ -116,6 +126,7 @@ def flat_choices(sentences: Sentences) -> Dict[str, np.ndarray]:
 
 
 def _shares(choices_TK: np.ndarray, num_experts: int) -> List[float]:
+    """(N,) each expert's share of the choices that were made."""
     counts_N = np.bincount(choices_TK[choices_TK >= 0], minlength=num_experts)
     return (counts_N / max(1, counts_N.sum())).round(6).tolist()
 
@@ -187,6 +198,7 @@ def translation_figures(
 
 
 def _short(scores: Mapping[str, Any]) -> Dict[str, float]:
+    """The numbers of :func:`.scoring.score` alone."""
     return {metric: round(scores[metric]["score"], 4) for metric in scores}
 
 

@@ -5,17 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
+import numpy as np
 import torch
-from fairseq.data import data_utils
-from fairseq.dataclass.configs import GenerationConfig
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from fairseq.utils import move_to_cuda
-from omegaconf import II, OmegaConf
+from omegaconf import II
 
 from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.layers import switch_layers
+from fairseq_sparsemixer.models.search import best_hypotheses
 from fairseq_sparsemixer.runs import points
 from fairseq_sparsemixer.tasks import measuring
 from fairseq_sparsemixer.text.subwords import Subwords, find_subwords
@@ -93,7 +92,7 @@ def _rounded(value: Optional[float]) -> Optional[float]:
 
 @register_task("translation_with_routing", dataclass=TranslationWithRoutingConfig)
 class TranslationWithRoutingTask(TranslationTask):
-    """Translation; with ``points_file``, each validation adds a point (:mod:`.study.points`).
+    """Translation; with ``points_file``, each validation adds a point (:mod:`.runs.points`).
 
     Without it, it is fairseq's task ``translation``. The numbers also go to fairseq's log and, with
     ``--tensorboard-logdir``, to TensorBoard, which besides shows the experts' load as an image. Of
@@ -271,28 +270,19 @@ class TranslationWithRoutingTask(TranslationTask):
         dataset = self.dataset(self._subset)
         subwords = self._subwords()
         encoder = subwords.encoder()
-        search = OmegaConf.structured(
-            GenerationConfig(beam=self.cfg.points_beam, max_len_b=MAX_OUTPUT)
-        )
-        generator = self.build_generator([model], search)
-        by_length = sorted(lines, key=dataset.num_tokens)
-        batches = data_utils.batch_by_size(
-            by_length,
-            dataset.num_tokens,
+        batches = dataset.batch_by_size(
+            np.array(sorted(lines, key=dataset.num_tokens), dtype=np.int64),
             max_tokens=max([TOKENS_AT_ONCE, *map(dataset.num_tokens, lines)]),
-            required_batch_size_multiple=1,
         )
-        device = next(model.parameters()).device
+        samples = (dataset.collater([dataset[int(line)] for line in batch]) for batch in batches)
+        found = best_hypotheses(
+            self, [model], samples, max_output=MAX_OUTPUT, beam=self.cfg.points_beam
+        )
         translations = {}
-        for batch in batches:
-            sample = dataset.collater([dataset[int(line)] for line in batch])
-            if device.type == "cuda":
-                sample = move_to_cuda(sample)
-            found = self.inference_step(generator, [model], sample)
-            for line, best_first in zip(sample["id"].tolist(), found):
-                pieces = self.tgt_dict.string(best_first[0]["tokens"].int().cpu())
-                text, _ = subwords.decode(encoder.decode(pieces), self.cfg.target_lang)
-                translations[line] = text
+        for line, hypothesis in found:
+            pieces = self.tgt_dict.string(hypothesis["tokens"].int().cpu())
+            text, _ = subwords.decode(encoder.decode(pieces), self.cfg.target_lang)
+            translations[line] = text
         return dict(sorted(translations.items()))
 
     def _subwords(self) -> Subwords:

@@ -151,7 +151,7 @@ def sentences_of(translator, corpus, count=6):
     pairs = []
     lines = [(corpus / "raw" / f"valid.{lang}").read_text().splitlines() for lang in ("en", "de")]
     for source, target in list(zip(*lines))[:count]:
-        pairs.append(checkpoint.Pair(*translator.encode_pair(source, target)))
+        pairs.append(translator.encode_pair(source, target))
     dictionary = translator.target_dictionary
     return checkpoint.Sentences(translator.model, pairs, dictionary.pad(), dictionary.eos())
 

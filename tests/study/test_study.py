@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support import small_run
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.corpora.stages import RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring, translator
 from fairseq_sparsemixer.files import read_lines, write_json, write_lines
-from fairseq_sparsemixer.models.watching import choices_of_batch, watch_routing
-from fairseq_sparsemixer.moe import Routing
+from fairseq_sparsemixer.models.watching import watch_routing
 from fairseq_sparsemixer.runs import points
 from fairseq_sparsemixer.runs.folder import find_runs, read_run
 from fairseq_sparsemixer.runs.grouping import group_runs
@@ -219,64 +217,6 @@ def test_a_dense_model_has_points_too(finished):
     point = lines_of(finished / "dense-seed1")[-1]
     assert point["layers"] == {}
     assert {"bleu", "nll_loss", "by_domain"} <= point.keys()
-
-
-def test_figures_of_layers_by_hand():
-    choices = {0: [[0], [1], [1]], 3: [[2], [2]], 5: [[-1], [0], [0]]}
-    sentences = {
-        line: measuring.Sentence(2.0, 4, {"encoder.0": np.array(rows, dtype=np.int16)})
-        for line, rows in choices.items()
-    }
-    before = {"encoder.0": np.array([[0], [0], [1], [2], [0], [1], [0], [0]])}
-    domains = ["a", "-", "-", "b", "-", "a"]
-    stats = {"router_entropy/encoder.0": 0.5}
-    figures = measuring.layer_figures(sentences, domains, {"encoder.0": 4}, stats, before)
-    assert figures == {
-        "encoder.0": {
-            "load": [round(3 / 7, 6), round(2 / 7, 6), round(2 / 7, 6), 0.0],
-            "entropy": 0.5,
-            "drift": round(2 / 7, 6),
-            "load_by_domain": {"a": [0.6, 0.4, 0.0, 0.0], "b": [0.0, 0.0, 1.0, 0.0]},
-        }
-    }
-    assert measuring.domain_losses(sentences, domains) == {
-        "a": {"nll_loss": round(4 / 8 / math.log(2), 4), "tokens": 8},
-        "b": {"nll_loss": round(2 / 4 / math.log(2), 4), "tokens": 4},
-    }
-    other = {"encoder.0": np.zeros((9, 1))}  # another validation set
-    del figures["encoder.0"]["load_by_domain"]
-    figures["encoder.0"].update(drift=None, entropy=None)
-    assert measuring.layer_figures(sentences, None, {"encoder.0": 4}, {}, other) == figures
-
-
-def test_choices_of_two_experts_drift_by_the_share_that_is_new():
-    one, two = (np.array(rows) for rows in ([[0, 1], [2, 3]], [[1, 0], [3, 0]]))
-    sentences = {0: measuring.Sentence(1.0, 1, {"encoder.0": two})}
-    figures = measuring.layer_figures(sentences, None, {"encoder.0": 4}, {}, {"encoder.0": one})
-    assert figures["encoder.0"]["drift"] == 0.25
-
-
-def test_choices_leave_out_padding_on_either_side():
-    pad, length, batch = 1, 4, 2
-    tokens = torch.tensor([[pad, 5, 6, 2], [7, 8, 9, 2]])
-    index = torch.arange(length * batch).view(length, batch)  # the layer's order
-    index[0, 0] = -1
-    routing = Routing(index.view(-1, 1), *[torch.zeros(8, 1)] * 4)
-    net_input = {"src_tokens": tokens, "prev_output_tokens": tokens.flip(1)}
-    first, second = choices_of_batch({"encoder.0": routing}, net_input, pad)
-    assert first["encoder.0"].tolist() == [[2], [4], [6]]
-    assert second["encoder.0"].tolist() == [[1], [3], [5], [7]]
-    flipped, _ = choices_of_batch({"decoder.0": routing}, net_input, pad)
-    assert flipped["decoder.0"].tolist() == [[-1], [2], [4]]
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [(1, [0, 1]), (4, [0, 1, 2, 5]), (6, [0, 1, 2, 3, 4, 6]), (99, range(8))],
-)
-def test_lines_are_spread_over_domains(count, expected):
-    domains = ["a", "b", "a", "b", "a", "b", "b", "b"]
-    assert measuring.choose_lines(count, dict.fromkeys(range(8)), domains) == list(expected)
 
 
 def test_damaged_points_are_told(tmp_path):
@@ -556,43 +496,3 @@ def test_tensorboard_shows_the_points(finished):
         assert ("loss", point["updates"]) in found
     names = measuring.scalars(lines_of(folder)[-1])
     assert {"bleu", "bleu/poems", "drift/encoder.0", "load/decoder.0/1"} <= names.keys()
-
-
-# fairseq's own commands
-
-
-def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
-    """fairseq-train with flags: points where asked for, and none without."""
-    common = [
-        "-m", "fairseq_cli.train", corpus / "bin", "--cpu", *small_run.USER_DIR,
-        "--task", "translation_with_routing", "--arch", "switch_transformer_demo",
-        "--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16,
-        "--decoder-embed-dim", 16, "--encoder-ffn-embed-dim", 32, "--decoder-ffn-embed-dim", 32,
-        "--encoder-attention-heads", 2, "--decoder-attention-heads", 2,
-        "--share-all-embeddings", "--optimizer", "adam", "--lr", 0.01, "--max-tokens", 1000,
-        "--max-update", 3, "--required-batch-size-multiple", 1, "--no-progress-bar",
-        "--num-workers", 0,
-    ]  # fmt: skip
-    small_run.python(*common, "--save-dir", tmp_path / "plain")
-    assert not list((tmp_path / "plain").glob("points*"))
-    file = tmp_path / "own" / "p.jsonl"
-    own = [*common, "--save-dir", tmp_path / "own", "--points-file", file]
-    small_run.python(*own)
-    (point,) = points.read_points(file)
-    assert point["updates"] == 3 and "bleu" not in point
-    weights = [
-        torch.load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("plain", "own")
-    ]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    # Trained anew, its point is that of the new training.
-    for path in (tmp_path / "own").glob("*.pt"):
-        path.unlink()
-    small_run.python(*own, "--seed", 2)
-    (anew,) = points.read_points(file)
-    assert anew["nll_loss"] != point["nll_loss"]
-    # From a checkpoint whose clock is not known, neither is the time.
-    file.with_suffix(".clock.json").unlink()
-    small_run.python(*own, "--seed", 2, "--max-update", 4)
-    _, last = points.read_points(file)
-    unknown = ("seconds", "cpu_seconds", "words", "words_per_second")
-    assert [last[key] for key in unknown] == [None] * 4

@@ -29,7 +29,7 @@ def serves(logits_TN: Tensor) -> bool:
     return triton is not None and logits_TN.device.type in DEVICES
 
 
-class Estimator(NamedTuple):
+class FusedEstimator(NamedTuple):
     """How the gate follows from the logits."""
 
     jitter_eps: Optional[float] = None
@@ -46,7 +46,7 @@ class Estimator(NamedTuple):
     """Times the gradient at the gate, the gradient that reaches the probability behind it."""
 
 
-def choose(estimator: Estimator, logits_TN: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+def choose(estimator: FusedEstimator, logits_TN: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """(T, 1) expert and gate; (T, N) softmax of all logits, and the one that the gate is from."""
     noise_TN = uniform_T1 = None
     if estimator.sampled:
@@ -65,7 +65,7 @@ class _Choice(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        estimator: Estimator,
+        estimator: FusedEstimator,
         logits_TN: Tensor,
         noise_TN: Optional[Tensor],
         uniform_T1: Optional[Tensor],
@@ -130,7 +130,7 @@ def route(
     point: float,
     full_on_best: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`Estimator` and :func:`choose`.
+    """See :class:`FusedEstimator` and :func:`choose`.
 
     Args:
         logits: (T, N) float32.

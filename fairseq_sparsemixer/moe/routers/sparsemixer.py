@@ -57,8 +57,6 @@ class _SparseMixerBase(Router):
     Evaluation: the largest logits, gates p~ (the mask stays).
     """
 
-    temperature = 1.0
-    """The distribution is softmax(z / temperature) over the experts that are not masked."""
     gradient_scale = 2.0
     """Times the gradient at the gate, the gradient that reaches p~_D."""
 
@@ -105,14 +103,14 @@ class _SparseMixerBase(Router):
         """(T, 1): the factor m of the gate in the forward pass."""
         raise NotImplementedError
 
-    def fused_estimator(self) -> Optional[fused_router.Estimator]:
+    def fused_estimator(self) -> Optional[fused_router.FusedEstimator]:
         """What :meth:`select` computes, for the kernels that do the same; None for what has none.
 
         A subclass that changes :meth:`evaluation_point` changes this too.
         """
         if self.top_k > 1:
             return None
-        estimator = fused_router.Estimator(self.jitter_eps, self.temperature)
+        estimator = fused_router.FusedEstimator(self.jitter_eps, self.temperature)
         if not self.training:
             return estimator
         return estimator._replace(sampled=True, gradient_scale=self.gradient_scale)
@@ -141,7 +139,7 @@ class _TwoPoints(_SparseMixerBase):
         """(T, 1) or (): m where it is not 1."""
         return gate_T1.new_full((), self.point)
 
-    def fused_estimator(self) -> Optional[fused_router.Estimator]:
+    def fused_estimator(self) -> Optional[fused_router.FusedEstimator]:
         """See :class:`_SparseMixerBase`."""
         estimator = super().fused_estimator()
         if estimator is None or not self.training:
@@ -212,7 +210,7 @@ class SparseMixerRouter(_TwoPoints):
             return super().other_point(gate_T1)
         return torch.rand_like(gate_T1)
 
-    def fused_estimator(self) -> Optional[fused_router.Estimator]:
+    def fused_estimator(self) -> Optional[fused_router.FusedEstimator]:
         """See :class:`_SparseMixerBase`."""
         return super().fused_estimator() if self.quadrature == "midpoint" else None
 

@@ -11,7 +11,7 @@ from fairseq_sparsemixer.moe.adaptation import ExpertMeans
 from fairseq_sparsemixer.moe.kernels import router as fused_router
 from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
 
-ESTIMATOR = fused_router.Estimator()
+ESTIMATOR = fused_router.FusedEstimator()
 """Of ``topk`` with K = 1."""
 
 
@@ -179,6 +179,7 @@ class DefaultMoERouter(Router):
     """
 
     max_top_k = None
+    adds_means = True
 
     def __init__(self, *, mean_decay: float = 0.99, **options: Any) -> None:
         super().__init__(**options)
