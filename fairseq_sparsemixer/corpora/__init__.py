@@ -3,8 +3,8 @@
 ======================  =========================================================================
 ``files``               (one folder up) text read strictly, files written whole or not at all
 ``subprocesses``        Python programs run beside this one, with their errors
-``parallel``            a function over many lines, on several cores
-``steps``               resumable steps: what is finished, and with which settings
+``workers``             a function over many lines, on several cores
+``resumable``           resumable steps: what is finished, and with which settings
 ``cleaning``            sentence pairs: normalised, split, kept or dropped for a counted reason
 ``splitting``           train/valid/test by document, near duplicates, the copy score
 ``binarise``            SentencePiece model, pieces, ``fairseq-preprocess``
@@ -12,7 +12,7 @@
 ``homeassistant``       extraction of pairs from its wheel
 ``debian``              extraction of pairs from Debian's packages, in four domains
 ``wmt14``               the archives of WMT14 English-German, and how they are cleaned
-``stages``              what the corpora share from text to ``bin/``
+``text_to_binary``      what the corpora share from text to ``bin/``
 ``prepare``             the command that runs it all
 ======================  =========================================================================
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Container, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from fairseq_sparsemixer.corpora.cleaning import character_map
-from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.subprocesses import ProgramError, last_line, run_python
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (

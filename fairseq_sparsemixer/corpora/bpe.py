@@ -17,8 +17,8 @@ from fairseq_sparsemixer.corpora.binarise import (
     useful_workers,
     write_pieces,
 )
-from fairseq_sparsemixer.corpora.parallel import map_chunks
-from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.corpora.resumable import StepResult
+from fairseq_sparsemixer.corpora.workers import map_chunks
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, iterate_lines
 

@@ -12,6 +12,7 @@ from fairseq_sparsemixer.corpora.binarise import (
     raw_path,
 )
 from fairseq_sparsemixer.corpora.homeassistant.preparation import DEFAULT_VOCAB_SIZE
+from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.split_step import (
     copy_path,
     count_domains,
@@ -20,10 +21,9 @@ from fairseq_sparsemixer.corpora.split_step import (
     split_versions,
     write_domains,
 )
-from fairseq_sparsemixer.corpora.stages import (
+from fairseq_sparsemixer.corpora.text_to_binary import (
     steps_in,
 )
-from fairseq_sparsemixer.corpora.steps import StepResult
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
 from fairseq_sparsemixer.version import __version__

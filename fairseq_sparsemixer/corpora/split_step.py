@@ -10,14 +10,14 @@ from fairseq_sparsemixer.corpora.binarise import (
     Languages,
     raw_path,
 )
-from fairseq_sparsemixer.corpora.cleaning import Pair
-from fairseq_sparsemixer.corpora.stages import (
+from fairseq_sparsemixer.corpora.cleaning import SentencePair
+from fairseq_sparsemixer.corpora.resumable import StepResult, Steps
+from fairseq_sparsemixer.corpora.text_to_binary import (
     domain_path,
     read_pairs,
     sentencepiece_steps,
     write_record,
 )
-from fairseq_sparsemixer.corpora.steps import StepResult, Steps
 from fairseq_sparsemixer.files import write_lines
 from fairseq_sparsemixer.version import __version__
 
@@ -78,7 +78,7 @@ def split_step(
 def _write_split(folder: Path, split: splitting.Split, languages: Languages) -> List[Path]:
     outputs = []
     for name in SPLITS:
-        pairs: Sequence[Pair] = getattr(split, name)
+        pairs: Sequence[SentencePair] = getattr(split, name)
         for side, language in enumerate(languages):
             path = raw_path(folder, name, language)
             write_lines(path, (pair[side] for pair in pairs))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional
 
 from fairseq_sparsemixer.commands.flags import precision_of
-from fairseq_sparsemixer.corpora.stages import RECORD
+from fairseq_sparsemixer.corpora.text_to_binary import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import (
@@ -268,13 +268,13 @@ def copy_score(
     if test_set.name in recorded:
         bleu, signature = (recorded[test_set.name][key] for key in ("bleu", "signature"))
         scores = {"bleu": {"score": bleu, "signature": signature}}
-        return {"source": str(test_set.corpus / RECORD), "scores": scores}
+        return {"source": str(test_set.corpus / CORPUS_RECORD), "scores": scores}
     return None
 
 
 def _read_record(corpus: Path) -> Dict[str, Any]:
     """What ``prepare`` says of a corpus; empty where it says nothing."""
-    path = corpus / RECORD
+    path = corpus / CORPUS_RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -18,19 +18,19 @@ from support.phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
 from fairseq_sparsemixer.corpora import binarise, prepare, split_step, splitting
-from fairseq_sparsemixer.corpora.cleaning import Pair, clean
+from fairseq_sparsemixer.corpora.cleaning import SentencePair, clean
 from fairseq_sparsemixer.corpora.debian import (
     apt,
+    deb_archives,
     descriptions,
     ding,
+    extraction,
     help_pages,
     manual_pages,
-    packages,
     preparation,
-    sources,
 )
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
-from fairseq_sparsemixer.corpora.stages import read_pairs
+from fairseq_sparsemixer.corpora.text_to_binary import read_pairs
 from fairseq_sparsemixer.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -158,10 +158,10 @@ Nuss {f} | Nüsse schmecken <schmecken> gut . :: nut | 'Nuts' taste [coll.] good
 def test_ding_takes_sentences_only():
     found = list(ding.pairs(DICTIONARY.split("\n")))
     assert found == [
-        Pair("The parrot talks.", "Der Papagei spricht.", "ding/papagei", "ding"),
+        SentencePair("The parrot talks.", "Der Papagei spricht.", "ding/papagei", "ding"),
         # The first of alternative words, and the full stop that went with the last.
-        Pair("She feeds him.", "Sie füttert ihn.", "ding/füttern", "ding"),
-        Pair("'Nuts' taste good.", "Nüsse schmecken gut.", "ding/nuss", "ding"),
+        SentencePair("She feeds him.", "Sie füttert ihn.", "ding/füttern", "ding"),
+        SentencePair("'Nuts' taste good.", "Nüsse schmecken gut.", "ding/nuss", "ding"),
     ]
 
 
@@ -271,10 +271,10 @@ def test_help_pairs_elements_of_the_same_id():
         "a/b/c/d/page": help_page('<p id="a">Tief.</p>'),
     }
     assert list(help_pages.pairs(english, german)) == [
-        Pair("Deep.", "Tief.", "help/a/b/c", "help"),
-        Pair("First one.", "Der erste.", "help/swriter/guide", "help"),
-        Pair("Second one.", "Der zweite.", "help/swriter/guide", "help"),
-        Pair("Press Ctrl+C.", "Drücken Sie Ctrl+C.", "help/swriter/guide", "help"),
+        SentencePair("Deep.", "Tief.", "help/a/b/c", "help"),
+        SentencePair("First one.", "Der erste.", "help/swriter/guide", "help"),
+        SentencePair("Second one.", "Der zweite.", "help/swriter/guide", "help"),
+        SentencePair("Press Ctrl+C.", "Drücken Sie Ctrl+C.", "help/swriter/guide", "help"),
     ]
 
 
@@ -389,7 +389,7 @@ def test_manual_pages_keep_dashes_and_lose_sentences_that_cannot_be_read():
     page = "\n".join([".PP", "-c, --config=%s", ".PP", r"\fBsed\fR %s \*(sd. %s"])
     english = {"parrot.1": page % ("FILE", "works so", "It is quick.")}
     german = {"parrot.1": page % ("DATEI", "geht so", "Es ist schnell.")}
-    found, dropped = clean(manual_pages.pairs(english, german), sources.LIMITS)
+    found, dropped = clean(manual_pages.pairs(english, german), extraction.LIMITS)
     assert [pair[:2] for pair in found] == [
         ("-c, --config=FILE", "-c, --config=DATEI"),
         ("It is quick.", "Es ist schnell."),
@@ -449,8 +449,8 @@ def test_manual_pairs():
     english = {"parrot.1": manual(("PP", "It talks. It walks.")), "only.1": manual(("PP", "X."))}
     german = {"parrot.1": manual(("PP", "Er spricht. Er geht.")), "nur.1": manual(("PP", "Y."))}
     assert list(manual_pages.pairs(english, german)) == [
-        Pair("It talks.", "Er spricht.", "manpages/parrot", "manpages"),
-        Pair("It walks.", "Er geht.", "manpages/parrot", "manpages"),
+        SentencePair("It talks.", "Er spricht.", "manpages/parrot", "manpages"),
+        SentencePair("It walks.", "Er geht.", "manpages/parrot", "manpages"),
     ]
 
 
@@ -537,14 +537,14 @@ CONTENT = {
 @pytest.mark.parametrize("compression", ["xz", "gz", "bz2", ""])
 def test_files_of_a_package(tmp_path, compression):
     path = write_deb(tmp_path / "x.deb", CONTENT, compression)
-    found = packages.read_files(path, lambda name: name not in ("usr/b",))
+    found = deb_archives.read_files(path, lambda name: name not in ("usr/b",))
     assert list(found) == [("usr/a", b"text of a"), ("usr/c", b"text of c")]
 
 
 def test_names_of_members_may_end_in_a_slash(tmp_path):
     path = tmp_path / "x.deb"
     path.write_bytes(ar({"debian-binary/": b"2.0\n", "data.tar/": tar({"usr/a": b"x"})}))
-    assert list(packages.read_files(path, lambda name: True)) == [("usr/a", b"x")]
+    assert list(deb_archives.read_files(path, lambda name: True)) == [("usr/a", b"x")]
 
 
 @pytest.mark.parametrize(
@@ -561,7 +561,7 @@ def test_damaged_packages(tmp_path, damage):
     path = write_deb(tmp_path / "x.deb", CONTENT)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"x\.deb is damaged or not a Debian package"):
-        list(packages.read_files(path, lambda name: True))
+        list(deb_archives.read_files(path, lambda name: True))
 
 
 def test_truncated_package(tmp_path):
@@ -569,7 +569,7 @@ def test_truncated_package(tmp_path):
     path = write_deb(tmp_path / "x.deb", CONTENT, "")
     path.write_bytes(path.read_bytes()[:-600])
     with pytest.raises(UserError, match=r"damaged.*it ends too early"):
-        list(packages.read_files(path, lambda name: True))
+        list(deb_archives.read_files(path, lambda name: True))
 
 
 @pytest.fixture
@@ -589,16 +589,16 @@ def write_program(path, code):
 def test_zstandard_takes_dpkg(tmp_path, programs):
     path = write_deb(tmp_path / "x.deb", {}, "zst", data=tar(CONTENT))
     with pytest.raises(UserError, match=r"data.tar.zst, which takes dpkg-deb to read: build"):
-        list(packages.read_files(path, lambda name: True))
+        list(deb_archives.read_files(path, lambda name: True))
     # In place of dpkg-deb what gives back the data as it is, with much more than a pipe holds.
     code = "import sys; assert sys.argv[1] == '--fsys-tarfile'; sys.stdout.buffer.write("
     code += "open(sys.argv[2], 'rb').read().split(b'`\\n', 3)[3] + bytes(10**6))"
     write_program(programs / "dpkg-deb", code)
-    found = packages.read_files(path, lambda name: name == "usr/b")
+    found = deb_archives.read_files(path, lambda name: name == "usr/b")
     assert list(found) == [("usr/b", b"text of b")]
     write_program(programs / "dpkg-deb", f"{code}; sys.exit('the disk is on fire')")
     with pytest.raises(UserError, match="the disk is on fire"):
-        list(packages.read_files(path, lambda name: True))
+        list(deb_archives.read_files(path, lambda name: True))
 
 
 # --- downloads -----------------------------------------------------------------------------------
@@ -691,7 +691,7 @@ def write_downloads(folder, without=(), indices=None):
         package = apt.Package(path.name, name, "1.0", "all", len(data), sha256(data))
         entries["packages"].append(dataclasses.asdict(package))
     names = {entry["name"] for entry in entries["packages"]}
-    entries["not_found"] = [name for name in sources.OPTIONAL if name not in names]
+    entries["not_found"] = [name for name in extraction.OPTIONAL if name not in names]
     files.write_json(folder / "downloads.json", entries)
     return folder
 
@@ -709,13 +709,13 @@ def downloads(shelf, tmp_path):
 
 
 def obtain(folder):
-    return apt.obtain(folder, sources.REQUIRED, sources.OPTIONAL)
+    return apt.obtain(folder, extraction.REQUIRED, extraction.OPTIONAL)
 
 
 def test_complete_downloads_need_no_apt(shelf, programs):
     found = obtain(shelf)
     assert found == apt.read_record(shelf)
-    assert [package.name for package in found.packages][:2] == list(sources.REQUIRED[:2])
+    assert [package.name for package in found.packages][:2] == list(extraction.REQUIRED[:2])
     assert list(apt.index_lines(shelf, found.indices[1]))[1] == f"Description-md5: {0:032}"
 
 
@@ -973,13 +973,13 @@ def test_folders_below_a_file(archive, tmp_path):
 # --- the whole corpus ----------------------------------------------------------------------------
 
 FAKE_SPLIT = dataclasses.replace(
-    sources.SPLIT, salt="3", domain_shares=dict.fromkeys(DOMAINS, 0.25), max_held_out=12
+    extraction.SPLIT, salt="3", domain_shares=dict.fromkeys(DOMAINS, 0.25), max_held_out=12
 )
 
 
 @pytest.fixture(autouse=True)
 def small_split(monkeypatch):
-    monkeypatch.setattr(sources, "SPLIT", FAKE_SPLIT)
+    monkeypatch.setattr(extraction, "SPLIT", FAKE_SPLIT)
 
 
 def build_binary(folder, *_, **__):
@@ -1002,7 +1002,7 @@ def built(shelf, tmp_path_factory):
     """A finished corpus, made without apt."""
     output = tmp_path_factory.mktemp("built") / "corpus"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "SPLIT", FAKE_SPLIT)
+        patch.setattr(extraction, "SPLIT", FAKE_SPLIT)
         patch.setattr(binarise, "build_binary", build_binary)
         patch.setattr(apt.shutil, "which", lambda name: None)
         command("debian", "--output", output, "--downloads", shelf, "--vocab-size", VOCAB_SIZE)
@@ -1194,7 +1194,7 @@ def test_text_that_is_not_utf8(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "package_contents", lambda: content)
     folder = write_downloads(tmp_path / "downloads")
     with pytest.raises(UserError, match=r"share/trans/de-en is not UTF-8: build"):
-        sources.extract(folder, apt.read_record(folder))
+        extraction.extract(folder, apt.read_record(folder))
 
 
 @pytest.mark.parametrize(
@@ -1280,11 +1280,15 @@ def test_domains_must_fit_the_text(own_text, tmp_path, damage, message):
 def make_pairs(domain, documents, sentences=10):
     phrases = Phrases(domain)
     return [
-        Pair(f"{text[0][:-1]} {number} {i}.", f"{text[1][:-1]} {number} {i}.", f"{domain}/{number}",
-             domain)
+        SentencePair(
+            f"{text[0][:-1]} {number} {i}.",
+            f"{text[1][:-1]} {number} {i}.",
+            f"{domain}/{number}",
+            domain,
+        )
         for number in range(documents)
         for i, text in enumerate(phrases.sentence() for _ in range(sentences))
-    ]  # fmt: skip
+    ]
 
 
 def count(pairs, domain):
@@ -1331,7 +1335,7 @@ def test_what_may_be_held_out(source, target, reason):
     settings = splitting.SplitSettings(
         0.1, "x", 6, 0.7, max_held_out_tokens=20, whole_sentences=True
     )
-    assert splitting.unsuitable(Pair(source, target, "d"), settings) == reason
+    assert splitting.unsuitable(SentencePair(source, target, "d"), settings) == reason
 
 
 def test_random_split_holds_out_as_many_of_each_domain_of_any_document():

@@ -26,12 +26,12 @@ from fairseq_sparsemixer.corpora import (
     binarise,
     cleaning,
     prepare,
+    resumable,
     split_step,
     splitting,
-    steps,
     subprocesses,
 )
-from fairseq_sparsemixer.corpora.cleaning import Limits, Pair
+from fairseq_sparsemixer.corpora.cleaning import Limits, SentencePair
 from fairseq_sparsemixer.corpora.homeassistant import extraction as homeassistant
 from fairseq_sparsemixer.corpora.homeassistant import preparation, wheels
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
@@ -241,16 +241,16 @@ def test_limits_are_inclusive():
 
 def test_clean_counts_every_pair_once():
     pairs = [
-        Pair("The  door is open", "Die Tür ist offen", "a"),
-        Pair("The door is\u00a0open", "Die Tür ist offen", "b"),  # the same once normalised
-        Pair("The door is open", "Die Türe ist offen", "b"),  # another translation
-        Pair("Open", "Offen", "c"),
-        Pair("Closed", "Zu", "c"),
+        SentencePair("The  door is open", "Die Tür ist offen", "a"),
+        SentencePair("The door is\u00a0open", "Die Tür ist offen", "b"),  # the same once normalised
+        SentencePair("The door is open", "Die Türe ist offen", "b"),  # another translation
+        SentencePair("Open", "Offen", "c"),
+        SentencePair("Closed", "Zu", "c"),
     ]
     kept, dropped = cleaning.clean(pairs, Limits())
     assert kept == [
-        Pair("The door is open", "Die Tür ist offen", "a"),
-        Pair("The door is open", "Die Türe ist offen", "b"),
+        SentencePair("The door is open", "Die Tür ist offen", "a"),
+        SentencePair("The door is open", "Die Türe ist offen", "b"),
     ]
     assert dropped == {"duplicate": 1, "too_short": 2}
     assert len(kept) + sum(dropped.values()) == len(pairs)
@@ -317,7 +317,7 @@ def test_extract_joins_messages_of_the_same_key(tmp_path):
     }
     german = {"a": {"b": "Einschalten"}, "list": ["y"], "c": {"other": "shape"}, "d": "g"}
     extraction = extract_messages(tmp_path, english, german)
-    assert extraction.pairs == [Pair("Turn on", "Einschalten", "lamp")]
+    assert extraction.pairs == [SentencePair("Turn on", "Einschalten", "lamp")]
     assert (extraction.messages, extraction.dropped_messages) == (1, {})
 
 
@@ -341,12 +341,12 @@ def test_extract_counts_what_it_drops(tmp_path, english, german, reason):
     extraction = extract_messages(tmp_path, {"k": english, "ok": "Yes"}, {"k": german, "ok": "Ja"})
     assert extraction.dropped_messages[reason] >= 1
     assert set(extraction.dropped_messages) == {reason}
-    assert extraction.pairs == [Pair("Yes", "Ja", "lamp")]
+    assert extraction.pairs == [SentencePair("Yes", "Ja", "lamp")]
 
 
 def test_extract_keeps_equal_placeholders_in_any_order(tmp_path):
     extraction = extract_messages(tmp_path, {"k": "{a} of {b}"}, {"k": "von {b} {a}"})
-    assert extraction.pairs == [Pair("{a} of {b}", "von {b} {a}", "lamp")]
+    assert extraction.pairs == [SentencePair("{a} of {b}", "von {b} {a}", "lamp")]
 
 
 def test_strip_markup():
@@ -366,7 +366,7 @@ def test_extract_reads_only_components_with_both_languages(tmp_path):
         for language in ("en", "de"):
             archive.writestr(f"homeassistant/translations/{language}.json", '{"k": "elsewhere"}')
     pairs = homeassistant.extract(path).pairs
-    assert pairs == [Pair("Red", "Rot", "apple"), Pair("Black", "Schwarz", "zebra")]
+    assert pairs == [SentencePair("Red", "Rot", "apple"), SentencePair("Black", "Schwarz", "zebra")]
     write_wheel(path, messages, reverse=True)
     assert homeassistant.extract(path).pairs == pairs
 
@@ -433,7 +433,7 @@ def test_stable_fraction_is_pinned():
 def make_pairs():
     for component, english, german in component_messages():
         for key, source in english["config"].items():
-            yield Pair(source, german["config"][key], component)
+            yield SentencePair(source, german["config"][key], component)
 
 
 def test_hold_out_shares_no_document_and_no_sentence():
@@ -443,9 +443,9 @@ def test_hold_out_shares_no_document_and_no_sentence():
     document = sorted(held)[0]
     split = splitting.hold_out(pairs, FAKE_SPLIT)
     extra = [
-        Pair("Too short a one", "Eine zu kurze", document),
-        Pair(split.test[0].source.upper(), "Etwas ganz anderes", document),
-        Pair("Quite another English sentence here.", split.valid[0].target, document),
+        SentencePair("Too short a one", "Eine zu kurze", document),
+        SentencePair(split.test[0].source.upper(), "Etwas ganz anderes", document),
+        SentencePair("Quite another English sentence here.", split.valid[0].target, document),
     ]
     split = splitting.hold_out(pairs + extra, FAKE_SPLIT)
     parts = {name: getattr(split, name) for name in SPLITS}
@@ -476,11 +476,11 @@ def test_hold_out_refuses_to_leave_a_part_empty():
 
 
 def test_remove_near_duplicates_leaves_none_and_no_more_than_it_must():
-    test = [Pair("The garden sensor 12 is out of reach", "Der Sensor fehlt gerade", "t")]
-    valid = [Pair("Choose another colour for the lamp", "Wähle eine andere Farbe", "v")]
-    near = Pair("The garden sensor 3 is out of reach!", "Gartensensor 3 ist weg", "a")
-    same_target = Pair("A completely different wording", "Der Sensor fehlt gerade", "b")
-    far = Pair("Washing machines need water", "Waschmaschinen brauchen Wasser", "c")
+    test = [SentencePair("The garden sensor 12 is out of reach", "Der Sensor fehlt gerade", "t")]
+    valid = [SentencePair("Choose another colour for the lamp", "Wähle eine andere Farbe", "v")]
+    near = SentencePair("The garden sensor 3 is out of reach!", "Gartensensor 3 ist weg", "a")
+    same_target = SentencePair("A completely different wording", "Der Sensor fehlt gerade", "b")
+    far = SentencePair("Washing machines need water", "Waschmaschinen brauchen Wasser", "c")
     split = splitting.Split([near, same_target, far], valid, test, {"documents": 5})
     filtered = splitting.remove_near_duplicates(split, 0.70)
     assert filtered.train == [far]
@@ -572,7 +572,7 @@ def job(tmp_path):
                 raise KeyboardInterrupt
             return [second], {"letter": letter}
 
-        runner = steps.Steps(tmp_path, seal=tmp_path / "seal")
+        runner = resumable.Steps(tmp_path, seal=tmp_path / "seal")
         assert runner.run("first", {}, [], build_first) == {"made": "first"}
         assert runner.run("second", {"letter": letter}, [first], build_second) == {"letter": letter}
         return done

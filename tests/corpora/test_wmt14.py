@@ -17,7 +17,7 @@ import pytest
 from support import commands, statmt
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import binarise, bpe, parallel
+from fairseq_sparsemixer.corpora import binarise, bpe, workers
 from fairseq_sparsemixer.corpora.wmt14 import archives, downloads, preparation
 from fairseq_sparsemixer.corpora.wmt14 import extraction as wmt14
 from fairseq_sparsemixer.errors import UserError
@@ -202,7 +202,7 @@ def test_fairseq_reads_back_the_pieces(built, pipeline):
 
 def test_two_workers_do_what_one_does(built, server, tmp_path, monkeypatch):
     monkeypatch.setattr(binarise, "_LINES_PER_WORKER", 400)
-    monkeypatch.setattr(parallel, "CHUNK", 50)
+    monkeypatch.setattr(workers, "CHUNK", 50)
     compared = set()
     for pipeline in preparation.PIPELINES:
         _, folder = built[pipeline]
@@ -508,7 +508,7 @@ def test_one_folder_is_not_for_two_pipelines(quick, tmp_path):
 
 
 def test_what_a_killed_step_made_before_is_still_removed(tmp_path):
-    from fairseq_sparsemixer.corpora.steps import Steps
+    from fairseq_sparsemixer.corpora.resumable import Steps
 
     steps = Steps(tmp_path, tmp_path / "record.json")
     old, new = tmp_path / "old", tmp_path / "new"
@@ -533,7 +533,7 @@ def test_what_a_killed_step_made_before_is_still_removed(tmp_path):
 SLEEPER = f"""
 import sys, time
 {commands.HEAR_INTERRUPTIONS}
-from fairseq_sparsemixer.corpora import parallel
+from fairseq_sparsemixer.corpora import workers
 
 def slow(chunk):
     time.sleep(0.2)
@@ -541,7 +541,7 @@ def slow(chunk):
 
 if __name__ == "__main__":
     print("begun", flush=True)
-    for chunk in parallel.map_chunks(slow, range(10**9), 2):
+    for chunk in workers.map_chunks(slow, range(10**9), 2):
         print("working", flush=True)
 """
 
@@ -590,7 +590,7 @@ def fail_at_once(chunk):
 
 def test_a_worker_that_was_killed_is_told():
     with pytest.raises(UserError, match="give fewer --workers"):
-        list(parallel.map_chunks(fail_at_once, range(10_000), 2))
+        list(workers.map_chunks(fail_at_once, range(10_000), 2))
 
 
 def test_sentencepiece_gets_the_longest_line(tmp_path):

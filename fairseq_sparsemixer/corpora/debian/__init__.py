@@ -2,11 +2,11 @@
 
 ======================  =========================================================================
 ``apt``                 packages and their descriptions, from the machine's own apt sources
-``packages``            Debian packages, read as archives
+``deb_archives``        Debian packages, read as archives
 ``descriptions``        package descriptions
 ``ding``                the sentences of a dictionary
 ``help_pages``          LibreOffice's help
 ``manual_pages``        manual pages
-``sources``             which packages hold them, cleaning, and how the corpus is divided
+``extraction``          which packages hold them, cleaning, and how the corpus is divided
 ======================  =========================================================================
 """

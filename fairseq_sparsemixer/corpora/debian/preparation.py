@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from fairseq_sparsemixer.corpora.debian import apt
-from fairseq_sparsemixer.corpora.debian import sources as debian
+from fairseq_sparsemixer.corpora.debian import extraction as debian
+from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.split_step import finish, split_step
-from fairseq_sparsemixer.corpora.stages import (
+from fairseq_sparsemixer.corpora.text_to_binary import (
     steps_in,
     write_pairs,
 )
-from fairseq_sparsemixer.corpora.steps import StepResult
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import report_full_disk
 from fairseq_sparsemixer.version import __version__

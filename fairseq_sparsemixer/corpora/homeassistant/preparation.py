@@ -7,12 +7,12 @@ from typing import Any, Dict, Optional
 from fairseq_sparsemixer.corpora.cleaning import clean
 from fairseq_sparsemixer.corpora.homeassistant import extraction as homeassistant
 from fairseq_sparsemixer.corpora.homeassistant.wheels import check_given, obtain_wheel
+from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.split_step import finish, split_step
-from fairseq_sparsemixer.corpora.stages import (
+from fairseq_sparsemixer.corpora.text_to_binary import (
     steps_in,
     write_pairs,
 )
-from fairseq_sparsemixer.corpora.steps import StepResult
 from fairseq_sparsemixer.version import __version__
 
 DEFAULT_VOCAB_SIZE = 4000

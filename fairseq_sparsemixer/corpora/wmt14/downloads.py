@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from fairseq_sparsemixer.corpora.steps import say
+from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import replace_durably, sha256_of, write_json
 

@@ -33,10 +33,10 @@ from fairseq_sparsemixer.corpora.binarise import (
 )
 from fairseq_sparsemixer.corpora.bpe import token_path
 from fairseq_sparsemixer.corpora.cleaning import Limits, drop_reason, normalise
-from fairseq_sparsemixer.corpora.parallel import map_chunks
-from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.wmt14.archives import extract_members
 from fairseq_sparsemixer.corpora.wmt14.downloads import Checksums, RemoteFile, md5_of, obtain
+from fairseq_sparsemixer.corpora.workers import map_chunks
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,

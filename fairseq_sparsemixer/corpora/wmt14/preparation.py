@@ -12,13 +12,13 @@ from fairseq_sparsemixer.corpora.binarise import (
 )
 from fairseq_sparsemixer.corpora.flags import refuse
 from fairseq_sparsemixer.corpora.own_text import check_raw_dir
-from fairseq_sparsemixer.corpora.stages import (
+from fairseq_sparsemixer.corpora.resumable import Steps, say
+from fairseq_sparsemixer.corpora.text_to_binary import (
     moses_steps,
     sentencepiece_steps,
     steps_in,
     write_record,
 )
-from fairseq_sparsemixer.corpora.steps import Steps, say
 from fairseq_sparsemixer.corpora.wmt14 import extraction as wmt14
 from fairseq_sparsemixer.corpora.wmt14.downloads import Checksums
 from fairseq_sparsemixer.errors import UserError

@@ -14,13 +14,13 @@ from fairseq_sparsemixer.corpora.binarise import (
     piece_path,
     raw_path,
 )
-from fairseq_sparsemixer.corpora.cleaning import Pair
-from fairseq_sparsemixer.corpora.steps import Steps
+from fairseq_sparsemixer.corpora.cleaning import SentencePair
+from fairseq_sparsemixer.corpora.resumable import Steps
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import iterate_lines, report_full_disk, write_json, write_lines
 from fairseq_sparsemixer.version import __version__
 
-RECORD = "record.json"
+CORPUS_RECORD = "record.json"
 """Written last, so that a folder that has it is complete."""
 
 
@@ -34,7 +34,7 @@ def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
             raise UserError(f"--output {output} is not a folder") from error
         except PermissionError as error:
             raise UserError(f"--output {output}: {error.strerror}") from error
-        yield Steps(output, seal=output / RECORD)
+        yield Steps(output, seal=output / CORPUS_RECORD)
 
 
 def domain_path(folder: Path, split: str) -> Path:
@@ -42,14 +42,14 @@ def domain_path(folder: Path, split: str) -> Path:
     return raw_path(folder, split, "domain")
 
 
-def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+def write_pairs(path: Path, pairs: Sequence[SentencePair]) -> None:
     """Write source, target, document and domain (if there is one), separated by tabs."""
     write_lines(path, ("\t".join(pair if pair.domain else pair[:3]) for pair in pairs))
 
 
-def read_pairs(path: Path) -> List[Pair]:
+def read_pairs(path: Path) -> List[SentencePair]:
     """The pairs of a file that :func:`write_pairs` made."""
-    return [Pair(*line.split("\t")) for line in iterate_lines(path)]
+    return [SentencePair(*line.split("\t")) for line in iterate_lines(path)]
 
 
 def sentencepiece_steps(
@@ -122,5 +122,5 @@ def write_record(
         "vocabulary": cut["vocabulary"],
         "versions": {"fairseq-sparsemixer": __version__, **cut["versions"]},
     }
-    write_json(steps.folder / RECORD, record)
+    write_json(steps.folder / CORPUS_RECORD, record)
     return record
