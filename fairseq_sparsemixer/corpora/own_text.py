@@ -4,26 +4,24 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from fairseq_sparsemixer.corpora import splitting
-from fairseq_sparsemixer.corpora.binarise import (
+from fairseq_sparsemixer.corpora.folder import (
     SPLITS,
     Languages,
+    copy_path,
     count_lines,
     paths_of,
     raw_path,
+    steps_in,
 )
-from fairseq_sparsemixer.corpora.homeassistant.preparation import DEFAULT_VOCAB_SIZE
+from fairseq_sparsemixer.corpora.parallel_text import unequal_lengths
 from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.split_step import (
-    copy_path,
     count_domains,
     describe_scores,
-    finish,
     split_versions,
     write_domains,
 )
-from fairseq_sparsemixer.corpora.text_to_binary import (
-    steps_in,
-)
+from fairseq_sparsemixer.corpora.text_to_binary import DEFAULT_VOCAB_SIZE, finish
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
 from fairseq_sparsemixer.version import __version__
@@ -100,16 +98,13 @@ def check_raw_dir(raw_dir: Path, output: Path, languages: Languages) -> List[str
 
 
 def _read_parallel(raw_dir: Path, split: str, languages: Languages) -> List[List[str]]:
-    paths = [raw_dir / f"{split}.{language}" for language in languages]
-    texts = [read_lines(path) for path in paths]
-    for path, lines in zip(paths, texts):
+    source, target = (raw_dir / f"{split}.{language}" for language in languages)
+    texts = [read_lines(source), read_lines(target)]
+    for path, lines in zip((source, target), texts):
         if not any(line.strip() for line in lines):
             raise UserError(f"{path} holds no text")
     if len(texts[0]) != len(texts[1]):
-        raise UserError(
-            f"{paths[0]} has {len(texts[0])} lines and {paths[1]} has {len(texts[1])}: "
-            "line N of one must translate line N of the other"
-        )
+        raise unequal_lengths((source, target))
     return texts
 
 

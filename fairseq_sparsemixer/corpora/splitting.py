@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+from tqdm import tqdm
+
 from fairseq_sparsemixer.corpora.cleaning import SentencePair, tokens
 
 _QUERIES_AT_ONCE = 256
@@ -242,7 +244,6 @@ def _similarities(
     """
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from tqdm import tqdm
 
     vectoriser = TfidfVectorizer(
         analyzer="char_wb", ngram_range=(4, 4), sublinear_tf=True, dtype=np.float32

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional
 
 from fairseq_sparsemixer.commands.flags import precision_of
-from fairseq_sparsemixer.corpora.text_to_binary import CORPUS_RECORD
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import (

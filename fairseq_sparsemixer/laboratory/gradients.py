@@ -237,7 +237,7 @@ def _read_sentences(translator: Any, args: argparse.Namespace) -> List[Any]:
 
 def _read_pairs(translator: Any, subset: str, count: int, args: argparse.Namespace) -> List[Any]:
     """``count`` sentence pairs, not longer than --max-length, drawn by the seed."""
-    from fairseq_sparsemixer.corpora.binarise import raw_path
+    from fairseq_sparsemixer.corpora.folder import raw_path
     from fairseq_sparsemixer.laboratory.checkpoint import Pair
 
     corpus = args.data or translator.trained_on.parent

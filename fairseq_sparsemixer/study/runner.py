@@ -14,7 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, TextIO, Tuple
 
 import torch
 
-from fairseq_sparsemixer.corpora.text_to_binary import CORPUS_RECORD
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, report_full_disk, write_json
 from fairseq_sparsemixer.runs import points

@@ -17,7 +17,7 @@ from support import commands
 from support.phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import binarise, prepare, split_step, splitting
+from fairseq_sparsemixer.corpora import binarise, split_step, splitting
 from fairseq_sparsemixer.corpora.cleaning import SentencePair, clean
 from fairseq_sparsemixer.corpora.debian import (
     apt,
@@ -29,8 +29,9 @@ from fairseq_sparsemixer.corpora.debian import (
     manual_pages,
     preparation,
 )
+from fairseq_sparsemixer.corpora.folder import read_pairs
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
-from fairseq_sparsemixer.corpora.text_to_binary import read_pairs
+from fairseq_sparsemixer.corpora.summary import summary
 from fairseq_sparsemixer.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -1129,7 +1130,7 @@ def test_leaks_in_the_record(built):
 
 
 def test_summary_tells_the_leaks(built):
-    text = prepare.summary(read_record(built))
+    text = summary(read_record(built))
     near = 100 * read_record(built)["leaks"]["random"]["near"]
     assert "split (random): copy BLEU " in text
     assert f"{near:.1f} % of the held-out text has a near duplicate in training" in text

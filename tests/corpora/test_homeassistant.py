@@ -25,10 +25,10 @@ from fairseq_sparsemixer import files
 from fairseq_sparsemixer.corpora import (
     binarise,
     cleaning,
-    prepare,
     resumable,
     split_step,
     splitting,
+    spm,
     subprocesses,
 )
 from fairseq_sparsemixer.corpora.cleaning import Limits, SentencePair
@@ -125,7 +125,7 @@ def built(fake, tmp_path_factory):
     environment = {
         **os.environ,
         "PYTHONHASHSEED": "12345",
-        "PYTHONPATH": str(Path(prepare.__file__).parents[2]),
+        "PYTHONPATH": str(Path(cleaning.__file__).parents[2]),
     }
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -851,7 +851,7 @@ def test_finished_corpus_needs_nothing(fake, corpus, monkeypatch, capsys):
 
     monkeypatch.setattr(homeassistant, "extract", unexpected)
     monkeypatch.setattr(splitting, "hold_out", unexpected)
-    monkeypatch.setattr(binarise, "build_pieces", unexpected)
+    monkeypatch.setattr(spm, "build_pieces", unexpected)
     monkeypatch.setattr(binarise, "build_binary", unexpected)
     monkeypatch.setattr(wheels, "run_python", unexpected)
     before = contents(corpus)

@@ -17,9 +17,14 @@ import pytest
 from support import commands, statmt
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import binarise, bpe, workers
-from fairseq_sparsemixer.corpora.wmt14 import archives, downloads, preparation
-from fairseq_sparsemixer.corpora.wmt14 import extraction as wmt14
+from fairseq_sparsemixer.corpora import binarise, bpe, spm, workers
+from fairseq_sparsemixer.corpora.wmt14 import (
+    archives,
+    downloads,
+    extraction,
+    filtering,
+    preparation,
+)
 from fairseq_sparsemixer.errors import UserError
 
 VOCAB_SIZE = 300
@@ -137,7 +142,7 @@ def test_sacrebleu_reads_the_test_set_alike(built, tmp_path):
         sgm.write_bytes(statmt.sgm(hard + statmt.sentences(5, 9), side))
         dataset = FakeSGMLDataset("x", data=[], langpairs={})
         dataset._convert_format(str(sgm), str(tmp_path / "theirs"))
-        ours = wmt14._plain_text(sgm)
+        ours = extraction._plain_text(sgm)
         assert files.read_lines(ours) == files.read_lines(tmp_path / "theirs")
 
 
@@ -201,7 +206,7 @@ def test_fairseq_reads_back_the_pieces(built, pipeline):
 
 
 def test_two_workers_do_what_one_does(built, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(binarise, "_LINES_PER_WORKER", 400)
+    monkeypatch.setattr(workers, "_LINES_PER_WORKER", 400)
     monkeypatch.setattr(workers, "CHUNK", 50)
     compared = set()
     for pipeline in preparation.PIPELINES:
@@ -320,9 +325,9 @@ def test_published_checksums_are_sacrebleus(quick, tmp_path):
     """Without a pin the test set must be the published one; the miniature is not."""
     from sacrebleu.dataset import DATASETS
 
-    assert wmt14.TEST.remote.md5 == DATASETS["wmt14/full"].md5[0]
-    assert wmt14.VALID.remote.md5 == DATASETS["wmt17/dev"].md5[0]
-    assert wmt14.EUROPARL.remote.md5 is None
+    assert extraction.TEST.remote.md5 == DATASETS["wmt14/full"].md5[0]
+    assert extraction.VALID.remote.md5 == DATASETS["wmt17/dev"].md5[0]
+    assert extraction.EUROPARL.remote.md5 is None
     (tmp_path / "pins.json").write_text("{}")
     with pytest.raises(UserError, match=r"test-full.tgz is not the file .* MD5 .* sacreBLEU"):
         command(quick, tmp_path / "out")
@@ -478,9 +483,9 @@ def test_languages_of_different_length(quick, tmp_path):
     ("module", "function", "pipeline"),
     [
         (downloads, "_fetch_rest", "sentencepiece"),
-        (wmt14, "write_parallel", "sentencepiece"),
-        (wmt14, "clean_text", "sentencepiece"),
-        (wmt14, "tokenise", "moses"),
+        (extraction, "write_parallel", "sentencepiece"),
+        (filtering, "clean_text", "sentencepiece"),
+        (filtering, "tokenise", "moses"),
         (bpe, "build_pieces", "moses"),
     ],
 )
@@ -598,7 +603,7 @@ def test_sentencepiece_gets_the_longest_line(tmp_path):
     texts = [tmp_path / "a", tmp_path / "b"]
     texts[0].write_text("kurz\nfünf\n", encoding="utf-8")
     texts[1].write_text("a long line\n" * 3, encoding="utf-8")
-    assert binarise._join(texts, tmp_path / "joined") == len("a long line\n")
+    assert spm._join(texts, tmp_path / "joined") == len("a long line\n")
     joined = texts[0].read_bytes() + texts[1].read_bytes()
     assert (tmp_path / "joined").read_bytes() == joined
 
@@ -677,10 +682,10 @@ def test_missing_package_is_told_before_the_download(tmp_path, monkeypatch, quic
 
 def test_moses_drop_reason_is_clean_corpus_n():
     """The rules of clean-corpus-n.perl, read from its source."""
-    assert wmt14.moses_drop_reason("a", "") == "empty"
-    assert wmt14.moses_drop_reason("a " * 80, "b " * 80) is None
-    assert wmt14.moses_drop_reason("a " * 81, "b " * 80) == "too_long"
-    assert wmt14.moses_drop_reason("a " * 9, "b") is None
-    assert wmt14.moses_drop_reason("a " * 10, "b") == "length_ratio"
-    assert wmt14.moses_drop_reason("a" * 1000, "b") is None
-    assert wmt14.moses_drop_reason("a" * 1001, "b") == "long_word"
+    assert filtering.moses_drop_reason("a", "") == "empty"
+    assert filtering.moses_drop_reason("a " * 80, "b " * 80) is None
+    assert filtering.moses_drop_reason("a " * 81, "b " * 80) == "too_long"
+    assert filtering.moses_drop_reason("a " * 9, "b") is None
+    assert filtering.moses_drop_reason("a " * 10, "b") == "length_ratio"
+    assert filtering.moses_drop_reason("a" * 1000, "b") is None
+    assert filtering.moses_drop_reason("a" * 1001, "b") == "long_word"

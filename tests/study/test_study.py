@@ -17,7 +17,7 @@ import yaml
 from support import small_run
 
 from fairseq_sparsemixer import cli
-from fairseq_sparsemixer.corpora.text_to_binary import CORPUS_RECORD
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring, translator
 from fairseq_sparsemixer.files import read_lines, write_json, write_lines

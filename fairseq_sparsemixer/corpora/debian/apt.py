@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
+from tqdm import tqdm
+
 from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.corpora.subprocesses import last_line, raise_full_disk
 from fairseq_sparsemixer.errors import UserError
@@ -382,8 +384,6 @@ def _package(fields: Dict[str, str]) -> Package:
 
 def _fetch(apt: _Apt, packages: Sequence[Package], folder: Path, scratch: Path) -> None:
     """Fetch the packages that ``folder`` does not have yet."""
-    from tqdm import tqdm
-
     absent = [
         package
         for package in packages

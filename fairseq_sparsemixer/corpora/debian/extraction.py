@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
+from tqdm import tqdm
+
 from fairseq_sparsemixer.corpora.cleaning import Limits, SentencePair, clean
 from fairseq_sparsemixer.corpora.debian import apt, descriptions, ding, help_pages, manual_pages
 from fairseq_sparsemixer.corpora.debian.deb_archives import read_files
@@ -68,8 +70,6 @@ def extract(folder: Path, downloads: apt.Downloads) -> Tuple[List[SentencePair],
     Raises:
         UserError: a file is damaged, or a domain has no text.
     """
-    from tqdm import tqdm
-
     segments: Counter = Counter()
 
     def counted(pairs: Iterable[SentencePair]) -> Iterator[SentencePair]:
