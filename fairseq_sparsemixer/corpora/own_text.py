@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from fairseq_sparsemixer.corpora import splitting
+from fairseq_sparsemixer.corpora.cleaning import SentencePair
 from fairseq_sparsemixer.corpora.folder import (
     SPLITS,
     Languages,
@@ -62,11 +63,9 @@ def prepare_raw_text(
         return [*raw_paths, *write_domains(output, domains)], {"domains": count_domains(domains)}
 
     def score() -> StepResult:
-        text = {
-            split: [read_lines(raw_path(output, split, name)) for name in languages]
-            for split in SPLITS
-        }
-        scores = {split: splitting.copy_score(*text["train"], *text[split]) for split in SPLITS[1:]}
+        train, *parts = (_pairs(output, split, languages) for split in SPLITS)
+        copies = splitting.copies(train, parts)
+        scores = dict(zip(SPLITS[1:], map(splitting.score_copies, copies, parts)))
         copied_path = copy_path(output, languages)
         write_lines(copied_path, scores["test"].hypotheses)
         return [copied_path], {"copy_score": describe_scores(scores), "versions": split_versions()}
@@ -106,6 +105,12 @@ def _read_parallel(raw_dir: Path, split: str, languages: Languages) -> List[List
     if len(texts[0]) != len(texts[1]):
         raise unequal_lengths((source, target))
     return texts
+
+
+def _pairs(folder: Path, split: str, languages: Languages) -> List[SentencePair]:
+    """Of ``raw/``; they are of no document."""
+    source, target = (read_lines(raw_path(folder, split, language)) for language in languages)
+    return [SentencePair(*pair, "") for pair in zip(source, target)]
 
 
 def _domain_names(raw_dir: Path) -> List[str]:

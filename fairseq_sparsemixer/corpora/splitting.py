@@ -343,18 +343,3 @@ def _sacrebleu(hypotheses: List[str], references: List[str]) -> CopyScore:
     metric = BLEU()
     bleu = metric.corpus_score(hypotheses, [references]).score
     return CopyScore(round(bleu, 2), str(metric.get_signature()), hypotheses)
-
-
-def copy_score(
-    train_sources: Sequence[str],
-    train_targets: Sequence[str],
-    sources: Sequence[str],
-    references: Sequence[str],
-) -> CopyScore:
-    """SacreBLEU of "translating" each source by its nearest training neighbour's target.
-
-    Where no neighbour shares anything the hypothesis is empty.
-    """
-    indices, _ = nearest_neighbours(train_sources, sources)
-    hypotheses = [train_targets[index] if index >= 0 else "" for index in indices]
-    return _sacrebleu(hypotheses, list(references))

@@ -132,15 +132,24 @@ def test_remove_near_duplicates_leaves_none_and_no_more_than_it_must():
     }
 
 
+def copy_score(train, targets, sources, references):
+    pairs, part = (
+        [SentencePair(*sides, "") for sides in zip(*texts)]
+        for texts in ((train, targets), (sources, references))
+    )
+    (copied,) = splitting.copies(pairs, [part])
+    return splitting.score_copies(copied, part)
+
+
 def test_copy_score_is_sacrebleu_of_the_nearest_translation():
     import sacrebleu
 
     train = ["the red lamp is on", "the blue door is shut", "one more sentence here"]
     targets = ["die rote Lampe ist an", "die blaue Tür ist zu", "noch ein Satz hier"]
-    score = splitting.copy_score(train, targets, train[:2], targets[:2])
+    score = copy_score(train, targets, train[:2], targets[:2])
     assert score.bleu == 100.0
     sources, references = ["a red lamp is off", "xyzzyx"], ["eine rote Lampe ist an", "nichts"]
-    score = splitting.copy_score(train, targets, sources, references)
+    score = copy_score(train, targets, sources, references)
     assert score.hypotheses == [targets[0], ""]
     expected = sacrebleu.corpus_bleu([targets[0], ""], [references]).score
     assert score.bleu == pytest.approx(expected, abs=0.005)

@@ -1,5 +1,6 @@
 """Which pairs of ``raw/`` WMT14's training text keeps: normalised text, or tokens of Moses."""
 
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -49,13 +50,17 @@ def clean_path(folder: Path, split: str, language: str) -> Path:
 
 
 def _clean_chunk(pairs: List[LinePair]) -> Filtered:
+    normalised = [(normalise(source), normalise(target)) for source, target in pairs]
+    return _keep(normalised, functools.partial(drop_reason, limits=LIMITS))
+
+
+def _keep(pairs: List[LinePair], reason_against: Callable[[str, str], Optional[str]]) -> Filtered:
     kept: List[LinePair] = []
     dropped: Counter = Counter()
-    for source, target in pairs:
-        source, target = normalise(source), normalise(target)
-        reason = drop_reason(source, target, LIMITS)
+    for pair in pairs:
+        reason = reason_against(*pair)
         if reason is None:
-            kept.append((source, target))
+            kept.append(pair)
         else:
             dropped[reason] += 1
     return kept, dropped
@@ -86,15 +91,7 @@ def tokenise(folder: Path, workers: Optional[int]) -> StepResult:
 
 
 def _tokenise_training_chunk(pairs: List[LinePair]) -> Filtered:
-    kept: List[LinePair] = []
-    dropped: Counter = Counter()
-    for pair in _tokens(pairs, moses.training_tokens):
-        reason = moses_drop_reason(*pair)
-        if reason is None:
-            kept.append(pair)
-        else:
-            dropped[reason] += 1
-    return kept, dropped
+    return _keep(_tokens(pairs, moses.training_tokens), moses_drop_reason)
 
 
 def _tokenise_valid_chunk(pairs: List[LinePair]) -> Filtered:
