@@ -24,18 +24,30 @@ Every step is skipped when it is already done: after an interruption run the sam
 
 import argparse
 from pathlib import Path
+from typing import Any, Dict, Sequence
 
-from fairseq_sparsemixer.corpora.debian.preparation import DEBIAN_VOCAB_SIZE
-from fairseq_sparsemixer.corpora.homeassistant.preparation import DEFAULT_VOCAB_SIZE
-from fairseq_sparsemixer.corpora.wmt14 import extraction as wmt14
+from fairseq_sparsemixer.corpora.debian.preparation import DEBIAN_VOCAB_SIZE, prepare_debian
+from fairseq_sparsemixer.corpora.homeassistant.preparation import prepare_homeassistant
+from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
+from fairseq_sparsemixer.corpora.resumable import say
+from fairseq_sparsemixer.corpora.summary import summary
+from fairseq_sparsemixer.corpora.text_to_binary import DEFAULT_VOCAB_SIZE
+from fairseq_sparsemixer.corpora.wmt14.extraction import NEWS_COMMENTARY
 from fairseq_sparsemixer.corpora.wmt14.preparation import (
-    NEWS_COMMENTARY,
+    DEFAULT_NEWS_COMMENTARY,
     PIPELINES,
     WMT14_MERGES,
     WMT14_VOCAB_SIZE,
+    prepare_wmt14,
 )
+from fairseq_sparsemixer.errors import UserError
 
 HELP = "build a corpus: download or take text, split, cut into pieces, fairseq-preprocess"
+
+_LANGUAGES = ("en", "de")
+_WMT14_FOLDER = Path("data/wmt14_en_de")
+_ARCHIVE_FLAGS = ("news_commentary", "checksums", "mirror")
+_WMT14_FLAGS = ("pipeline", "merges", *_ARCHIVE_FLAGS, "workers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,16 +86,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="debian and wmt14: where downloads are kept (default: download in the folder of the "
         "corpus; for wmt14 without --output data/wmt14_en_de/download)",
     )
+    _add_own_text_arguments(parser)
+    _add_wmt14_arguments(parser.add_argument_group("wmt14"))
+
+
+def _add_own_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw-dir", type=Path, metavar="DIR", help="use your own text instead of a download"
     )
-    parser.add_argument(
-        "--source-lang", default="en", metavar="LANG", help="suffix of the sources in --raw-dir"
-    )
-    parser.add_argument(
-        "--target-lang", default="de", metavar="LANG", help="suffix of the targets in --raw-dir"
-    )
-    group = parser.add_argument_group("wmt14")
+    for side, language in zip(("source", "target"), _LANGUAGES):
+        parser.add_argument(
+            f"--{side}-lang",
+            default=language,
+            metavar="LANG",
+            help=f"suffix of the {side}s in --raw-dir",
+        )
+
+
+def _add_wmt14_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pipeline",
         choices=PIPELINES,
@@ -98,8 +118,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--news-commentary",
-        choices=sorted(wmt14.NEWS_COMMENTARY),
-        help=f"v12 as in the reference recipe, or v9 of 2014 (default: {NEWS_COMMENTARY})",
+        choices=sorted(NEWS_COMMENTARY),
+        help=f"v12 as in the reference recipe, or v9 of 2014 (default: {DEFAULT_NEWS_COMMENTARY})",
     )
     group.add_argument(
         "--checksums",
@@ -117,7 +137,99 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
-    from fairseq_sparsemixer.corpora import prepare
+    """Build the corpus that the flags ask for, and print a summary.
 
-    prepare.run(args)
+    Raises:
+        UserError: flags that do not go together, and what the corpus raises.
+    """
+    for flag, value in (("--vocab-size", args.vocab_size), ("--merges", args.merges)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value} makes no vocabulary; give 1 or more")
+    if args.downloads is not None and args.downloads.exists() and not args.downloads.is_dir():
+        raise UserError(f"--downloads {args.downloads} is not a folder")
+    if args.corpus == "wmt14":
+        print(summary(_wmt14(args)))
+        return
+    _refuse(args, _WMT14_FLAGS, "go with the corpus wmt14 only")
+    if args.corpus != "debian":
+        _refuse(args, ["downloads"], "go with the corpora debian and wmt14 only")
+    if args.output is None:
+        raise UserError("say where to with --output DIR")
+    print(summary(_own_text(args) if args.raw_dir is not None else _small_corpus(args)))
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raise a :class:`UserError` where a flag is given that would have no effect."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: such flags {why}; leave it out")
+
+
+def _own_text(args: argparse.Namespace) -> Dict[str, Any]:
+    if args.corpus is not None or args.wheel is not None:
+        raise UserError("--raw-dir replaces the download: leave out the corpus and --wheel")
+    return prepare_raw_text(
+        args.output,
+        args.raw_dir,
+        source_lang=args.source_lang,
+        target_lang=args.target_lang,
+        vocab_size=args.vocab_size or DEFAULT_VOCAB_SIZE,
+    )
+
+
+def _small_corpus(args: argparse.Namespace) -> Dict[str, Any]:
+    """``homeassistant`` or ``debian``."""
+    if args.corpus is None:
+        raise UserError(
+            "say what to prepare: the name of a corpus (homeassistant, debian, wmt14) or --raw-dir"
+        )
+    if (args.source_lang, args.target_lang) != _LANGUAGES:
+        raise UserError("--source-lang and --target-lang only go with --raw-dir")
+    if args.corpus == "debian":
+        _refuse(args, ["wheel"], "go with the corpus homeassistant only")
+        return prepare_debian(
+            args.output,
+            vocab_size=args.vocab_size or DEBIAN_VOCAB_SIZE,
+            downloads=args.downloads,
+        )
+    return prepare_homeassistant(
+        args.output, vocab_size=args.vocab_size or DEFAULT_VOCAB_SIZE, wheel=args.wheel
+    )
+
+
+def _wmt14(args: argparse.Namespace) -> Dict[str, Any]:
+    _refuse(args, ["wheel"], "go with the corpus homeassistant only")
+    if args.raw_dir is not None:
+        why = "belong to the archives, which --raw-dir replaces"
+        _refuse(args, [*_ARCHIVE_FLAGS, "downloads"], why)
+    if (args.source_lang, args.target_lang) != _LANGUAGES:
+        raise UserError("wmt14 is English-German: leave out --source-lang and --target-lang")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} does nothing; give 1 or more")
+    if args.mirror is not None and not args.mirror.startswith(("http://", "https://")):
+        raise UserError(f"--mirror {args.mirror} is no address; give http://... or https://...")
+    if args.checksums is not None and not args.checksums.exists():
+        say(f"{args.checksums} is not there yet: checksums will be recorded in it, not verified")
+    pipeline = args.pipeline or PIPELINES[0]
+    if pipeline == "moses":
+        _refuse(args, ["vocab_size"], "belong to --pipeline sentencepiece (moses has --merges)")
+    else:
+        _refuse(args, ["merges"], "belong to --pipeline moses")
+    output, downloads = args.output, args.downloads
+    if output is None:
+        output = _WMT14_FOLDER
+        downloads = downloads or _WMT14_FOLDER / "download"
+        if pipeline == "moses":
+            output = output.with_name(f"{output.name}_moses")
+    return prepare_wmt14(
+        output,
+        pipeline=pipeline,
+        vocab_size=args.vocab_size or WMT14_VOCAB_SIZE,
+        merges=args.merges or WMT14_MERGES,
+        news_commentary=args.news_commentary or DEFAULT_NEWS_COMMENTARY,
+        raw_dir=args.raw_dir,
+        downloads=downloads,
+        checksums=args.checksums,
+        mirror=args.mirror,
+        workers=args.workers,
+    )

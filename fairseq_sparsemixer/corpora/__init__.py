@@ -1,20 +1,32 @@
 """Builders of translation corpora: from a download or the user's own text to fairseq's data.
 
-======================  =========================================================================
-``files``               (one folder up) text read strictly, files written whole or not at all
-``subprocesses``        Python programs run beside this one, with their errors
-``parallel``            a function over many lines, on several cores
-``steps``               resumable steps: what is finished, and with which settings
-``cleaning``            sentence pairs: normalised, split, kept or dropped for a counted reason
-``splitting``           train/valid/test by document, near duplicates, the copy score
-``binarise``            SentencePiece model, pieces, ``fairseq-preprocess``
-``bpe``                 Moses tokens cut by subword-nmt
-``homeassistant``       extraction of pairs from its wheel
-``debian``              extraction of pairs from Debian's packages, in four domains
-``wmt14``               the archives of WMT14 English-German, and how they are cleaned
-``stages``              what the corpora share from text to ``bin/``
-``prepare``             the command that runs it all
-======================  =========================================================================
+Each corpus has one door, which returns what is in ``record.json``:
 
-Only ``homeassistant``, ``debian``, ``wmt14`` and ``prepare`` know of a particular source.
+=================  ==============================================================================
+``homeassistant``  ``preparation.prepare_homeassistant``: user-interface messages, from a wheel
+``debian``         ``preparation.prepare_debian``: texts of Debian's packages, in four domains
+``wmt14``          ``preparation.prepare_wmt14``: WMT14 English-German, or own text cleaned alike
+``own_text``       ``prepare_raw_text``: the user's own text, as it is
+=================  ==============================================================================
+
+They share, from what knows least to what knows most:
+
+==================  =============================================================================
+``subprocesses``    Python programs run beside this one, with their errors
+``workers``         a function over many lines, on several cores
+``resumable``       steps: what is finished, and with which settings
+``cleaning``        sentence pairs: normalised, split, kept or dropped for a counted reason
+``splitting``       train/valid/test by document, near duplicates, the copy score
+``folder``          what a corpus' folder holds, and where
+``parallel_text``   two files whose lines correspond, read and written in step
+``pieces``          text in pieces, written and counted
+``spm``             ... cut by SentencePiece
+``bpe``             ... from Moses tokens cut by subword-nmt
+``binarise``        ``fairseq-preprocess``
+``text_to_binary``  the steps from text to ``bin/`` and ``record.json``
+``split_step``      the step from pairs to ``raw/``
+``summary``         what is printed of a record
+==================  =============================================================================
+
+Importing any of them loads neither torch nor fairseq nor numpy.
 """

@@ -1,24 +1,23 @@
 """Tokenised text cut by byte-pair encoding (Sennrich et al. 2016), with subword-nmt.
 
-The folder of a corpus holds ``tokens/{train,valid,test}.LANG`` (text as :mod:`.moses` tokenises
-it) and ``bpe/`` (``codes`` and the same text in pieces).
+The folder of a corpus holds ``tokens/{train,valid,test}.LANG`` (text as :mod:`.text.moses`
+tokenises it) and ``bpe/`` (``codes`` and the same text in pieces).
 """
 
 import functools
+import importlib
 import io
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Iterator, List, Optional
 
-from fairseq_sparsemixer.corpora.binarise import (
-    Languages,
-    count_lines,
-    describe_splits,
-    useful_workers,
-    write_pieces,
-)
-from fairseq_sparsemixer.corpora.parallel import map_chunks
-from fairseq_sparsemixer.corpora.steps import StepResult
+from tqdm import tqdm
+
+from fairseq_sparsemixer.corpora.folder import Languages, count_lines
+from fairseq_sparsemixer.corpora.pieces import describe_splits, write_pieces
+from fairseq_sparsemixer.corpora.resumable import StepResult
+from fairseq_sparsemixer.corpora.workers import map_chunks, useful_workers
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, iterate_lines
 
@@ -49,7 +48,7 @@ def build_pieces(
         workers: processes at most (default: the cores).
 
     Returns:
-        Paths of the outputs, and counts as :func:`.binarise.build_pieces` returns them.
+        Paths of the outputs, and counts as :func:`.spm.build_pieces` returns them.
 
     Raises:
         UserError: subword-nmt is not installed.
@@ -69,15 +68,13 @@ def build_pieces(
     result = {
         "vocabulary": len(vocabulary) + _SPECIAL_SYMBOLS,
         "splits": describe_splits(splits, vocabulary),
-        "versions": {"subword-nmt": _version()},
+        "versions": {"subword-nmt": version("subword-nmt")},
     }
     return [codes, *outputs], result
 
 
 def _learn(texts: List[Path], merges: int, codes: Path) -> None:
     """Write ``merges`` merge operations, learnt from the words of all ``texts`` together."""
-    from tqdm import tqdm
-
     learn_bpe = _subword_nmt("learn_bpe")
     words: Counter = Counter()
     for path in texts:
@@ -105,17 +102,9 @@ def _load(codes: str) -> Any:
 
 
 def _subword_nmt(module: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(f"subword_nmt.{module}")
     except ImportError as error:
         raise UserError(
             "--pipeline moses needs the package subword-nmt: pip install subword-nmt sacremoses"
         ) from error
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("subword-nmt")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 
-class Pair(NamedTuple):
+class SentencePair(NamedTuple):
     """A sentence, its translation, the document that both come from, and that document's domain.
 
     The domain is a label for the kind of text; it is empty in a corpus of one kind.
@@ -103,7 +103,9 @@ def _word_count(text: str) -> int:
     return sum(1 for token in tokens(text) if _LETTER.match(token))
 
 
-def clean(pairs: Iterable[Pair], limits: Limits) -> Tuple[List[Pair], Dict[str, int]]:
+def clean(
+    pairs: Iterable[SentencePair], limits: Limits
+) -> Tuple[List[SentencePair], Dict[str, int]]:
     """Normalise pairs and keep the useful ones, each text pair once (its first document).
 
     Returns:

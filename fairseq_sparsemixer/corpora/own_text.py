@@ -4,26 +4,25 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from fairseq_sparsemixer.corpora import splitting
-from fairseq_sparsemixer.corpora.binarise import (
+from fairseq_sparsemixer.corpora.cleaning import SentencePair
+from fairseq_sparsemixer.corpora.folder import (
     SPLITS,
     Languages,
+    copy_path,
     count_lines,
     paths_of,
     raw_path,
+    steps_in,
 )
-from fairseq_sparsemixer.corpora.homeassistant.preparation import DEFAULT_VOCAB_SIZE
+from fairseq_sparsemixer.corpora.parallel_text import unequal_lengths
+from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.split_step import (
-    copy_path,
     count_domains,
     describe_scores,
-    finish,
     split_versions,
     write_domains,
 )
-from fairseq_sparsemixer.corpora.stages import (
-    steps_in,
-)
-from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.corpora.text_to_binary import DEFAULT_VOCAB_SIZE, finish
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
 from fairseq_sparsemixer.version import __version__
@@ -64,11 +63,9 @@ def prepare_raw_text(
         return [*raw_paths, *write_domains(output, domains)], {"domains": count_domains(domains)}
 
     def score() -> StepResult:
-        text = {
-            split: [read_lines(raw_path(output, split, name)) for name in languages]
-            for split in SPLITS
-        }
-        scores = {split: splitting.copy_score(*text["train"], *text[split]) for split in SPLITS[1:]}
+        train, *parts = (_pairs(output, split, languages) for split in SPLITS)
+        copies = splitting.copies(train, parts)
+        scores = dict(zip(SPLITS[1:], map(splitting.score_copies, copies, parts)))
         copied_path = copy_path(output, languages)
         write_lines(copied_path, scores["test"].hypotheses)
         return [copied_path], {"copy_score": describe_scores(scores), "versions": split_versions()}
@@ -100,17 +97,20 @@ def check_raw_dir(raw_dir: Path, output: Path, languages: Languages) -> List[str
 
 
 def _read_parallel(raw_dir: Path, split: str, languages: Languages) -> List[List[str]]:
-    paths = [raw_dir / f"{split}.{language}" for language in languages]
-    texts = [read_lines(path) for path in paths]
-    for path, lines in zip(paths, texts):
+    source, target = (raw_dir / f"{split}.{language}" for language in languages)
+    texts = [read_lines(source), read_lines(target)]
+    for path, lines in zip((source, target), texts):
         if not any(line.strip() for line in lines):
             raise UserError(f"{path} holds no text")
     if len(texts[0]) != len(texts[1]):
-        raise UserError(
-            f"{paths[0]} has {len(texts[0])} lines and {paths[1]} has {len(texts[1])}: "
-            "line N of one must translate line N of the other"
-        )
+        raise unequal_lengths((source, target))
     return texts
+
+
+def _pairs(folder: Path, split: str, languages: Languages) -> List[SentencePair]:
+    """Of ``raw/``; they are of no document."""
+    source, target = (read_lines(raw_path(folder, split, language)) for language in languages)
+    return [SentencePair(*pair, "") for pair in zip(source, target)]
 
 
 def _domain_names(raw_dir: Path) -> List[str]:

@@ -1,23 +1,20 @@
-"""The step that divides pairs into train, valid and test, and what follows it."""
+"""The step that divides pairs into train, valid and test, and what the record says of them."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from fairseq_sparsemixer.corpora import splitting
-from fairseq_sparsemixer.corpora.binarise import (
+from fairseq_sparsemixer.corpora.cleaning import SentencePair
+from fairseq_sparsemixer.corpora.folder import (
     SPLITS,
     Languages,
-    raw_path,
-)
-from fairseq_sparsemixer.corpora.cleaning import Pair
-from fairseq_sparsemixer.corpora.stages import (
+    copy_path,
     domain_path,
+    raw_path,
     read_pairs,
-    sentencepiece_steps,
-    write_record,
 )
-from fairseq_sparsemixer.corpora.steps import StepResult, Steps
+from fairseq_sparsemixer.corpora.resumable import StepResult, Steps
 from fairseq_sparsemixer.files import write_lines
 from fairseq_sparsemixer.version import __version__
 
@@ -25,7 +22,7 @@ from fairseq_sparsemixer.version import __version__
 def split_step(
     steps: Steps, pairs_path: Path, languages: Languages, settings: splitting.SplitSettings
 ) -> Dict[str, Any]:
-    """Split the pairs of a file (see :func:`write_pairs`) into ``raw/``.
+    """Split the pairs of a file (see :func:`.folder.write_pairs`) into ``raw/``.
 
     Where they are of several domains, ``raw/`` also says of which, and the result how many are of
     each and how much each measure against leaks does.
@@ -78,7 +75,7 @@ def split_step(
 def _write_split(folder: Path, split: splitting.Split, languages: Languages) -> List[Path]:
     outputs = []
     for name in SPLITS:
-        pairs: Sequence[Pair] = getattr(split, name)
+        pairs: Sequence[SentencePair] = getattr(split, name)
         for side, language in enumerate(languages):
             path = raw_path(folder, name, language)
             write_lines(path, (pair[side] for pair in pairs))
@@ -106,27 +103,9 @@ def describe_scores(scores: Dict[str, splitting.CopyScore]) -> Dict[str, Dict[st
     }
 
 
-def copy_path(folder: Path, languages: Languages) -> Path:
-    """Where the test set "translated" by the nearest training sentences is."""
-    return folder / "copy" / f"test.{languages[1]}"
-
-
 def split_versions() -> Dict[str, str]:
     """Of the packages that copy scores depend on."""
     import sacrebleu
     import sklearn
 
     return {"sacrebleu": sacrebleu.__version__, "scikit-learn": sklearn.__version__}
-
-
-def finish(
-    steps: Steps,
-    languages: Languages,
-    vocab_size: int,
-    record: Dict[str, Any],
-    scored: Dict[str, Any],
-) -> Dict[str, Any]:
-    """From ``raw/`` to ``bin/`` and ``record.json``."""
-    cut = sentencepiece_steps(steps, languages, vocab_size)
-    cut["versions"] = {**scored["versions"], **cut["versions"]}
-    return write_record(steps, languages, {**record, "copy_score": scored["copy_score"]}, cut)

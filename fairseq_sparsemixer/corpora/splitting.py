@@ -13,7 +13,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from fairseq_sparsemixer.corpora.cleaning import Pair, tokens
+from tqdm import tqdm
+
+from fairseq_sparsemixer.corpora.cleaning import SentencePair, tokens
 
 _QUERIES_AT_ONCE = 256
 _NUMBER = re.compile(r"\d+")
@@ -49,9 +51,9 @@ class SplitSettings:
 class Split(NamedTuple):
     """The parts of a corpus, and counts of what was left out."""
 
-    train: List[Pair]
-    valid: List[Pair]
-    test: List[Pair]
+    train: List[SentencePair]
+    valid: List[SentencePair]
+    test: List[SentencePair]
     counts: Dict[str, Any]
 
 
@@ -60,7 +62,7 @@ def stable_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
 
 
-def hold_out(pairs: Sequence[Pair], settings: SplitSettings) -> Split:
+def hold_out(pairs: Sequence[SentencePair], settings: SplitSettings) -> Split:
     """Split by document: whole documents are held out, half of them for valid, half for test.
 
     Held-out sources are unique, and no sentence of either language is in both valid and test.
@@ -116,7 +118,7 @@ _SENTENCE_END = re.compile(r"[.!?]['\"”“»)]*$")
 _CODE_OR_REFERENCE = re.compile(r"[{}%\\|<>]|\w\(\d\)")
 
 
-def unsuitable(pair: Pair, settings: SplitSettings) -> Optional[str]:
+def unsuitable(pair: SentencePair, settings: SplitSettings) -> Optional[str]:
     """Why a pair may not be held out, or None."""
     length = len(tokens(pair.source))
     if length < settings.min_held_out_tokens:
@@ -131,7 +133,7 @@ def unsuitable(pair: Pair, settings: SplitSettings) -> Optional[str]:
     return None
 
 
-def _half(pairs: Sequence[Pair], salt: str) -> Set[str]:
+def _half(pairs: Sequence[SentencePair], salt: str) -> Set[str]:
     """Documents with about half of the pairs: in hashed order, each goes to the smaller half.
 
     Each domain is halved by itself.
@@ -151,25 +153,25 @@ def _half(pairs: Sequence[Pair], salt: str) -> Set[str]:
     return first
 
 
-def _sample(pairs: Sequence[Pair], size: int, salt: str) -> List[Pair]:
+def _sample(pairs: Sequence[SentencePair], size: int, salt: str) -> List[SentencePair]:
     """At most ``size`` pairs of each domain, which their hash decides; in their order."""
-    by_domain: Dict[str, List[Pair]] = {}
+    by_domain: Dict[str, List[SentencePair]] = {}
     for pair in pairs:
         by_domain.setdefault(pair.domain, []).append(pair)
-    chosen: Set[Pair] = set()
+    chosen: Set[SentencePair] = set()
     for members in by_domain.values():
         members.sort(key=lambda pair: stable_fraction(f"{salt}/sample/{pair.source}"))
         chosen.update(members[:size])
     return [pair for pair in pairs if pair in chosen]
 
 
-def random_split(pairs: Sequence[Pair], like: Split, settings: SplitSettings) -> Split:
+def random_split(pairs: Sequence[SentencePair], like: Split, settings: SplitSettings) -> Split:
     """What not to do: as many pairs of each domain held out as in ``like``, of any document.
 
     The same pairs may be held out as in ``like``; all others are for training. ``valid`` is empty.
     """
     sizes = Counter(pair.domain for pair in [*like.valid, *like.test])
-    test: List[Pair] = []
+    test: List[SentencePair] = []
     for domain, size in sizes.items():
         suitable = [
             pair for pair in pairs if pair.domain == domain and unsuitable(pair, settings) is None
@@ -242,7 +244,6 @@ def _similarities(
     """
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from tqdm import tqdm
 
     vectoriser = TfidfVectorizer(
         analyzer="char_wb", ngram_range=(4, 4), sublinear_tf=True, dtype=np.float32
@@ -278,7 +279,7 @@ class Copies(NamedTuple):
     cosines: List[float]
 
 
-def copies(train: Sequence[Pair], parts: Sequence[Sequence[Pair]]) -> List[Copies]:
+def copies(train: Sequence[SentencePair], parts: Sequence[Sequence[SentencePair]]) -> List[Copies]:
     """For each part of the held-out pairs, what copying from the training pairs gives."""
     queries = [pair.source for part in parts for pair in part]
     indices, cosines = nearest_neighbours([pair.source for pair in train], queries)
@@ -292,13 +293,13 @@ def copies(train: Sequence[Pair], parts: Sequence[Sequence[Pair]]) -> List[Copie
     return found
 
 
-def score_copies(copied: Copies, part: Sequence[Pair]) -> CopyScore:
+def score_copies(copied: Copies, part: Sequence[SentencePair]) -> CopyScore:
     """SacreBLEU of the copies for a part against its targets."""
     return _sacrebleu(copied.targets, [pair.target for pair in part])
 
 
 def describe_leak(
-    copied: Sequence[Copies], parts: Sequence[Sequence[Pair]], min_cosine: float
+    copied: Sequence[Copies], parts: Sequence[Sequence[SentencePair]], min_cosine: float
 ) -> Dict[str, Any]:
     """How much the held-out pairs have in training: a JSON object.
 
@@ -313,7 +314,7 @@ def describe_leak(
     return {"sentences": len(references), "bleu": bleu, "near": round(near, 4)}
 
 
-def describe_documents(part: Sequence[Pair]) -> Dict[str, Dict[str, Any]]:
+def describe_documents(part: Sequence[SentencePair]) -> Dict[str, Dict[str, Any]]:
     """By domain, how many ``documents`` a part is from, and the ``largest`` with its ``pairs``.
 
     A domain of few documents says little about other text of its kind.
@@ -326,7 +327,7 @@ def describe_documents(part: Sequence[Pair]) -> Dict[str, Dict[str, Any]]:
     return found
 
 
-def bleu_by_domain(copied: Copies, part: Sequence[Pair]) -> Dict[str, float]:
+def bleu_by_domain(copied: Copies, part: Sequence[SentencePair]) -> Dict[str, float]:
     """BLEU of the copies for each domain of a part."""
     scores = {}
     for domain in sorted({pair.domain for pair in part}):
@@ -342,18 +343,3 @@ def _sacrebleu(hypotheses: List[str], references: List[str]) -> CopyScore:
     metric = BLEU()
     bleu = metric.corpus_score(hypotheses, [references]).score
     return CopyScore(round(bleu, 2), str(metric.get_signature()), hypotheses)
-
-
-def copy_score(
-    train_sources: Sequence[str],
-    train_targets: Sequence[str],
-    sources: Sequence[str],
-    references: Sequence[str],
-) -> CopyScore:
-    """SacreBLEU of "translating" each source by its nearest training neighbour's target.
-
-    Where no neighbour shares anything the hypothesis is empty.
-    """
-    indices, _ = nearest_neighbours(train_sources, sources)
-    hypotheses = [train_targets[index] if index >= 0 else "" for index in indices]
-    return _sacrebleu(hypotheses, list(references))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
-from fairseq_sparsemixer.corpora.stages import RECORD
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
@@ -120,13 +120,13 @@ def copy_score(
     if test_set.name in recorded:
         bleu, signature = (recorded[test_set.name][key] for key in ("bleu", "signature"))
         scores = {"bleu": {"score": bleu, "signature": signature}}
-        return {"source": str(test_set.corpus / RECORD), "scores": scores}
+        return {"source": str(test_set.corpus / CORPUS_RECORD), "scores": scores}
     return None
 
 
 def _read_record(corpus: Path) -> Dict[str, Any]:
     """What ``prepare`` says of a corpus; empty where it says nothing."""
-    path = corpus / RECORD
+    path = corpus / CORPUS_RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 
 import torch
 
-from fairseq_sparsemixer.corpora.binarise import raw_path
+from fairseq_sparsemixer.corpora.folder import raw_path
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import check_writable, read_lines, write_json, write_lines

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, TextIO, Tuple
 
 import torch
 
-from fairseq_sparsemixer.corpora.stages import RECORD
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, report_full_disk, write_json
 from fairseq_sparsemixer.runs import points
@@ -97,7 +97,7 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, "Parameters"]:
 
 def _copy_corpus(data: Path, target: Path, plan_file: Path) -> None:
     """What training and scoring read of it, its record last."""
-    source, copy = data / RECORD, target / RECORD
+    source, copy = data / CORPUS_RECORD, target / CORPUS_RECORD
     if copy.is_file():
         if source.is_file() and json.loads(source.read_text()) != json.loads(copy.read_text()):
             raise UserError(

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from fairseq_sparsemixer import cli
-from fairseq_sparsemixer.corpora.stages import RECORD
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring, translator
 from fairseq_sparsemixer.files import read_lines, write_json, write_lines
@@ -57,7 +57,7 @@ PLAN = {
 def prepared(corpus, tmp_path_factory):
     """The toy corpus with a record and with domains."""
     folder = shutil.copytree(corpus, tmp_path_factory.mktemp("corpus") / "corpus")
-    write_json(folder / RECORD, {"corpus": "toy"})
+    write_json(folder / CORPUS_RECORD, {"corpus": "toy"})
     for split in ("valid", "test"):
         lines = read_lines(folder / "raw" / f"{split}.en")
         write_lines(folder / "raw" / f"{split}.domain", (DOMAINS[n % 2] for n in range(len(lines))))

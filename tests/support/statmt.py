@@ -11,6 +11,7 @@ import tarfile
 import threading
 from pathlib import Path
 
+from support import commands
 from support.phrases import ADVERBS, OBJECTS, SUBJECTS, VERBS
 
 EUROPARL = "/wmt13/training-parallel-europarl-v7.tgz"
@@ -20,6 +21,8 @@ NEWS_V9 = "/wmt14/training-parallel-nc-v9.tgz"
 DEV = "/wmt17/translation-task/dev.tgz"
 TEST = "/wmt14/test-full.tgz"
 PATHS = (EUROPARL, COMMON_CRAWL, NEWS_V12, NEWS_V9, DEV, TEST)
+VOCAB_SIZE = 300
+MERGES = 250
 
 
 def sentences(count, seed):
@@ -180,3 +183,15 @@ def write_pins(path: Path, server: Server):
         }  # fmt: skip
     path.write_text(json.dumps(entries))
     return path
+
+
+def prepare(server, output, *arguments):
+    """``prepare wmt14`` from the server's archives; its record."""
+    pins = output.parent / "pins.json"
+    if not pins.is_file():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_pins(pins, server)
+    size = ["--merges", MERGES] if "moses" in arguments else ["--vocab-size", VOCAB_SIZE]
+    places = ["--mirror", server.url, "--checksums", pins, "--output", output]
+    commands.command("prepare", "wmt14", *places, *arguments, *size)
+    return json.loads((output / "record.json").read_text())

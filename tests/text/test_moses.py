@@ -214,7 +214,7 @@ def test_without_sacremoses_the_error_names_the_cure(function, monkeypatch):
 def test_importing_needs_neither_fairseq_nor_sacremoses():
     code = (
         "import sys; sys.modules.update(fairseq=None, sacremoses=None)\n"
-        "from fairseq_sparsemixer.corpora import moses\n"
+        "from fairseq_sparsemixer.text import moses\n"
         "print(moses.remove_non_printing('a\\x00b'))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,12 +1,13 @@
 """The corpus ``debian``: English-German text of Debian's packages, in four domains.
 
-======================  =========================================================================
-``apt``                 packages and their descriptions, from the machine's own apt sources
-``packages``            Debian packages, read as archives
-``descriptions``        package descriptions
-``ding``                the sentences of a dictionary
-``help_pages``          LibreOffice's help
-``manual_pages``        manual pages
-``sources``             which packages hold them, cleaning, and how the corpus is divided
-======================  =========================================================================
+================  =============================================================================
+``preparation``   the door: from packages to ``bin/``
+``extraction``    which packages hold the texts, cleaning, and how the corpus is divided
+``apt``           packages and indices of descriptions, from the machine's own apt sources
+``deb_archives``  Debian packages, read as archives
+``descriptions``  package descriptions
+``ding``          the sentences of a dictionary
+``help_pages``    LibreOffice's help
+``manual_pages``  manual pages
+================  =============================================================================
 """

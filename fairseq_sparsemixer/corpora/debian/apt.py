@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
-from fairseq_sparsemixer.corpora.steps import say
+from tqdm import tqdm
+
+from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.corpora.subprocesses import last_line, raise_full_disk
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
@@ -30,7 +32,7 @@ from fairseq_sparsemixer.files import (
     write_json,
 )
 
-RECORD = "downloads.json"
+_RECORD = "downloads.json"
 ELSEWHERE = (
     "run the command on a Debian or Ubuntu machine with a network and bring the folder of its "
     "downloads with --downloads DIR, or bring the corpus's raw/ folder, or text of your own, with "
@@ -165,7 +167,7 @@ def obtain(folder: Path, required: Sequence[str], optional: Sequence[str]) -> Do
         _fetch(apt, packages, folder, scratch)
     not_found = [name for name in optional if name not in offered]
     downloads = Downloads(indices, packages, not_found)
-    write_json(folder / RECORD, downloads.describe())
+    write_json(folder / _RECORD, downloads.describe())
     return downloads
 
 
@@ -175,7 +177,7 @@ def read_record(folder: Path) -> Optional[Downloads]:
     Raises:
         UserError: it is no such record.
     """
-    path = folder / RECORD
+    path = folder / _RECORD
     if not path.is_file():
         return None
     try:
@@ -220,7 +222,7 @@ def _complete(folder: Path, downloads: Downloads, names: Sequence[str]) -> bool:
             return False
         found = _text_sha256(path) if isinstance(entry, Index) else sha256_of(path)
         if found != entry.sha256:
-            say(f"{path} is damaged: its checksum is not the one in {RECORD}")
+            say(f"{path} is damaged: its checksum is not the one in {_RECORD}")
             return False
     return True
 
@@ -382,8 +384,6 @@ def _package(fields: Dict[str, str]) -> Package:
 
 def _fetch(apt: _Apt, packages: Sequence[Package], folder: Path, scratch: Path) -> None:
     """Fetch the packages that ``folder`` does not have yet."""
-    from tqdm import tqdm
-
     absent = [
         package
         for package in packages

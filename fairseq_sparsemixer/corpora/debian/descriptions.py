@@ -8,7 +8,7 @@ lines with a dot. Lines indented further are lists and verbatim text.
 import re
 from typing import Dict, Iterable, Iterator, List, NamedTuple
 
-from fairseq_sparsemixer.corpora.cleaning import Pair, split_pair
+from fairseq_sparsemixer.corpora.cleaning import SentencePair, split_pair
 
 _BULLET = re.compile(r"^[-*+•o]\s+")
 _PREFIX = re.compile(
@@ -23,7 +23,7 @@ class Description(NamedTuple):
     paragraphs: List[str]
 
 
-def pairs(english: Iterable[str], german: Iterable[str]) -> Iterator[Pair]:
+def pairs(english: Iterable[str], german: Iterable[str]) -> Iterator[SentencePair]:
     """Yield the aligned sentences of the descriptions that the indices (lines) both have.
 
     Titles correspond. Paragraphs do where there are as many on both sides.
@@ -39,7 +39,7 @@ def pairs(english: Iterable[str], german: Iterable[str]) -> Iterator[Pair]:
             sides = [side[:1] for side in sides]
         for source, target in zip(*sides):
             for segment in split_pair(source, target):
-                yield Pair(*segment, document, "descriptions")
+                yield SentencePair(*segment, document, "descriptions")
 
 
 def stem(package: str) -> str:

@@ -8,7 +8,7 @@ sides are sentences.
 import re
 from typing import Iterable, Iterator, List, Optional
 
-from fairseq_sparsemixer.corpora.cleaning import Pair, normalise
+from fairseq_sparsemixer.corpora.cleaning import SentencePair, normalise
 
 PATH = "usr/share/trans/de-en"
 """Of the dictionary in its package."""
@@ -34,7 +34,7 @@ _SENTENCE_END = re.compile(r"[.!?][\"'”“’»«]?$")
 _OPENING_QUOTE = ("'", '"', "“", "‘")
 
 
-def pairs(lines: Iterable[str]) -> Iterator[Pair]:
+def pairs(lines: Iterable[str]) -> Iterator[SentencePair]:
     """Yield the sentences of the dictionary, from the first alternative of each cell.
 
     Their document is the entry's headword: its first German alternative.
@@ -49,7 +49,7 @@ def pairs(lines: Iterable[str]) -> Iterator[Pair]:
         for german_cell, english_cell in zip(german, english):
             source, target = _first(english_cell), _first(german_cell)
             if source and target and _is_sentence(source) and _SENTENCE_END.search(target):
-                yield Pair(source, target, document, "ding")
+                yield SentencePair(source, target, document, "ding")
 
 
 def headword(cell: str) -> str:

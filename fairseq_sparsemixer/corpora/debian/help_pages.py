@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Dict, Iterator, List, Optional, Tuple
 
-from fairseq_sparsemixer.corpora.cleaning import Pair, normalise, split_pair
+from fairseq_sparsemixer.corpora.cleaning import SentencePair, normalise, split_pair
 
 _PATH = re.compile(r"usr/share/libreoffice/help/(en-US|de)/text/(.+)\.html")
 _LANGUAGES = {"en-US": "en", "de": "de"}
@@ -25,7 +25,7 @@ def page_of(path: str) -> Tuple[str, str]:
     return (_LANGUAGES[match.group(1)], match.group(2)) if match else ("", "")
 
 
-def pairs(english: Dict[str, str], german: Dict[str, str]) -> Iterator[Pair]:
+def pairs(english: Dict[str, str], german: Dict[str, str]) -> Iterator[SentencePair]:
     """Yield the aligned sentences of the pages (name and HTML) that both languages have."""
     for page in sorted(english.keys() & german.keys()):
         document = "/".join(["help", *page.split("/")[:-1][:_FOLDERS]])
@@ -33,7 +33,7 @@ def pairs(english: Dict[str, str], german: Dict[str, str]) -> Iterator[Pair]:
         for key, source in blocks(english[page]).items():
             if key in translations:
                 for segment in split_pair(source, translations[key]):
-                    yield Pair(*segment, document, "help")
+                    yield SentencePair(*segment, document, "help")
 
 
 Key = Tuple[str, int]
@@ -46,7 +46,7 @@ def blocks(html: str) -> Dict[Key, str]:
     Of text that depends on the system or the application, the default is taken.
     """
     content = _CONTENT.search(html)
-    reader = _Reader()
+    reader = _HtmlReader()
     reader.feed(content.group() if content else "")
     reader.close()
     return reader.blocks
@@ -85,7 +85,7 @@ class _Element:
         return next((text for name, text in self.branches.items() if name != "MAC"), "")
 
 
-class _Reader(HTMLParser):
+class _HtmlReader(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.blocks: Dict[Key, str] = {}

@@ -13,7 +13,7 @@ from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Tuple
 
 from fairseq_sparsemixer.corpora.cleaning import (
     UNREADABLE,
-    Pair,
+    SentencePair,
     normalise,
     similar_length,
     split_pair,
@@ -55,12 +55,12 @@ def read_page(content: bytes, path: str) -> str:
         return text.decode("latin-1")
 
 
-def pairs(english: Dict[str, str], german: Dict[str, str]) -> Iterator[Pair]:
+def pairs(english: Dict[str, str], german: Dict[str, str]) -> Iterator[SentencePair]:
     """Yield the aligned sentences of the pages (name and source) that both languages have."""
     for page in sorted(english.keys() & german.keys()):
         for source, target in align(blocks(english[page]), blocks(german[page])):
             for segment in split_pair(source, target):
-                yield Pair(*segment, f"manpages/{family(page)}", "manpages")
+                yield SentencePair(*segment, f"manpages/{family(page)}", "manpages")
 
 
 def family(page: str) -> str:
@@ -198,10 +198,10 @@ def blocks(page: str) -> List[Block]:
 
     Verbatim text (examples, tables) is left out.
     """
-    return [] if _MDOC.search(page) else _Reader().read(page)
+    return [] if _MDOC.search(page) else _PageReader().read(page)
 
 
-class _Reader:
+class _PageReader:
     """Gathers the lines of a page into blocks."""
 
     def __init__(self) -> None:

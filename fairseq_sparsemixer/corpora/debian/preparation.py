@@ -4,14 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from fairseq_sparsemixer.corpora.debian import apt
-from fairseq_sparsemixer.corpora.debian import sources as debian
-from fairseq_sparsemixer.corpora.split_step import finish, split_step
-from fairseq_sparsemixer.corpora.stages import (
-    steps_in,
-    write_pairs,
-)
-from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.corpora.debian import apt, extraction
+from fairseq_sparsemixer.corpora.folder import steps_in, write_pairs
+from fairseq_sparsemixer.corpora.resumable import StepResult
+from fairseq_sparsemixer.corpora.split_step import split_step
+from fairseq_sparsemixer.corpora.text_to_binary import finish
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import report_full_disk
 from fairseq_sparsemixer.version import __version__
@@ -39,38 +36,38 @@ def prepare_debian(
         UserError: see :func:`.apt.obtain`; no disk space; an unsuitable ``vocab_size``; the corpus
             in ``output`` was made from other downloads.
     """
-    languages = debian.LANGUAGES
+    languages = extraction.LANGUAGES
     folder = downloads or output / "download"
 
     def extract() -> StepResult:
-        with report_full_disk(folder, debian.MEGABYTES, "--downloads"):
-            fetched = apt.obtain(folder, debian.REQUIRED, debian.OPTIONAL)
-        pairs, counts = debian.extract(folder, fetched)
+        with report_full_disk(folder, extraction.MEGABYTES, "--downloads"):
+            fetched = apt.obtain(folder, extraction.REQUIRED, extraction.OPTIONAL)
+        pairs, counts = extraction.extract(folder, fetched)
         write_pairs(pairs_path, pairs)
         return [pairs_path], {"source": fetched.describe(), "counts": counts}
 
-    with steps_in(output, debian.MEGABYTES) as steps:
+    with steps_in(output, extraction.MEGABYTES) as steps:
         pairs_path = output / "raw" / "all.tsv"
-        limits = dataclasses.asdict(debian.LIMITS)
-        settings = {"version": __version__, "revision": debian.REVISION, "limits": limits}
-        extraction = steps.run("extract", settings, [], extract)
+        limits = dataclasses.asdict(extraction.LIMITS)
+        settings = {"version": __version__, "revision": extraction.REVISION, "limits": limits}
+        extracted = steps.run("extract", settings, [], extract)
         present = apt.read_record(folder)
-        if present is not None and present.describe() != extraction["source"]:
+        if present is not None and present.describe() != extracted["source"]:
             raise UserError(
                 f"{output} was made from other downloads than those in {folder}: name another "
                 "folder with --output"
             )
-        split = split_step(steps, pairs_path, languages, debian.SPLIT)
+        split = split_step(steps, pairs_path, languages, extraction.SPLIT)
         record = {
             "corpus": "debian",
-            "revision": debian.REVISION,
-            "source": extraction["source"],
+            "revision": extraction.REVISION,
+            "source": extracted["source"],
             "settings": {
                 "vocab_size": vocab_size,
                 "limits": limits,
-                "split": debian.SPLIT.describe(),
+                "split": extraction.SPLIT.describe(),
             },
-            "extraction": extraction["counts"],
+            "extraction": extracted["counts"],
             "split": split["counts"],
             "domains": split["domains"],
             "held_out_documents": split["held_out_documents"],

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from fairseq_sparsemixer.corpora.cleaning import Limits, Pair, split_pair
+from fairseq_sparsemixer.corpora.cleaning import Limits, SentencePair, split_pair
 from fairseq_sparsemixer.corpora.homeassistant.wheels import Wheel
 from fairseq_sparsemixer.corpora.splitting import SplitSettings
 
@@ -43,7 +43,7 @@ _LINE_MARKS = re.compile(r"^[ \t*-]+|[ \t*-]+$", re.M)  # of lists, and more emp
 class Extraction(NamedTuple):
     """The aligned segments (not yet cleaned) and how they came about."""
 
-    pairs: List[Pair]
+    pairs: List[SentencePair]
     messages: int
     dropped_messages: Dict[str, int]
 
@@ -64,7 +64,7 @@ def extract(wheel: Path) -> Extraction:
             continue
         for segment in split_pair(strip_markup(source), strip_markup(target)):
             if placeholders(segment[0]) == placeholders(segment[1]):
-                pairs.append(Pair(*segment, component))
+                pairs.append(SentencePair(*segment, component))
             else:
                 dropped["placeholders_in_another_sentence"] += 1
     return Extraction(pairs, messages, dict(sorted(dropped.items())))

@@ -5,17 +5,13 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from fairseq_sparsemixer.corpora.cleaning import clean
-from fairseq_sparsemixer.corpora.homeassistant import extraction as homeassistant
+from fairseq_sparsemixer.corpora.folder import steps_in, write_pairs
+from fairseq_sparsemixer.corpora.homeassistant import extraction
 from fairseq_sparsemixer.corpora.homeassistant.wheels import check_given, obtain_wheel
-from fairseq_sparsemixer.corpora.split_step import finish, split_step
-from fairseq_sparsemixer.corpora.stages import (
-    steps_in,
-    write_pairs,
-)
-from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.corpora.resumable import StepResult
+from fairseq_sparsemixer.corpora.split_step import split_step
+from fairseq_sparsemixer.corpora.text_to_binary import DEFAULT_VOCAB_SIZE, finish
 from fairseq_sparsemixer.version import __version__
-
-DEFAULT_VOCAB_SIZE = 4000
 
 
 def prepare_homeassistant(
@@ -34,33 +30,30 @@ def prepare_homeassistant(
     Raises:
         UserError: no network, a damaged file, no disk space, an unsuitable ``vocab_size``.
     """
-    source = homeassistant.WHEEL
-    languages = homeassistant.LANGUAGES
+    source = extraction.WHEEL
+    languages = extraction.LANGUAGES
     if wheel is not None:
         check_given(source, wheel)
 
     def extract() -> StepResult:
         path = obtain_wheel(source, output / "download", wheel)
-        extraction = homeassistant.extract(path)
-        pairs, dropped = clean(extraction.pairs, homeassistant.LIMITS)
+        extracted = extraction.extract(path)
+        pairs, dropped = clean(extracted.pairs, extraction.LIMITS)
         write_pairs(pairs_path, pairs)
         return [pairs_path], {
-            "messages": extraction.messages,
-            "messages_dropped": extraction.dropped_messages,
-            "segments": len(extraction.pairs),
+            "messages": extracted.messages,
+            "messages_dropped": extracted.dropped_messages,
+            "segments": len(extracted.pairs),
             "segments_dropped": dropped,
             "pairs": len(pairs),
         }
 
     with steps_in(output, megabytes=150) as steps:
         pairs_path = output / "raw" / "all.tsv"
-        settings = {
-            "version": __version__,
-            "sha256": source.sha256,
-            "limits": dataclasses.asdict(homeassistant.LIMITS),
-        }
-        extraction = steps.run("extract", settings, [], extract)
-        split = split_step(steps, pairs_path, languages, homeassistant.SPLIT)
+        limits = dataclasses.asdict(extraction.LIMITS)
+        settings = {"version": __version__, "sha256": source.sha256, "limits": limits}
+        counts = steps.run("extract", settings, [], extract)
+        split = split_step(steps, pairs_path, languages, extraction.SPLIT)
         record = {
             "corpus": "homeassistant",
             "source": {
@@ -69,10 +62,10 @@ def prepare_homeassistant(
             },
             "settings": {
                 "vocab_size": vocab_size,
-                "limits": dataclasses.asdict(homeassistant.LIMITS),
-                "split": homeassistant.SPLIT.describe(),
+                "limits": limits,
+                "split": extraction.SPLIT.describe(),
             },
-            "extraction": extraction,
+            "extraction": counts,
             "split": split["counts"],
         }
         return finish(steps, languages, vocab_size, record, split)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from fairseq_sparsemixer.corpora.steps import say
+from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.corpora.subprocesses import ProgramError, last_line, run_python
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import replace_durably, scratch_folder, sha256_of

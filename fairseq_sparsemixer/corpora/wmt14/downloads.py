@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from fairseq_sparsemixer.corpora.steps import say
+from tqdm import tqdm
+
+from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import replace_durably, sha256_of, write_json
 
@@ -190,8 +192,6 @@ def _tag_path(partial: Path) -> Path:
 
 def _fetch_rest(url: str, partial: Path) -> None:
     """One connection: append what ``partial`` lacks, or begin anew where the server has to."""
-    from tqdm import tqdm
-
     have = _size(partial)
     tag = _read_tag(partial) if have else ""
     request = urllib.request.Request(url)

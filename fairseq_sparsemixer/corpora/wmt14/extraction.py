@@ -1,73 +1,33 @@
-"""WMT14 English-German: which archives of statmt.org, what is in them, and how it is cleaned.
+"""WMT14 English-German: which archives of statmt.org, and what of them becomes ``raw/``.
 
 Training text is Europarl v7, Common Crawl and News Commentary (v12 as in the reference recipe of
 SparseMixer, or v9 as in the shared task of 2014); validation text newstest2013, test text the full
 newstest2014 of 3003 sentences, which sacreBLEU calls ``wmt14/full``.
 """
 
-import contextlib
-import itertools
 import re
-from collections import Counter
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Union,
-)
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from fairseq_sparsemixer.corpora.binarise import (
-    SPLITS,
-    count_lines,
-    paths_of,
-    raw_path,
-    useful_workers,
-)
-from fairseq_sparsemixer.corpora.bpe import token_path
-from fairseq_sparsemixer.corpora.cleaning import Limits, drop_reason, normalise
-from fairseq_sparsemixer.corpora.parallel import map_chunks
-from fairseq_sparsemixer.corpora.steps import StepResult
+from fairseq_sparsemixer.corpora.cleaning import normalise
+from fairseq_sparsemixer.corpora.folder import SPLITS, paths_of, raw_path
+from fairseq_sparsemixer.corpora.parallel_text import ParallelFiles, write_parallel
+from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.wmt14.archives import extract_members
 from fairseq_sparsemixer.corpora.wmt14.downloads import Checksums, RemoteFile, md5_of, obtain
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
-    atomic_path,
-    decode_line,
     iterate_lines,
     report_full_disk,
     scratch_folder,
     write_lines,
 )
-from fairseq_sparsemixer.text import moses
 
 LANGUAGES = ("en", "de")
 TEST_SET = "wmt14/full"
 """sacreBLEU's name of the test set."""
 
 DOWNLOAD_MEGABYTES = 2_000
-MAX_TOKENS = 80
-MAX_LENGTH_RATIO = 9.0
-"""Of the longer side to the shorter, in tokens: what clean-corpus-n.perl of Moses uses."""
-_MAX_WORD = 1000  # characters; clean-corpus-n.perl again
-LIMITS = Limits(
-    min_tokens=1,
-    max_tokens=MAX_TOKENS,
-    max_length_ratio=MAX_LENGTH_RATIO,
-    min_letter_share=0.0,
-    min_words=0,
-)
-
-Lines = Tuple[str, str]
-Text = Tuple[Path, Path]
-"""Two files, whose lines correspond."""
 
 
 class Archive(NamedTuple):
@@ -188,21 +148,22 @@ def copy_text(folder: Path, raw_dir: Path) -> StepResult:
 
 
 def _write_raw(
-    folder: Path, train: Sequence[Text], valid: Text, test: Text
+    folder: Path, train: Sequence[ParallelFiles], valid: ParallelFiles, test: ParallelFiles
 ) -> Tuple[List[int], Dict[str, int], int]:
     """Write ``raw/``; what :func:`write_parallel` says of the training text."""
     for split, text in (("valid", valid), ("test", test)):
         # A line of these that cannot be read is an error: what is scored is never shortened.
-        write_parallel([text], _raw_paths(folder, split))
+        write_parallel([text], raw_paths(folder, split))
     held_out = {
         normalise(line)
         for split in ("valid", "test")
         for line in iterate_lines(raw_path(folder, split, LANGUAGES[0]))
     }
-    return write_parallel(train, _raw_paths(folder, "train"), held_out - {""})
+    return write_parallel(train, raw_paths(folder, "train"), held_out - {""})
 
 
-def _raw_paths(folder: Path, split: str) -> Tuple[Path, Path]:
+def raw_paths(folder: Path, split: str) -> ParallelFiles:
+    """The files of a split in both languages."""
     source, target = (raw_path(folder, split, language) for language in LANGUAGES)
     return source, target
 
@@ -213,7 +174,7 @@ def _unpack(
     checksums: Checksums,
     mirror: Optional[str],
     scratch: Path,
-) -> Tuple[Path, Path]:
+) -> ParallelFiles:
     """The text of an archive in both languages, as files in ``scratch``."""
     was_there = (downloads / archive.remote.name).exists()
     with report_full_disk(downloads, DOWNLOAD_MEGABYTES, "--downloads"):
@@ -253,209 +214,3 @@ def _plain_text(sgm: Path) -> Path:
     cleaned = (_SPACES.sub(" ", _SEGMENT.sub(r"\1", line).strip()) for line in segments)
     write_lines(text, cleaned)
     return text
-
-
-def write_parallel(
-    texts: Sequence[Text],
-    targets: Tuple[Path, Path],
-    held_out: Optional[Set[str]] = None,
-) -> Tuple[List[int], Dict[str, int], int]:
-    """Join parallel texts.
-
-    Args:
-        texts: for each text its two files.
-        targets: the files to write, whole or not at all.
-        held_out: normalised source lines of validation and test, where ``texts`` are for training:
-            lines of these that are not UTF-8 are left out with their translations.
-
-    Returns:
-        Pairs written of each text, pairs dropped by reason, and how many sources of those written
-        are in ``held_out``.
-
-    Raises:
-        UserError: the two files of a text have different numbers of lines, or hold no text; or a
-            line is not UTF-8 and ``held_out`` is None.
-    """
-    from tqdm import tqdm
-
-    pairs: List[int] = []
-    dropped: Counter = Counter()
-    also_held_out = 0
-    with _pair_writer(targets) as write:
-        for text in texts:
-            written = 0
-            name = text[0].name
-            for pair in tqdm(_pairs(text), desc=name, unit=" lines", leave=False, disable=None):
-                if isinstance(pair, UserError):
-                    if held_out is None:
-                        raise pair
-                    dropped["not_utf8"] += 1
-                    continue
-                write(pair)
-                written += 1
-                also_held_out += held_out is not None and normalise(pair[0]) in held_out
-            if not written:
-                raise UserError(f"{text[0]} and {text[1]} hold no text")
-            pairs.append(written)
-    return pairs, dict(dropped), also_held_out
-
-
-@contextlib.contextmanager
-def _pair_writer(targets: Tuple[Path, Path]) -> Iterator[Callable[[Lines], None]]:
-    """Yield what writes a pair to two files, which appear when the block ends without error."""
-    with contextlib.ExitStack() as stack:
-        partials = [stack.enter_context(atomic_path(path)) for path in targets]
-        # Closed before the files get their names.
-        with contextlib.ExitStack() as files:
-            source, target = (
-                files.enter_context(path.open("w", encoding="utf-8", newline="\n"))
-                for path in partials
-            )
-
-            def write(pair: Lines) -> None:
-                source.write(f"{pair[0]}\n")
-                target.write(f"{pair[1]}\n")
-
-            yield write
-
-
-def _pairs(text: Text) -> Iterator[Union[Lines, UserError]]:
-    """Yield the pairs of two files; for one that is not UTF-8 the error that says where."""
-    with text[0].open("rb") as sources, text[1].open("rb") as targets:
-        for number, (source, target) in enumerate(itertools.zip_longest(sources, targets), 1):
-            if source is None or target is None:
-                raise UserError(
-                    f"{text[0]} has {count_lines(text[0])} lines and {text[1]} has "
-                    f"{count_lines(text[1])}: line N of one must translate line N of the other"
-                )
-            try:
-                yield (
-                    decode_line(source, str(text[0]), number),
-                    decode_line(target, str(text[1]), number),
-                )
-            except UserError as error:
-                yield error
-
-
-Filtered = Tuple[List[Lines], Counter]
-
-
-def clean_text(folder: Path, workers: Optional[int]) -> StepResult:
-    """Write ``clean/train.*``: normalised pairs of ``raw/`` within :data:`LIMITS`.
-
-    Returns:
-        Paths, and how many pairs were kept and dropped for each reason.
-    """
-    targets = (clean_path(folder, "train", "en"), clean_path(folder, "train", "de"))
-    return list(targets), _filter(folder, "train", targets, _clean_chunk, workers)
-
-
-def clean_path(folder: Path, split: str, language: str) -> Path:
-    """``clean/train.en``; validation and test text stay as they are: ``raw/valid.en``."""
-    if split != "train":
-        return raw_path(folder, split, language)
-    return folder / "clean" / f"{split}.{language}"
-
-
-def _clean_chunk(pairs: List[Lines]) -> Filtered:
-    kept: List[Lines] = []
-    dropped: Counter = Counter()
-    for source, target in pairs:
-        source, target = normalise(source), normalise(target)
-        reason = drop_reason(source, target, LIMITS)
-        if reason is None:
-            kept.append((source, target))
-        else:
-            dropped[reason] += 1
-    return kept, dropped
-
-
-def tokenise(folder: Path, workers: Optional[int]) -> StepResult:
-    """Write ``tokens/``: Moses tokens as the reference recipe makes them.
-
-    Training and validation text has its punctuation normalised, test text has not; training pairs
-    are kept as ``clean-corpus-n.perl`` with 1 and 80 keeps them.
-
-    Returns:
-        Paths, and how many training pairs were kept and dropped for each reason.
-    """
-    outputs: List[Path] = []
-    result: Dict[str, Any] = {}
-    for split, function in (
-        ("train", _tokenise_training_chunk),
-        ("valid", _tokenise_valid_chunk),
-        ("test", _tokenise_test_chunk),
-    ):
-        source, target = (token_path(folder, split, language) for language in LANGUAGES)
-        counts = _filter(folder, split, (source, target), function, workers)
-        outputs += [source, target]
-        if split == "train":
-            result = counts
-    return outputs, result
-
-
-def _tokenise_training_chunk(pairs: List[Lines]) -> Filtered:
-    kept: List[Lines] = []
-    dropped: Counter = Counter()
-    for pair in _tokens(pairs, moses.training_tokens):
-        reason = moses_drop_reason(*pair)
-        if reason is None:
-            kept.append(pair)
-        else:
-            dropped[reason] += 1
-    return kept, dropped
-
-
-def _tokenise_valid_chunk(pairs: List[Lines]) -> Filtered:
-    return _tokens(pairs, moses.training_tokens), Counter()
-
-
-def _tokenise_test_chunk(pairs: List[Lines]) -> Filtered:
-    return _tokens(pairs, moses.test_tokens), Counter()
-
-
-def _tokens(pairs: List[Lines], tokenise_line: Callable[[str, str], str]) -> List[Lines]:
-    source_lang, target_lang = LANGUAGES
-    return [
-        (tokenise_line(source, source_lang), tokenise_line(target, target_lang))
-        for source, target in pairs
-    ]
-
-
-def moses_drop_reason(source: str, target: str) -> Optional[str]:
-    """Why ``clean-corpus-n.perl ... 1 80`` drops a pair of tokenised lines, or None."""
-    words = [source.split(), target.split()]
-    lengths = [len(side) for side in words]
-    if not all(lengths):
-        return "empty"
-    if max(lengths) > MAX_TOKENS:
-        return "too_long"
-    if max(lengths) > MAX_LENGTH_RATIO * min(lengths):
-        return "length_ratio"
-    if any(len(word) > _MAX_WORD for side in words for word in side):
-        return "long_word"
-    return None
-
-
-def _filter(
-    folder: Path,
-    split: str,
-    targets: Tuple[Path, Path],
-    function: Callable[[List[Lines]], Filtered],
-    workers: Optional[int],
-) -> Dict[str, Any]:
-    """Write what ``function`` makes of the pairs of a split; its counts."""
-    paths = _raw_paths(folder, split)
-    lines = count_lines(paths[0])
-    pairs = zip(iterate_lines(paths[0]), iterate_lines(paths[1]))
-    total: Counter = Counter()
-    processes = useful_workers(lines, workers)
-    with _pair_writer(targets) as write:
-        for kept, dropped in map_chunks(function, pairs, processes, total=lines, name=split):
-            total.update(dropped)
-            for pair in kept:
-                write(pair)
-    pairs_kept = lines - sum(total.values())
-    if not pairs_kept:
-        raise UserError(f"cleaning leaves nothing of {paths[0]} and {paths[1]}: {dict(total)}")
-    return {"pairs": pairs_kept, "dropped": dict(sorted(total.items()))}

@@ -1,55 +1,25 @@
-"""The stages that corpora share: a folder of resumable steps, and from text to ``bin/``."""
+"""The steps that all corpora end with: from text to pieces, ``bin/`` and ``record.json``."""
 
-import contextlib
 import functools
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Optional
 
-from fairseq_sparsemixer.corpora import binarise, bpe
-from fairseq_sparsemixer.corpora.binarise import (
+from fairseq_sparsemixer.corpora import binarise, bpe, spm
+from fairseq_sparsemixer.corpora.folder import (
+    CORPUS_RECORD,
     SPLITS,
     Languages,
     TextPath,
+    domain_path,
     paths_of,
     piece_path,
     raw_path,
 )
-from fairseq_sparsemixer.corpora.cleaning import Pair
-from fairseq_sparsemixer.corpora.steps import Steps
-from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import iterate_lines, report_full_disk, write_json, write_lines
+from fairseq_sparsemixer.corpora.resumable import Steps
+from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.version import __version__
 
-RECORD = "record.json"
-"""Written last, so that a folder that has it is complete."""
-
-
-@contextlib.contextmanager
-def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
-    """Yield the steps of the folder ``output``; errors of the disk become a :class:`UserError`."""
-    with report_full_disk(output, megabytes):
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"--output {output} is not a folder") from error
-        except PermissionError as error:
-            raise UserError(f"--output {output}: {error.strerror}") from error
-        yield Steps(output, seal=output / RECORD)
-
-
-def domain_path(folder: Path, split: str) -> Path:
-    """``raw/train.domain`` and so on: the kind of text of each line, where there are several."""
-    return raw_path(folder, split, "domain")
-
-
-def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write source, target, document and domain (if there is one), separated by tabs."""
-    write_lines(path, ("\t".join(pair if pair.domain else pair[:3]) for pair in pairs))
-
-
-def read_pairs(path: Path) -> List[Pair]:
-    """The pairs of a file that :func:`write_pairs` made."""
-    return [Pair(*line.split("\t")) for line in iterate_lines(path)]
+DEFAULT_VOCAB_SIZE = 4000
+"""Pieces of both languages together, where a corpus has no number of its own."""
 
 
 def sentencepiece_steps(
@@ -60,13 +30,13 @@ def sentencepiece_steps(
     character_coverage: float = 1.0,
     workers: Optional[int] = None,
 ) -> Dict[str, Any]:
-    """From text to ``spm/`` and ``bin/``; the arguments are those of ``binarise.build_pieces``."""
+    """From text to ``spm/`` and ``bin/``; the arguments are those of ``spm.build_pieces``."""
     folder = steps.folder
     cut = steps.run(
         "sentencepiece",
         {**_made_with(languages), "vocab_size": vocab_size},
         paths_of(text_path, folder, languages),
-        lambda: binarise.build_pieces(
+        lambda: spm.build_pieces(
             folder, languages, vocab_size, text_path, character_coverage, workers
         ),
     )
@@ -122,5 +92,18 @@ def write_record(
         "vocabulary": cut["vocabulary"],
         "versions": {"fairseq-sparsemixer": __version__, **cut["versions"]},
     }
-    write_json(steps.folder / RECORD, record)
+    write_json(steps.folder / CORPUS_RECORD, record)
     return record
+
+
+def finish(
+    steps: Steps,
+    languages: Languages,
+    vocab_size: int,
+    record: Dict[str, Any],
+    scored: Dict[str, Any],
+) -> Dict[str, Any]:
+    """From ``raw/`` to ``bin/`` and ``record.json``."""
+    cut = sentencepiece_steps(steps, languages, vocab_size)
+    cut["versions"] = {**scored["versions"], **cut["versions"]}
+    return write_record(steps, languages, {**record, "copy_score": scored["copy_score"]}, cut)

@@ -5,9 +5,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
-from fairseq_sparsemixer.corpora.cleaning import Limits, Pair, clean
+from tqdm import tqdm
+
+from fairseq_sparsemixer.corpora.cleaning import Limits, SentencePair, clean
 from fairseq_sparsemixer.corpora.debian import apt, descriptions, ding, help_pages, manual_pages
-from fairseq_sparsemixer.corpora.debian.packages import read_files
+from fairseq_sparsemixer.corpora.debian.deb_archives import read_files
 from fairseq_sparsemixer.corpora.splitting import SplitSettings
 from fairseq_sparsemixer.errors import UserError
 
@@ -54,7 +56,7 @@ SPLIT = SplitSettings(
 )
 
 
-def extract(folder: Path, downloads: apt.Downloads) -> Tuple[List[Pair], Dict[str, Any]]:
+def extract(folder: Path, downloads: apt.Downloads) -> Tuple[List[SentencePair], Dict[str, Any]]:
     """Read all texts of the downloads.
 
     Args:
@@ -68,11 +70,9 @@ def extract(folder: Path, downloads: apt.Downloads) -> Tuple[List[Pair], Dict[st
     Raises:
         UserError: a file is damaged, or a domain has no text.
     """
-    from tqdm import tqdm
-
     segments: Counter = Counter()
 
-    def counted(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    def counted(pairs: Iterable[SentencePair]) -> Iterator[SentencePair]:
         for pair in tqdm(pairs, desc="texts", unit=" segments", leave=False, disable=None):
             segments[pair.domain] += 1
             yield pair
@@ -94,7 +94,7 @@ def extract(folder: Path, downloads: apt.Downloads) -> Tuple[List[Pair], Dict[st
     }
 
 
-def _descriptions(folder: Path, downloads: apt.Downloads) -> Iterator[Pair]:
+def _descriptions(folder: Path, downloads: apt.Downloads) -> Iterator[SentencePair]:
     indices = iter(downloads.indices)
     for english, german in zip(indices, indices):
         yield from descriptions.pairs(
@@ -102,12 +102,12 @@ def _descriptions(folder: Path, downloads: apt.Downloads) -> Iterator[Pair]:
         )
 
 
-def _dictionary(folder: Path, downloads: apt.Downloads) -> Iterator[Pair]:
+def _dictionary(folder: Path, downloads: apt.Downloads) -> Iterator[SentencePair]:
     for path, content in _files(folder, downloads, [DICTIONARY], lambda path: path == ding.PATH):
         yield from ding.pairs(_utf8(content, path).split("\n"))
 
 
-def _help_pages(folder: Path, downloads: apt.Downloads) -> Iterator[Pair]:
+def _help_pages(folder: Path, downloads: apt.Downloads) -> Iterator[SentencePair]:
     sides = {
         language: _pages(folder, downloads, [package], language, help_pages.page_of, _utf8)
         for language, package in HELP.items()
@@ -115,7 +115,7 @@ def _help_pages(folder: Path, downloads: apt.Downloads) -> Iterator[Pair]:
     return help_pages.pairs(sides["en"], sides["de"])
 
 
-def _manual_pages(folder: Path, downloads: apt.Downloads) -> Iterator[Pair]:
+def _manual_pages(folder: Path, downloads: apt.Downloads) -> Iterator[SentencePair]:
     sides = {
         language: _pages(
             folder, downloads, packages, language, manual_pages.page_of, manual_pages.read_page

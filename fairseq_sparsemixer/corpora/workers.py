@@ -11,6 +11,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Callable, Deque, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
+from tqdm import tqdm
+
 from fairseq_sparsemixer.errors import UserError
 
 Item = TypeVar("Item")
@@ -18,6 +20,13 @@ Result = TypeVar("Result")
 
 CHUNK = 2000
 """Items that one call of the function gets: some tenths of a second of tokenisation."""
+# Fewer lines are done before another process has started.
+_LINES_PER_WORKER = 100_000
+
+
+def useful_workers(lines: int, workers: Optional[int] = None) -> int:
+    """How many processes pay for that many lines: at most ``workers`` (default: the cores)."""
+    return min(workers or os.cpu_count() or 1, 1 + lines // _LINES_PER_WORKER)
 
 
 def map_chunks(
@@ -40,8 +49,6 @@ def map_chunks(
     Raises:
         UserError: a worker process was killed.
     """
-    from tqdm import tqdm
-
     with tqdm(total=total, desc=name, unit=" lines", leave=False, disable=None) as bar:
         for size, result in _results(function, _chunks(items), workers):
             yield result

@@ -1,0 +1,81 @@
+"""What a corpus' folder holds and where: text, pairs, the record that says it is complete.
+
+======================================  ===========================================================
+``raw/{train,valid,test}.LANG``         text, a sentence a line; ``.domain`` the kind of each line
+``{spm,bpe}/{train,valid,test}.LANG``   the same text in pieces
+``copy/test.LANG``                      the test set "translated" by the nearest training sentences
+``bin/``                                what fairseq trains on
+``record.json``                         source, counts, scores, versions, settings
+======================================  ===========================================================
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Callable, Iterator, List, Sequence, Tuple
+
+from fairseq_sparsemixer.corpora.cleaning import SentencePair
+from fairseq_sparsemixer.corpora.resumable import Steps
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import iterate_lines, report_full_disk, write_lines
+
+SPLITS = ("train", "valid", "test")
+CORPUS_RECORD = "record.json"
+"""Written last, so that a folder that has it is complete."""
+
+Languages = Tuple[str, str]
+TextPath = Callable[[Path, str, str], Path]
+"""Where the text of a split and language lies in a corpus' folder, such as :func:`raw_path`."""
+
+
+@contextlib.contextmanager
+def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
+    """Yield the steps of the folder ``output``; errors of the disk become a :class:`UserError`."""
+    with report_full_disk(output, megabytes):
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"--output {output} is not a folder") from error
+        except PermissionError as error:
+            raise UserError(f"--output {output}: {error.strerror}") from error
+        yield Steps(output, seal=output / CORPUS_RECORD)
+
+
+def raw_path(folder: Path, split: str, language: str) -> Path:
+    """``raw/train.en`` and so on."""
+    return folder / "raw" / f"{split}.{language}"
+
+
+def piece_path(folder: Path, split: str, language: str, pieces: str = "spm") -> Path:
+    """``spm/train.en`` and so on."""
+    return folder / pieces / f"{split}.{language}"
+
+
+def domain_path(folder: Path, split: str) -> Path:
+    """``raw/train.domain`` and so on: the kind of text of each line, where there are several."""
+    return raw_path(folder, split, "domain")
+
+
+def copy_path(folder: Path, languages: Languages) -> Path:
+    """Where the test set "translated" by the nearest training sentences is."""
+    return folder / "copy" / f"test.{languages[1]}"
+
+
+def paths_of(text_path: TextPath, folder: Path, languages: Languages) -> List[Path]:
+    """The files of every split in both languages."""
+    return [text_path(folder, split, language) for split in SPLITS for language in languages]
+
+
+def count_lines(path: Path) -> int:
+    """How many lines a file has."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def write_pairs(path: Path, pairs: Sequence[SentencePair]) -> None:
+    """Write source, target, document and domain (if there is one), separated by tabs."""
+    write_lines(path, ("\t".join(pair if pair.domain else pair[:3]) for pair in pairs))
+
+
+def read_pairs(path: Path) -> List[SentencePair]:
+    """The pairs of a file that :func:`write_pairs` made."""
+    return [SentencePair(*line.split("\t")) for line in iterate_lines(path)]

@@ -1,0 +1,44 @@
+"""Corpora that are built once, and fairseq-preprocess left out of others."""
+
+import pytest
+from support import debian, messages
+from support.corpora import build_binary
+
+from fairseq_sparsemixer.corpora import binarise
+
+
+@pytest.fixture(scope="session")
+def messages_built(shared):
+    """A small wheel and two corpora made from it; see :func:`.messages.build`."""
+    return shared.directory("homeassistant", messages.build)
+
+
+@pytest.fixture(scope="session")
+def messages_corpus(messages_built):
+    """A finished corpus of them."""
+    return messages.corpora_in(messages_built)[0]
+
+
+@pytest.fixture(scope="session")
+def shelf(shared):
+    """Downloads for ``debian``, not to be written to."""
+    return shared.directory("debian_downloads", debian.write_downloads)
+
+
+@pytest.fixture(scope="session")
+def debian_built(shared, shelf):
+    """A finished corpus ``debian``."""
+    return shared.directory("debian", lambda folder: debian.build(folder, shelf))
+
+
+@pytest.fixture
+def no_binary(monkeypatch):
+    """Leave out fairseq-preprocess, which takes seconds to start; counts its calls."""
+    calls = []
+
+    def counted(folder, *_, **__):
+        calls.append(folder)
+        return build_binary(folder)
+
+    monkeypatch.setattr(binarise, "build_binary", counted)
+    return calls

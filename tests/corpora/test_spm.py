@@ -1,0 +1,54 @@
+"""SentencePiece: pieces of the text itself, and a dictionary by frequency."""
+
+import collections
+
+from support.corpora import lines_of
+
+from fairseq_sparsemixer import files
+from fairseq_sparsemixer.corpora import spm
+
+
+def test_model_beside_the_data_encodes_like_the_data(messages_corpus):
+    from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
+
+    encoder = SentencepieceBPE(
+        SentencepieceConfig(
+            sentencepiece_model=str(messages_corpus / "bin" / "sentencepiece.bpe.model")
+        )
+    )
+    for language in ("en", "de"):
+        pieces = lines_of(messages_corpus, "test", language, "spm")
+        assert [
+            encoder.encode(text) for text in lines_of(messages_corpus, "test", language)
+        ] == pieces
+    # Text from elsewhere: no white space but the one between pieces, nothing invisible.
+    assert encoder.encode("The\u00a0front\u2028door\x07\u00ad ") == encoder.encode("The front door")
+    # Nor a path of this machine.
+    model = (messages_corpus / "spm" / "spm.model").read_bytes()
+    assert str(messages_corpus).encode() not in model and b".partial" not in model
+
+
+def test_dictionary_is_sorted_by_training_frequency(messages_corpus):
+    counted = collections.Counter(
+        piece
+        for language in ("en", "de")
+        for line in lines_of(messages_corpus, "train", language, "spm")
+        for piece in line.split(" ")
+    )
+    entries = [
+        line.rsplit(" ", 1) for line in files.read_lines(messages_corpus / "spm" / "dict.txt")
+    ]
+    counts = [int(count) for _, count in entries]
+    assert counts == sorted(counts, reverse=True)
+    assert {piece: int(count) for piece, count in entries if int(count)} == counted
+    assert not {"<s>", "</s>", "<unk>", "<pad>"} & {piece for piece, _ in entries}
+
+
+def test_sentencepiece_gets_the_longest_line(tmp_path):
+    """Its limit on lines may not grow with the text: it takes at most a gigabyte."""
+    texts = [tmp_path / "a", tmp_path / "b"]
+    texts[0].write_text("kurz\nfünf\n", encoding="utf-8")
+    texts[1].write_text("a long line\n" * 3, encoding="utf-8")
+    assert spm._join(texts, tmp_path / "joined") == len("a long line\n")
+    joined = texts[0].read_bytes() + texts[1].read_bytes()
+    assert (tmp_path / "joined").read_bytes() == joined

@@ -1,0 +1,139 @@
+"""Downloads: resumed, verified, recorded."""
+
+import json
+
+import pytest
+from support import statmt
+
+from fairseq_sparsemixer.corpora.wmt14 import downloads, extraction
+from fairseq_sparsemixer.errors import UserError
+
+
+def test_a_broken_download_goes_on_where_it_broke(quick, tmp_path):
+    size = len(quick.files[statmt.EUROPARL])
+    quick.break_after[statmt.EUROPARL] = [1000, 2000]
+    statmt.prepare(quick, tmp_path / "out")
+    asked = [start for path, start in quick.requests if path == statmt.EUROPARL]
+    assert asked == [0, 1000, 3000] and size > 3000
+    archive = tmp_path / "out" / "download" / "training-parallel-europarl-v7.tgz"
+    assert archive.read_bytes() == quick.files[statmt.EUROPARL]
+
+
+def test_a_download_that_stays_broken_goes_on_at_the_next_start(quick, tmp_path):
+    quick.break_after[statmt.EUROPARL] = [1000] + [0] * downloads.ATTEMPTS
+    with pytest.raises(UserError, match="goes on at byte 1000"):
+        statmt.prepare(quick, tmp_path / "out")
+    quick.requests.clear()
+    record = statmt.prepare(quick, tmp_path / "out")
+    assert (statmt.EUROPARL, 1000) in quick.requests
+    entry = record["source"]["training-parallel-europarl-v7.tgz"]
+    assert entry["bytes"] == len(quick.files[statmt.EUROPARL])
+
+
+def test_two_versions_of_a_file_are_never_mixed(quick, tmp_path):
+    quick.break_after[statmt.EUROPARL] = [1000] + [0] * downloads.ATTEMPTS
+    with pytest.raises(UserError, match="goes on at byte 1000"):
+        statmt.prepare(quick, tmp_path / "out")
+    pairs = statmt.sentences(400, 77)
+    newer = statmt.tgz(statmt.parallel("training/europarl-v7.de-en", pairs))
+    quick.files[statmt.EUROPARL] = newer
+    record = statmt.prepare(quick, tmp_path / "out")
+    assert record["raw"]["pairs"]["europarl"] == 400
+
+
+def test_a_server_that_sends_the_rest_of_another_version(quick, tmp_path):
+    quick.break_after[statmt.EUROPARL] = [1000] + [0] * downloads.ATTEMPTS
+    with pytest.raises(UserError, match="goes on at byte 1000"):
+        statmt.prepare(quick, tmp_path / "out")
+    pairs = statmt.sentences(400, 77)
+    quick.files[statmt.EUROPARL] = statmt.tgz(statmt.parallel("training/europarl-v7.de-en", pairs))
+    quick.careless = True
+    assert statmt.prepare(quick, tmp_path / "out")["raw"]["pairs"]["europarl"] == 400
+
+
+def test_a_server_that_neither_resumes_nor_holds_out(quick, tmp_path):
+    quick.ranges = False
+    quick.break_after[statmt.EUROPARL] = [1000, 2000] * 50
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        statmt.prepare(quick, tmp_path / "out")
+    assert len(quick.break_after[statmt.EUROPARL]) > 80
+
+
+def test_a_server_that_cannot_resume(quick, tmp_path):
+    quick.ranges = False
+    quick.break_after[statmt.EUROPARL] = [1000, 2000]
+    statmt.prepare(quick, tmp_path / "out")
+    archive = tmp_path / "out" / "download" / "training-parallel-europarl-v7.tgz"
+    assert archive.read_bytes() == quick.files[statmt.EUROPARL]
+
+
+def test_first_download_is_recorded_and_can_be_pinned(quick, tmp_path):
+    statmt.prepare(quick, tmp_path / "a" / "out")
+    recorded = json.loads((tmp_path / "a" / "pins.json").read_text())
+    assert sorted(recorded) == sorted(
+        path.rsplit("/", 1)[1] for path in statmt.PATHS if path != statmt.NEWS_V9
+    )
+    # Given to somebody whose server has another file.
+    quick.files[statmt.COMMON_CRAWL] = statmt.tgz(
+        statmt.parallel("commoncrawl.de-en", statmt.sentences(5, 8))
+    )
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "pins.json").write_text(json.dumps(recorded))
+    with pytest.raises(UserError, match=r"commoncrawl.tgz is not the file .* SHA-256 .* --mirror"):
+        statmt.prepare(quick, tmp_path / "b" / "out")
+    assert not (tmp_path / "b" / "out" / "raw").exists()
+    # The right file again: the same command succeeds.
+    quick.files[statmt.COMMON_CRAWL] = statmt.tgz(statmt.members()[statmt.COMMON_CRAWL])
+    archive = tmp_path / "a" / "out" / "download" / "training-parallel-commoncrawl.tgz"
+    quick.files[statmt.COMMON_CRAWL] = archive.read_bytes()
+    assert statmt.prepare(quick, tmp_path / "b" / "out")["raw"]["pairs"]["common_crawl"] == 200
+
+
+def test_published_checksums_are_sacrebleus(quick, tmp_path):
+    """Without a pin the test set must be the published one; the miniature is not."""
+    from sacrebleu.dataset import DATASETS
+
+    assert extraction.TEST.remote.md5 == DATASETS["wmt14/full"].md5[0]
+    assert extraction.VALID.remote.md5 == DATASETS["wmt17/dev"].md5[0]
+    assert extraction.EUROPARL.remote.md5 is None
+    (tmp_path / "pins.json").write_text("{}")
+    with pytest.raises(UserError, match=r"test-full.tgz is not the file .* MD5 .* sacreBLEU"):
+        statmt.prepare(quick, tmp_path / "out")
+
+
+def test_a_corpus_made_from_other_archives_than_the_pinned(quick, tmp_path):
+    statmt.prepare(quick, tmp_path / "out")
+    pins = json.loads((tmp_path / "pins.json").read_text())
+    pins["dev.tgz"]["sha256"] = "0" * 64
+    (tmp_path / "pins.json").write_text(json.dumps(pins))
+    with pytest.raises(UserError, match=r"made from another dev.tgz .* --output"):
+        statmt.prepare(quick, tmp_path / "out")
+
+
+def test_a_damaged_copy_is_named(quick, tmp_path):
+    statmt.prepare(quick, tmp_path / "out")
+    archive = tmp_path / "out" / "download" / "dev.tgz"
+    archive.write_bytes(archive.read_bytes()[:-1] + b"?")
+    (tmp_path / "out" / "raw" / "train.en").unlink()
+    with pytest.raises(UserError, match=r"dev.tgz is damaged .* Remove it"):
+        statmt.prepare(quick, tmp_path / "out")
+    archive.unlink()
+    statmt.prepare(quick, tmp_path / "out")
+
+
+def test_no_such_file_and_no_server(quick, tmp_path):
+    statmt.write_pins(tmp_path / "pins.json", quick)
+    test_set = quick.files.pop(statmt.TEST)
+    with pytest.raises(UserError, match=r"404.*--mirror, or put the file at .*test-full.tgz"):
+        statmt.prepare(quick, tmp_path / "out")
+    quick.files[statmt.TEST] = test_set
+    statmt.prepare(quick, tmp_path / "out")
+    quick.url = "http://127.0.0.1:9"
+    with pytest.raises(UserError, match=r"cannot be downloaded .* check the network"):
+        statmt.prepare(quick, tmp_path / "elsewhere")
+
+
+def test_a_record_that_is_none(quick, tmp_path):
+    (tmp_path / "pins.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="not a record of checksums"):
+        statmt.prepare(quick, tmp_path / "out")

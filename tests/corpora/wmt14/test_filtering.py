@@ -1,0 +1,29 @@
+"""Which training pairs are kept."""
+
+import pytest
+
+from fairseq_sparsemixer.corpora.wmt14 import filtering, preparation
+
+
+@pytest.mark.parametrize("pipeline", preparation.PIPELINES)
+def test_what_is_cleaned_away(built, pipeline):
+    record, folder = built[pipeline]
+    assert record["cleaning"]["dropped"] == {"empty": 2, "length_ratio": 1, "too_long": 1}
+    kept = 504 + 200 + 102 - 4
+    assert record["cleaning"]["pairs"] == kept
+    assert record["splits"]["train"]["en"]["sentences"] == kept
+    # Nothing is cleaned away from what is scored.
+    assert record["splits"]["valid"]["de"]["sentences"] == 24
+    assert record["splits"]["test"]["de"]["sentences"] == 30
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_moses_drop_reason_is_clean_corpus_n():
+    """The rules of clean-corpus-n.perl, read from its source."""
+    assert filtering.moses_drop_reason("a", "") == "empty"
+    assert filtering.moses_drop_reason("a " * 80, "b " * 80) is None
+    assert filtering.moses_drop_reason("a " * 81, "b " * 80) == "too_long"
+    assert filtering.moses_drop_reason("a " * 9, "b") is None
+    assert filtering.moses_drop_reason("a " * 10, "b") == "length_ratio"
+    assert filtering.moses_drop_reason("a" * 1000, "b") is None
+    assert filtering.moses_drop_reason("a" * 1001, "b") == "long_word"
