@@ -165,6 +165,7 @@ _MADE_HERE: Mapping[str, str] = {
     "hydra.run.dir": "--output",
     "model.router": "router",
     "model.num_experts": "experts",
+    "experts": "router and experts",
 }
 """Settings that the study makes itself, and what decides them."""
 
