@@ -109,6 +109,8 @@ class Router(nn.Module):
     """Whether the choice is by logits that a bias can shift."""
     computes_all_experts = False
     """Whether training computes every expert for every token: a yardstick, not a sparse layer."""
+    balance_weight: Optional[float] = None
+    """The weight of the balance loss that it needs; None where the usual one does."""
 
     weight: Optional[nn.Parameter]
     """(N, D), None for routers that learn no logits."""

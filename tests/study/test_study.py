@@ -30,6 +30,7 @@ from fairseq_sparsemixer.runs.logs import by_layer, read_log
 from fairseq_sparsemixer.study import runner
 from fairseq_sparsemixer.study.plan import read_plan
 from fairseq_sparsemixer.tasks import measuring, translation_with_routing
+from fairseq_sparsemixer.training.settings import CONFIGS
 
 DOMAINS = ("poems", "manuals")
 # Small batches: of the sentences of a second epoch fairseq makes other batches when it starts anew.
@@ -497,7 +498,7 @@ def test_runs_go_seed_by_seed(tmp_path):
 
 
 def test_the_plans_that_come_with_it_can_be_read():
-    paths = list((runner.CONFIGS / "studies").glob("*.yaml"))
+    paths = list((CONFIGS / "studies").glob("*.yaml"))
     assert paths
     for path in paths:
         assert read_plan(path).arms

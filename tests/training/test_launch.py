@@ -15,13 +15,14 @@ from omegaconf import OmegaConf
 from support import commands
 
 from fairseq_sparsemixer import cli
+from fairseq_sparsemixer.commands.train import request
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import sha256_of
 from fairseq_sparsemixer.moe import ROUTERS
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs import mending as checkpoints
 from fairseq_sparsemixer.runs import record
-from fairseq_sparsemixer.runs.arms import build_arm
+from fairseq_sparsemixer.runs.arms import build_variant
 from fairseq_sparsemixer.runs.logs import read_log
 from fairseq_sparsemixer.training import dry_run as report
 from fairseq_sparsemixer.training import launch, plan, process, resources, settings
@@ -33,7 +34,7 @@ from fairseq_sparsemixer.training.machine import (
 )
 from fairseq_sparsemixer.training.plan import Batch
 
-CONFIGS = settings.CHECKOUT / "configs"
+CONFIGS = settings.CONFIGS
 SCRIPTS = settings.CHECKOUT / "scripts"
 TINY_MODEL = {
     **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
@@ -56,13 +57,13 @@ TINY = [
 
 def compose(*overrides):
     """The settings of WMT14."""
-    return settings.compose(CONFIGS, ["checkpoint.save_dir=unused", *overrides])
+    return settings.compose(CONFIGS, ["checkpoint.save_dir=unused", *overrides], "wmt14")
 
 
 def plan_for(machine, monkeypatch, *arguments):
     """The plan of a command on another machine."""
     monkeypatch.setattr(plan, "find_machine", lambda nodes: machine)
-    return plan.make_plan(cli.build_parser().parse_args(["train", *arguments]))
+    return plan.plan_launch(request(commands.parse("train", *arguments)))
 
 
 # Batches
@@ -241,8 +242,8 @@ def test_what_does_not_work_is_told_in_one_sentence(
 
 def test_names_of_runs():
     def name(*arguments):
-        args = cli.build_parser().parse_args(["train", *arguments])
-        return plan._name(args, build_arm(args.router, args.experts).name)
+        asked = request(commands.parse("train", *arguments))
+        return plan.name_of(asked, build_variant(asked.router, asked.experts).name)
 
     assert name() == "sparsemixer-4-seed1"
     assert name("--router", "dense", "--seed", "2") == "dense-seed2"
@@ -312,7 +313,7 @@ def test_recommended_recipe_differs_where_it_says():
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_composes(router):
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
-    cfg = compose(*build_arm(router, 6).overrides, *tiny)
+    cfg = compose(*build_variant(router, 6).overrides, *tiny)
     layers = list(moe_layers(resources.build_on_meta(cfg.model, plan.make_task(cfg, 100))))
     assert {layer.experts.num_experts for layer in layers} == {6}
 
@@ -387,7 +388,7 @@ def test_parameters_are_those_of_the_real_model(base_models, number):
 def test_one_token_uses_the_active_parameters():
     """Those that get a gradient from a sentence of one word, top_k of N experts in each layer."""
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
-    cfg = compose(*build_arm("gshard", 4).overrides, "model.jitter_eps=0", *tiny)
+    cfg = compose(*build_variant("gshard", 4).overrides, "model.jitter_eps=0", *tiny)
     model = plan.make_task(cfg, 100).build_model(cfg.model)
     word = torch.tensor([[7]])
     model.eval()(word, torch.tensor([1]), word)[0].sum().backward()
@@ -400,7 +401,7 @@ def test_one_token_uses_the_active_parameters():
 
 def test_a_yardstick_computes_more_than_it_counts_as_active():
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
-    cfg = compose(*build_arm("straight-through", 4).overrides, *tiny)
+    cfg = compose(*build_variant("straight-through", 4).overrides, *tiny)
     counted = resources.count_parameters(plan.make_task(cfg, 100).build_model(cfg.model))
     assert counted.active < counted.computed == counted.total
 
@@ -494,10 +495,10 @@ def test_dry_run_does_nothing_but_print(monkeypatch, tmp_path, capsys):
 
 
 def test_dry_run_without_a_gpu_tells_of_others(monkeypatch, tmp_path):
-    text = report.format_plan(plan_for(Machine([], False), monkeypatch, *TINY))
+    text = report.format_launch(plan_for(Machine([], False), monkeypatch, *TINY))
     assert "on one GPU in half precision" in text
     assert "not known for this machine" in text and "RTX 4090" in text
-    text = report.format_plan(plan_for(gpus(2, name="New GPU"), monkeypatch, *TINY))
+    text = report.format_launch(plan_for(gpus(2, name="New GPU"), monkeypatch, *TINY))
     assert "not known for this machine" in text
 
 
