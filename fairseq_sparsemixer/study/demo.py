@@ -142,10 +142,8 @@ def _read_configs() -> Dict[str, str]:
 
 def _check_same(folder: Path, before: Dict[str, Any], now: Dict[str, Any]) -> None:
     """Refuse to go on with other settings; their configs may be laid out otherwise."""
-    if before["configs"] != now["configs"]:
-        composed = _composed(before)
-        if composed is not None and composed == _composed(now):
-            now = {**now, "configs": before["configs"]}
+    if before["configs"] != now["configs"] and _composed(before) == _composed(now):
+        now = {**now, "configs": before["configs"]}
     refuse_other(
         folder,
         before,

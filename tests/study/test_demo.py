@@ -117,6 +117,11 @@ def test_a_wrong_router_is_told_before_the_first_is_trained():
         variants(args)
 
 
+def test_the_number_of_experts_is_a_flag():
+    with pytest.raises(UserError, match=r"experts=\.\.\. is not set here: use --num-experts"):
+        commands.command("demo", "experts=eight")
+
+
 def test_compare_trains_three_models():
     args = commands.parse("demo", "--compare", "--num-experts", "8")
     arms = variants(args)
