@@ -115,7 +115,7 @@ class Process:
     def show_progress(self) -> None:
         """Show what is new in the log, by :func:`progress`."""
         for line in self._new_lines():
-            if line.strip() and not line.startswith(_HYDRA_HINT):
+            if not line.startswith(_HYDRA_HINT):
                 self.last = line.strip()
             text = progress(line)
             if text:
@@ -125,7 +125,7 @@ class Process:
                 self._width = len(text) + 3
 
     def _new_lines(self) -> List[str]:
-        """The lines since the last call; half a line only where no more can come."""
+        """The lines with text since the last call; half a line only where no more can come."""
         if self.log is None:
             return []
         complete = self._process.returncode is not None
@@ -135,7 +135,8 @@ class Process:
         if not complete:
             text = text[: text.rfind(b"\n") + 1]
         self._shown += len(text)
-        return text.decode("utf-8", errors="replace").split("\n")
+        lines = text.decode("utf-8", errors="replace").split("\n")
+        return [line for line in lines if line.strip()]
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Ask it to end."""

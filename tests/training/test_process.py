@@ -34,3 +34,22 @@ def test_training_on_a_cpu_keeps_the_memory_that_it_releases(gpu, tmp_path, monk
     code = f"import os; print([os.environ.get(name) for name in {names}])"
     process.run_with_progress([sys.executable, "-c", code], log)
     assert log.read_text() == f"{[None if gpu else '0', '5']}\n"  # the user's own setting stays
+
+
+def test_lines_are_shown_when_they_are_whole(tmp_path, monkeypatch):
+    """Those of this process alone, to the last one, which may lack its end."""
+    log = tmp_path / "log"
+    log.write_text("of the start before\n")
+    seen = []
+    monkeypatch.setattr(process, "progress", lambda line: seen.append(line) or "")
+    code = "print('one', end='', flush=True); input(); print(' two\\nthree', end='')"
+    monkeypatch.setattr(subprocess, "DEVNULL", subprocess.PIPE)
+    started = process.Process([sys.executable, "-c", code], log)
+    while not log.read_text().endswith("one"):
+        assert started.ended(0.02) is None
+        started.show_progress()
+    assert seen == []
+    started._process.communicate(b"\n")
+    started.show_progress()
+    assert seen == ["one two", "three"]
+    assert (started.ended(), started.last) == (0, "three")
