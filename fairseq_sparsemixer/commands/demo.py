@@ -8,6 +8,12 @@ for the same number of updates (dense, switch, sparsemixer) and set side by side
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, List
+
+from fairseq_sparsemixer.errors import UserError
+
+if TYPE_CHECKING:
+    from fairseq_sparsemixer.runs.arms import Variant
 
 HELP = "train, translate and score a small model on real text, in minutes on a CPU"
 
@@ -53,6 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do it."""
-    from fairseq_sparsemixer import demo
+    from fairseq_sparsemixer.study.demo import Demo
 
-    demo.run(args)
+    for override in args.overrides:
+        if override.partition("=")[0] == "experts":
+            raise UserError("experts=... is not set here: use --num-experts, or --router dense")
+    updates = [] if args.max_update is None else [f"optimization.max_update={args.max_update}"]
+    overrides = [f"common.seed={args.seed}", *updates, *args.overrides]
+    Demo(variants(args), args.data, args.runs, overrides).do()
+
+
+def variants(args: argparse.Namespace) -> List["Variant"]:
+    """The models that the flags name, in the order of the table."""
+    from fairseq_sparsemixer.moe import ROUTERS
+    from fairseq_sparsemixer.runs.arms import DENSE, build_variant
+
+    names = list(dict.fromkeys(args.router.split(",")))
+    if args.compare:
+        names = [DENSE, "switch", "sparsemixer"]
+    elif args.router == "all":
+        names = list(ROUTERS)
+    return [build_variant(name, args.num_experts) for name in names]

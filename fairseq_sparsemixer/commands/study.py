@@ -13,6 +13,8 @@ the last checkpoint, and without losing a point. `fairseq-sparsemixer report` sh
 import argparse
 from pathlib import Path
 
+from fairseq_sparsemixer.errors import UserError
+
 HELP = "train and score arms x seeds as a plan names them, stoppable at any time"
 
 
@@ -37,6 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do it."""
+    for flag, value in (("--jobs", args.jobs), ("--minutes", args.minutes)):
+        if value is not None and not value > 0:
+            raise UserError(f"{flag} {value} does nothing; give more than 0")
+    if args.plan.is_dir() and args.output is not None:
+        raise UserError("--output goes with a plan; leave it out to go on with a study")
+    if not args.plan.is_dir() and args.output is None:
+        raise UserError("say where to with --output STUDY")
+
     from fairseq_sparsemixer.study import runner
 
-    runner.run(args)
+    runner.run(
+        args.plan,
+        args.output,
+        jobs=args.jobs,
+        minutes=args.minutes,
+        prepare_only=args.prepare_only,
+    )

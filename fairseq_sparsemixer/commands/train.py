@@ -13,12 +13,28 @@ scripts/train_wmt14.sbatch does.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fairseq_sparsemixer.training.plan import Request
 
 HELP = "train on WMT14 English-German, on whatever GPUs there are"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the sub-command."""
+    _add_what(parser)
+    _add_where(parser)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="further settings of configs/wmt14.yaml, such as model.jitter_eps=0.2",
+    )
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    """What is trained."""
     parser.add_argument(
         "--router",
         default="sparsemixer",
@@ -51,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the text was cut; the released recipe took moses (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    """Where, and on what."""
     parser.add_argument(
         "--runs",
         type=Path,
@@ -77,16 +97,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only print the command, the parameters, and estimates of memory and time",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="further settings of configs/wmt14.yaml, such as model.jitter_eps=0.2",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Do it."""
     from fairseq_sparsemixer.training import launch
 
-    launch.run(args)
+    launch.run(request(args), dry_run=args.dry_run)
+
+
+def request(args: argparse.Namespace) -> "Request":
+    """What the flags ask for."""
+    from fairseq_sparsemixer.training.plan import Request
+
+    return Request(**{name: getattr(args, name) for name in Request._fields})

@@ -113,6 +113,8 @@ class Router(nn.Module):
     """Whether predicted outputs are part of what evaluation puts out."""
     temperature = 1.0
     """The choice is by softmax(z / temperature) over the experts that are not masked."""
+    balance_weight: Optional[float] = None
+    """The weight of the balance loss that it needs; None where the usual one does."""
 
     weight: Optional[nn.Parameter]
     """(N, D), None for routers that learn no logits."""

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import fairseq
 import hydra
@@ -54,6 +54,10 @@ def read_record(folder: Path) -> Dict[str, Any]:
         raise UserError(f"cannot read {path} ({error}): name another folder with --runs") from error
 
 
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def check_same(folder: Path, record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings.
 
@@ -73,11 +77,38 @@ def check_same(folder: Path, record: Mapping[str, Any], now: Mapping[str, Any]) 
         }
         for each in (record, now)
     )
-    for key in sorted(before.keys() & after.keys()):
-        if before[key] != after[key] and not _may_change(key):
+    refuse_other(
+        folder,
+        before,
+        {key: after[key] for key in sorted(after) if not _may_change(key)},
+        "{folder} was trained with {key}={before}, not {now}: start it as its run.json says, or "
+        "name another folder with --runs",
+    )
+
+
+def refuse_other(
+    folder: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    text: str,
+    shown: Callable[[Any], str] = _shown,
+) -> None:
+    """Refuse to go on with a run where a value is not what it was.
+
+    Args:
+        folder: of the run.
+        before: what it was begun with; what is missing may be anything.
+        now: compared in this order.
+        text: of the error, with ``{folder}``, ``{key}``, ``{before}`` and ``{now}``.
+        shown: how values look in it.
+
+    Raises:
+        UserError: one differs.
+    """
+    for key, value in now.items():
+        if key in before and before[key] != value:
             raise UserError(
-                f"{folder} was trained with {key}={_shown(before[key])}, not {_shown(after[key])}: "
-                "start it as its run.json says, or name another folder with --runs"
+                text.format(folder=folder, key=key, before=shown(before[key]), now=shown(value))
             )
 
 
@@ -91,10 +122,6 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[st
 
 def _may_change(key: str) -> bool:
     return any(key == each or (each[-1] == "." and key.startswith(each)) for each in _MAY_CHANGE)
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def start_record(record: Mapping[str, Any], start: Mapping[str, Any]) -> Dict[str, Any]:

@@ -2,6 +2,9 @@
 
 ===============  ==================================================================================
 ``plan``         the YAML file of a study
-``runner``       the command that trains and scores what a plan names, and can be interrupted
+``layout``       its folder, which holds all that the runs need
+``runner``       trains and scores what a plan names, and can be interrupted
+``demo``         a plan of its own: a small model or some, on a corpus that comes with it
+``engine``       works off the runs of either
 ===============  ==================================================================================
 """

@@ -20,17 +20,11 @@ from typing import Any, Dict, List, Mapping, NamedTuple
 import yaml
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.runs.arms import DENSE, build_arm
+from fairseq_sparsemixer.runs.arms import DENSE, Variant, build_variant
+from fairseq_sparsemixer.training.settings import overridden
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a folder, and a value for hydra
 _ARM_KEYS = {"router", "experts", "overrides"}
-
-
-class StudyRun(NamedTuple):
-    """One model to train: its folder's name, and hydra's overrides that make it."""
-
-    name: str
-    overrides: List[str]
 
 
 class Plan(NamedTuple):
@@ -55,10 +49,10 @@ class Plan(NamedTuple):
     beam: int
     arms: Dict[str, List[str]]
 
-    def runs(self) -> List[StudyRun]:
+    def runs(self) -> List[Variant]:
         """All of them, seed by seed: however early a study is stopped, arms can be compared."""
         return [
-            StudyRun(f"{arm}-seed{seed}", [*overrides, f"common.seed={seed}"])
+            Variant(f"{arm}-seed{seed}", [*overrides, f"common.seed={seed}"])
             for seed in self.seeds
             for arm, overrides in self.arms.items()
         ]
@@ -134,7 +128,7 @@ def _arm(name: str, arm: Any, path: Path) -> List[str]:
         f"arm {name}: experts must be a whole number of at least 1 (and is left out for dense)",
     )
     try:
-        built = build_arm(router, experts or 0)
+        built = build_variant(router, experts or 0)
     except UserError as error:
         raise UserError(f"{path}: arm {name}: {error}") from None
     return [*built.overrides, *_overrides(arm.get("overrides", []), path, f"arm {name}: overrides")]
@@ -146,8 +140,7 @@ def _overrides(values: Any, path: Path, what: str) -> List[str]:
         path,
         f"{what} must be a list of KEY=VALUE, such as [model.jitter_eps=0.2]",
     )
-    made_here = _MADE_HERE.keys() & {value.lstrip("+~").partition("=")[0] for value in values}
-    for key in sorted(made_here):
+    for key in sorted(_MADE_HERE.keys() & overridden(values)):
         raise UserError(f"{path}: {what}: {key} is not set here: use {_MADE_HERE[key]}")
     return list(values)
 
@@ -165,6 +158,7 @@ _MADE_HERE: Mapping[str, str] = {
     "hydra.run.dir": "--output",
     "model.router": "router",
     "model.num_experts": "experts",
+    "experts": "router and experts",
 }
 """Settings that the study makes itself, and what decides them."""
 

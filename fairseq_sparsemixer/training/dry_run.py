@@ -5,55 +5,55 @@ from typing import Dict, List
 
 from fairseq_sparsemixer.tables import format_table
 from fairseq_sparsemixer.training import resources
-from fairseq_sparsemixer.training.plan import Plan
+from fairseq_sparsemixer.training.plan import Launch
 
 _GB = 1e9
 _ELSEWHERE = (1, 8)
 """Numbers of GPUs that the table of other GPUs is for."""
 
 
-def format_plan(plan: Plan) -> str:
-    """The plan as text."""
-    batch, machine = plan.batch, plan.machine
-    parameters = resources.count_parameters(plan.model)
-    entries = plan.assumed_entries
+def format_launch(launch: Launch) -> str:
+    """A launch as text."""
+    batch, machine = launch.batch, launch.machine
+    parameters = resources.count_parameters(launch.model)
+    entries = launch.assumed_entries
     assumed = f" (a dictionary of {entries:,} entries is assumed)" if entries else ""
     gpus = ", ".join(f"{machine.gpus.count(g)} x {g}" for g in dict.fromkeys(machine.gpus))
     nodes = f" on each of {machine.nodes} nodes" if machine.nodes > 1 else ""
-    updates = plan.settings["optimization"]["max_update"]
+    updates = launch.settings["optimization"]["max_update"]
     lines = [
-        f"run         {plan.folder}",
-        f"command     {shlex.join(plan.command)}",
-        f"workers     {batch.workers}: {gpus or 'the CPU'}{nodes}, {plan.precision}",
+        f"run         {launch.folder}",
+        f"command     {shlex.join(launch.command)}",
+        f"workers     {batch.workers}: {gpus or 'the CPU'}{nodes}, {launch.precision}",
         f"update      {batch.tokens_per_update:,} tokens a side at most: workers {batch.workers} x "
         f"update_freq {batch.update_freq} x max_tokens {batch.max_tokens:,}",
         f"updates     {updates:,}",
         f"parameters  {parameters.total:,}; a token uses {parameters.active:,}{assumed}",
         "",
-        *_memory(plan),
+        *_memory(launch),
         "",
-        *_time(plan, updates),
+        *_time(launch, updates),
     ]
     return "\n".join(lines)
 
 
-def _memory(plan: Plan) -> List[str]:
-    memory = _memory_parts(plan, plan.precision != "fp32", plan.batch.workers)
-    where = "each GPU, without CUDA's own," if plan.machine.gpus else "this machine"
+def _memory(launch: Launch) -> List[str]:
+    memory = _memory_parts(launch, launch.precision != "fp32", launch.batch.workers)
+    where = "each GPU, without CUDA's own," if launch.machine.gpus else "this machine"
     lines = [
         f"memory of {where} about {_sum(memory)} (an estimate):",
         *(f"    {size / _GB:6.2f} GB  {part}" for part, size in memory.items()),
     ]
-    if not plan.machine.gpus:
-        lines.append(f"    {_sum(_memory_parts(plan, True, 1))} on one GPU in half precision")
+    if not launch.machine.gpus:
+        lines.append(f"    {_sum(_memory_parts(launch, True, 1))} on one GPU in half precision")
     return lines
 
 
-def _memory_parts(plan: Plan, half: bool, workers: int) -> Dict[str, int]:
-    total = resources.count_parameters(plan.model).total
+def _memory_parts(launch: Launch, half: bool, workers: int) -> Dict[str, int]:
+    total = resources.count_parameters(launch.model).total
     return {
         **resources.state_bytes(total, half, workers),
-        **resources.activation_bytes(plan.model, plan.batch.max_tokens, half),
+        **resources.activation_bytes(launch.model, launch.batch.max_tokens, half),
     }
 
 
@@ -61,18 +61,18 @@ def _sum(memory: Dict[str, int]) -> str:
     return f"{sum(memory.values()) / _GB:.1f} GB"
 
 
-def _time(plan: Plan, updates: int) -> List[str]:
-    batch = plan.batch
-    computed = resources.count_parameters(plan.model).computed
+def _time(launch: Launch, updates: int) -> List[str]:
+    batch = launch.batch
+    computed = resources.count_parameters(launch.model).computed
     flops = resources.update_flops(computed, batch.tokens_per_update)
     lines = [
         f"time: an estimate from {flops / 1e12:.1f} TFLOP an update (6 x {computed:,} parameters x "
         f"tokens) at {100 * resources.UTILISATION:.0f} % of a GPU's peak, which is assumed, not "
         "measured"
     ]
-    peaks = [resources.peak_tflops(gpu) for gpu in plan.machine.gpus]
+    peaks = [resources.peak_tflops(gpu) for gpu in launch.machine.gpus]
     known = [peak for peak in peaks if peak is not None]
-    if known and len(known) == len(peaks) and plan.precision != "fp32":
+    if known and len(known) == len(peaks) and launch.precision != "fp32":
         slowest = min(known)  # the others wait for it
         hours = resources.training_hours(flops, updates, batch.workers, slowest)
         lines.append(f"    {_hours(hours)} here, at {slowest} TFLOP/s for each GPU")

@@ -1,10 +1,12 @@
 """The GPUs and nodes to train on, and what a training process is told of them."""
 
 import os
-import sys
 from typing import Dict, List, NamedTuple, Sequence
 
+import torch
+
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.training.settings import PYTHON
 
 DEFAULT_PORT = "29500"
 
@@ -38,8 +40,6 @@ def find_machine(nodes: int) -> Machine:
     Raises:
         UserError: several nodes without a GPU, or without the environment that joins them.
     """
-    import torch
-
     if nodes < 1:
         raise UserError(f"--nodes must be at least 1, not {nodes}")
     devices = range(torch.cuda.device_count())
@@ -73,9 +73,9 @@ def precision_overrides(machine: Machine, recipe: str) -> List[str]:
 def launcher(machine: Machine) -> List[str]:
     """What starts the module: on one node fairseq makes a process for each GPU by itself."""
     if machine.nodes == 1:
-        return [sys.executable, "-m"]
+        return [*PYTHON]
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(*PYTHON, "torch.distributed.run"),
         *(f"--nnodes={machine.nodes}", f"--nproc_per_node={len(machine.gpus)}"),
         *(f"--node_rank={machine.rank}", f"--master_addr={machine.master[0]}"),
         *(f"--master_port={machine.master[1]}", "-m"),

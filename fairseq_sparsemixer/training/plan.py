@@ -1,18 +1,30 @@
-"""What the flags of ``fairseq-sparsemixer train`` come to on a machine."""
+"""What a request to train comes to on a machine."""
 
-import argparse
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
+from fairseq.tasks.translation import TranslationTask
+
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.runs.arms import Variant, build_variant
+from fairseq_sparsemixer.training import resources
 from fairseq_sparsemixer.training.machine import (
     Machine,
     find_machine,
     launcher,
     precision_overrides,
 )
-from fairseq_sparsemixer.training.settings import CHECKOUT, CONFIG_NAME, PACKAGE, compose, quoted
+from fairseq_sparsemixer.training.settings import (
+    CONFIGS,
+    PACKAGE,
+    compose,
+    overridden,
+    quoted,
+    resolved,
+    training_command,
+)
 
+CONFIG = "wmt14"
 _FLAGS = {
     "model": "--model",
     "model.router": "--router",
@@ -32,6 +44,33 @@ _PRECISION = {"common.fp16", "common.bf16", "common.amp", "common.cpu"}
 """Settings that are chosen by the machine, unless one of them is given."""
 
 
+class Request(NamedTuple):
+    """What is to be trained.
+
+    Attributes:
+        router, experts: of the layers with experts; ``dense`` for none.
+        model, recipe, schedule: choices of configs/.
+        pipeline: ``sentencepiece`` or ``moses``, how the text was cut.
+        seed: of ``common.seed``.
+        runs: folder of the runs.
+        nodes: as large as this one, itself included.
+        max_tokens: of one batch on one GPU; None for that of the recipe.
+        overrides: further ones of hydra.
+    """
+
+    router: str
+    experts: int
+    model: str
+    recipe: str
+    schedule: str
+    pipeline: str
+    seed: int
+    runs: Path
+    nodes: int
+    max_tokens: Optional[int]
+    overrides: List[str]
+
+
 class Batch(NamedTuple):
     """How the tokens of an update are spread."""
 
@@ -45,7 +84,7 @@ class Batch(NamedTuple):
         return self.workers * self.update_freq * self.max_tokens
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """A run as it will be started.
 
     Attributes:
@@ -79,55 +118,36 @@ class Plan(NamedTuple):
         return "fp16" if common["fp16"] else "bf16" if common["bf16"] else "fp32"
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
-    """What the flags come to on this machine.
+def plan_launch(request: Request) -> Launch:
+    """What a request comes to on this machine.
 
     Raises:
-        UserError: they do not fit together, or not this machine.
+        UserError: it does not fit together, or not this machine.
     """
-    from fairseq_sparsemixer.runs.arms import build_arm
-    from fairseq_sparsemixer.training import resources
-
-    configs = CHECKOUT / "configs"
-    if not (configs / f"{CONFIG_NAME}.yaml").is_file():
+    if not (CONFIGS / f"{CONFIG}.yaml").is_file():
         raise UserError("training runs from a checkout of the repository: configs/ is missing")
-    given = {override.lstrip("+~").partition("=")[0] for override in args.overrides}
-    for key in sorted(given & _FLAGS.keys()):
+    for key in sorted(overridden(request.overrides) & _FLAGS.keys()):
         raise UserError(f"{key}=... is not set here: use {_FLAGS[key]}")
-    arm = build_arm(args.router, args.experts)
-    machine = find_machine(args.nodes)
-    folder = args.runs / _name(args, arm.name)
-    overrides = [
-        f"model={args.model}",
-        f"data={'wmt14_en_de_moses' if args.pipeline == 'moses' else 'wmt14_en_de'}",
-        f"schedule={args.schedule}",
-        f"recipe={args.recipe}",
-        *arm.overrides,
-        f"common.seed={args.seed}",
-        *([] if given & _PRECISION else precision_overrides(machine, args.recipe)),
-        *args.overrides,
-        f"common.user_dir={quoted(PACKAGE)}",
-        f"checkpoint.save_dir={quoted(folder)}",
-    ]
-    one = compose(configs, overrides)
-    batch = spread(one.dataset.max_tokens, one.optimization.update_freq, machine, args.max_tokens)
+    variant = build_variant(request.router, request.experts)
+    machine = find_machine(request.nodes)
+    folder = request.runs / name_of(request, variant.name)
+    overrides = _overrides(request, variant, machine, folder)
+    one = compose(CONFIGS, overrides, CONFIG)
+    wanted = request.max_tokens
+    batch = spread(one.dataset.max_tokens, one.optimization.update_freq, machine, wanted)
     overrides += [
         f"distributed_training.distributed_world_size={batch.workers}",
         f"dataset.max_tokens={batch.max_tokens}",
         f"optimization.update_freq=[{batch.update_freq}]",
     ]
-    cfg = compose(configs, overrides)
+    cfg = compose(CONFIGS, overrides, CONFIG)
     entries = None if _dictionary(cfg).is_file() else resources.VOCABULARY
-    model = resources.build_on_meta(cfg.model, make_task(cfg, entries))
-    return Plan(
+    model = resources.build_on_meta(cfg.model, make_task(cfg, entries))  # fills settings, too
+    return Launch(
         folder=folder,
-        command=[
-            *launcher(machine),
-            *("fairseq_cli.hydra_train", "--config-dir", str(configs)),
-            *("--config-name", CONFIG_NAME, f"hydra.run.dir={quoted(folder)}", *overrides),
-        ],
+        command=training_command(CONFIGS, CONFIG, folder, overrides, launcher(machine)),
         overrides=overrides,
-        settings=_resolved(cfg),
+        settings=resolved(cfg),
         machine=machine,
         batch=batch,
         model=model,
@@ -135,12 +155,29 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def _name(args: argparse.Namespace, arm: str) -> str:
-    """The name of the run: the arm, what is not the default, and the seed."""
+def _overrides(request: Request, variant: Variant, machine: Machine, folder: Path) -> List[str]:
+    given = overridden(request.overrides) & _PRECISION
+    return [
+        f"model={request.model}",
+        f"data={'wmt14_en_de_moses' if request.pipeline == 'moses' else 'wmt14_en_de'}",
+        f"schedule={request.schedule}",
+        f"recipe={request.recipe}",
+        *variant.overrides,
+        f"common.seed={request.seed}",
+        *([] if given else precision_overrides(machine, request.recipe)),
+        *request.overrides,
+        f"common.user_dir={quoted(PACKAGE)}",
+        f"checkpoint.save_dir={quoted(folder)}",
+    ]
+
+
+def name_of(request: Request, variant: str) -> str:
+    """The name of the run: what is trained, what is not the default, and the seed."""
     usual = {"model": "base", "recipe": "recommended", "schedule": "long"}
     usual["pipeline"] = "sentencepiece"
-    parts = [getattr(args, flag) for flag in usual if getattr(args, flag) != usual[flag]]
-    return "-".join([arm, *parts, f"seed{args.seed}"])
+    values = request._asdict()
+    parts = [values[flag] for flag in usual if values[flag] != usual[flag]]
+    return "-".join([variant, *parts, f"seed{request.seed}"])
 
 
 def spread(
@@ -181,25 +218,13 @@ def _either(values: Sequence[str]) -> str:
     return " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
 
 
-def _resolved(cfg: Any) -> Dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
 def _dictionary(cfg: Any) -> Path:
     return Path(cfg.task.data) / f"dict.{cfg.task.source_lang}.txt"
 
 
 def make_task(cfg: Any, assumed_entries: Optional[int]) -> Any:
     """fairseq's task, with the dictionaries of its data or with assumed ones of so many entries."""
-    from fairseq.tasks.translation import TranslationTask
-
-    from fairseq_sparsemixer.training.resources import assumed_dictionary
-
     if assumed_entries is None:
         return TranslationTask.setup_task(cfg.task)
-    dictionary = assumed_dictionary(assumed_entries)
+    dictionary = resources.assumed_dictionary(assumed_entries)
     return TranslationTask(cfg.task, dictionary, dictionary)

@@ -1,6 +1,7 @@
 """A training process: started, shown on the terminal, and stopped with its parent."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -18,6 +19,8 @@ from fairseq_sparsemixer.runs.logs import line_stats
 
 STOP_SECONDS = 10
 """How long an interrupted training may take to end by itself."""
+POLL_SECONDS = 0.2
+"""Between two looks at a process."""
 SUBWORD_FILES = ("sentencepiece.bpe.model", "bpecodes")
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 """Tells the C library to keep memory that was released (docs/performance.md): on a CPU each update
@@ -62,6 +65,101 @@ def training_environment(environment: Mapping[str, str]) -> Dict[str, str]:
     return {**memory, **environment, "PYTHONUNBUFFERED": "1"}
 
 
+class Process:
+    """A process at work, whose output is added to a log that can be followed.
+
+    Args:
+        command: of the process.
+        log: added to, with all that it prints; None for the terminal.
+        env: its environment (default: this one's).
+        cwd: where it works (default: here).
+        keep_open: file descriptors that it inherits.
+        with_parent: it is killed with this process, whose restart would else find it at work.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Optional[Path],
+        *,
+        env: Optional[Mapping[str, str]] = None,
+        cwd: Optional[Path] = None,
+        keep_open: Sequence[int] = (),
+        with_parent: bool = False,
+    ) -> None:
+        self.command = command
+        self.log = log
+        self.last = ""
+        """What it printed last, of what was shown."""
+        self._width = 0
+        with contextlib.ExitStack() as files:
+            output = None if log is None else files.enter_context(log.open("ab"))
+            self._shown = output.tell() if output else 0
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                env=env,
+                cwd=cwd,
+                pass_fds=tuple(keep_open),
+                preexec_fn=_end_with_parent if with_parent else None,
+            )
+
+    def ended(self, seconds: float = 0) -> Optional[int]:
+        """The exit status; None where it is still at work after so long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(seconds)
+        return None
+
+    def show_progress(self) -> None:
+        """Show what is new in the log, by :func:`progress`."""
+        for line in self._new_lines():
+            if not line.startswith(_HYDRA_HINT):
+                self.last = line.strip()
+            text = progress(line)
+            if text:
+                # One line on a terminal, many in a file.
+                end = "\r" if sys.stdout.isatty() else "\n"
+                print(f"   {text}".ljust(self._width), end=end, flush=True)
+                self._width = len(text) + 3
+
+    def _new_lines(self) -> List[str]:
+        """The lines with text since the last call; half a line only where no more can come."""
+        if self.log is None:
+            return []
+        complete = self._process.returncode is not None
+        with self.log.open("rb") as file:
+            file.seek(self._shown)
+            text = file.read()
+        if not complete:
+            text = text[: text.rfind(b"\n") + 1]
+        self._shown += len(text)
+        lines = text.decode("utf-8", errors="replace").split("\n")
+        return [line for line in lines if line.strip()]
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Ask it to end."""
+        self._process.send_signal(number)
+
+    def wait(self) -> None:
+        """Until it has ended; it is killed where it takes too long."""
+        if self.ended(STOP_SECONDS) is None:
+            self._process.kill()  # started in the background it ignores SIGINT
+            self._process.wait()
+
+    def failure(self) -> UserError:
+        """Why training ended early: the last line, and where the others are."""
+        return UserError(f"training failed: {self.last} (all its output: {self.log})")
+
+
+def _end_with_parent() -> None:
+    """In the child: be killed with the process that started it."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def run_with_progress(
     command: Sequence[str],
     log_path: Path,
@@ -82,44 +180,18 @@ def run_with_progress(
         KeyboardInterrupt: as it came, once the process has ended.
     """
     environment = training_environment(os.environ if env is None else env)
-    width = 0
-    with (
-        log_path.open("a", encoding="utf-8") as log,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-            pass_fds=tuple(keep_open),
-        ) as process,
-    ):
-        assert process.stdout is not None
-        last = ""
-        try:
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                if line.strip() and not line.startswith(_HYDRA_HINT):
-                    last = line.strip()
-                text = progress(line)
-                if text:
-                    # One line on a terminal, many in a file.
-                    end = "\r" if sys.stdout.isatty() else "\n"
-                    print(f"   {text}".ljust(width), end=end, flush=True)
-                    width = len(text) + 3
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            try:
-                # Reads on: a process that nobody reads from cannot end.
-                process.communicate(timeout=STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()  # started in the background it ignores SIGINT
-            raise
+    process = Process(command, log_path, env=environment, keep_open=keep_open)
+    try:
+        while process.ended(POLL_SECONDS) is None:
+            process.show_progress()
+        process.show_progress()
+    except BaseException:
+        process.stop(signal.SIGINT)
+        process.wait()
+        raise
     print(flush=True)
-    if process.returncode:
-        raise UserError(f"training failed: {last} (all its output: {log_path})")
+    if process.ended():
+        raise process.failure()
 
 
 @contextlib.contextmanager

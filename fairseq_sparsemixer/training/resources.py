@@ -6,6 +6,12 @@ The model is built on torch's meta device, without storage. Nothing here was fit
 import re
 from typing import Any, Dict, NamedTuple, Optional
 
+import torch
+from fairseq.data import Dictionary
+
+from fairseq_sparsemixer.models.layers import switch_layers
+from fairseq_sparsemixer.moe.feed_forward import moe_layers
+
 VOCABULARY = 32_768
 """Entries of the dictionary that is assumed where there are no data yet."""
 SENTENCE_LENGTH = 30
@@ -56,16 +62,12 @@ def build_on_meta(settings: Any, task: Any) -> Any:
     Raises:
         ConfigError: for a setting that is unknown, out of range or not supported.
     """
-    import torch
-
     with torch.device("meta"):
         return task.build_model(settings)
 
 
 def assumed_dictionary(size: int = VOCABULARY) -> Any:
     """A dictionary of so many entries."""
-    from fairseq.data import Dictionary
-
     dictionary = Dictionary()
     for number in range(size - len(dictionary)):
         dictionary.add_symbol(f"assumed {number}")
@@ -74,8 +76,6 @@ def assumed_dictionary(size: int = VOCABULARY) -> Any:
 
 def count_parameters(model: Any) -> Parameters:
     """Count the parameters of a model; exact."""
-    from fairseq_sparsemixer.moe.feed_forward import moe_layers
-
     total = sum(parameter.numel() for parameter in model.parameters())
     active = computed = total
     for layer in moe_layers(model):
@@ -129,8 +129,6 @@ def activation_bytes(model: Any, tokens: int, half: bool) -> Dict[str, int]:
         tokens: of a batch (``max_tokens``), on each side.
         half: fp16 or bf16.
     """
-    from fairseq_sparsemixer.models.layers import switch_layers
-
     cfg = model.cfg
     width = 1 if half else 2
     layers = 0.0

@@ -1,15 +1,25 @@
 """hydra's settings of a run, composed of configs/."""
 
 import re
+import sys
 import warnings
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, Iterable, List, Sequence, Set
 
+import hydra
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import fairseq_sparsemixer  # noqa: F401  (registers the model)
 from fairseq_sparsemixer.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parent
-CONFIG_NAME = "wmt14"
+CONFIGS = CHECKOUT / "configs"
+PYTHON = (sys.executable, "-m")
 
 
 def quoted(path: Path) -> str:
@@ -20,7 +30,35 @@ def quoted(path: Path) -> str:
     return f"'{text}'"
 
 
-def compose(configs: Path, overrides: List[str], name: str = CONFIG_NAME) -> Any:
+def overridden(overrides: Iterable[str]) -> Set[str]:
+    """The keys that hydra's overrides set."""
+    return {override.lstrip("+~").partition("=")[0] for override in overrides}
+
+
+def training_command(
+    configs: Path,
+    name: str,
+    folder: Path,
+    overrides: Sequence[str],
+    launcher: Sequence[str] = PYTHON,
+) -> List[str]:
+    """The command line that trains.
+
+    Args:
+        configs: folder of the configs.
+        name: of the config.
+        folder: of the run.
+        overrides: of hydra.
+        launcher: what starts a Python module.
+    """
+    return [
+        *(*launcher, "fairseq_cli.hydra_train"),
+        *("--config-dir", str(configs), "--config-name", name),
+        *(f"hydra.run.dir={quoted(folder)}", *overrides),
+    ]
+
+
+def compose(configs: Path, overrides: List[str], name: str) -> Any:
     """The settings that ``fairseq-hydra-train`` would train with, defaults filled in.
 
     Args:
@@ -31,14 +69,6 @@ def compose(configs: Path, overrides: List[str], name: str = CONFIG_NAME) -> Any
     Raises:
         UserError: hydra refuses an override.
     """
-    import hydra
-    from fairseq.dataclass.configs import FairseqConfig
-    from fairseq.dataclass.initialize import add_defaults, hydra_init
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    import fairseq_sparsemixer  # noqa: F401  (registers the model)
-
     hydra_init(name)
     try:
         with warnings.catch_warnings():
@@ -54,3 +84,10 @@ def compose(configs: Path, overrides: List[str], name: str = CONFIG_NAME) -> Any
     for key in sorted(cfg.keys() - FairseqConfig.__dataclass_fields__.keys()):
         raise UserError(f"{key}: fairseq has no such group of settings")
     return cfg
+
+
+def resolved(cfg: Any) -> Dict[str, Any]:
+    """Composed settings as plain values."""
+    values = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}

@@ -4,14 +4,17 @@ import json
 import signal
 
 import pytest
-from support.commands import build_corpus
+from support import commands
 
-from fairseq_sparsemixer import cli, demo
+from fairseq_sparsemixer.commands.demo import variants
 from fairseq_sparsemixer.corpora.homeassistant import preparation
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.models import SwitchTransformerModel
 from fairseq_sparsemixer.moe import ROUTERS
+from fairseq_sparsemixer.runs.arms import Variant
+from fairseq_sparsemixer.study import demo
 from fairseq_sparsemixer.training import process
 
 TINY = [
@@ -31,7 +34,7 @@ TINY = [
 @pytest.fixture
 def corpus(monkeypatch, tmp_path, shared):
     """A prepared corpus where the demo looks for one."""
-    raw = shared.directory("corpus", build_corpus) / "raw"
+    raw = shared.directory("corpus", commands.build_corpus) / "raw"
 
     def prepare_toy(output):
         prepare_raw_text(output, raw, vocab_size=35)
@@ -41,9 +44,8 @@ def corpus(monkeypatch, tmp_path, shared):
 
 
 def run_demo(tmp_path, *arguments):
-    command = ["demo", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
-    args = cli.build_parser().parse_args([*command, *arguments, *TINY])
-    demo.run(args)
+    folders = ["--data", tmp_path / "data", "--runs", tmp_path / "runs"]
+    commands.command("demo", *folders, *arguments, *TINY)
     return json.loads((tmp_path / "runs" / "results.json").read_text())
 
 
@@ -89,6 +91,17 @@ def test_demo_goes_on_where_it_stopped_and_does_nothing_twice(corpus, tmp_path, 
     assert (folder / "train.log").read_text() == log
     with pytest.raises(UserError, match="trained with other settings: remove it"):
         run_demo(tmp_path, "--max-update", "31", "--num-experts", "2")
+    state = json.loads((folder / "demo.json").read_text())
+    configs = state["settings"]["configs"]
+    configs["parts.yaml"] = configs.pop("parts/fairseq.yaml")
+    configs["demo.yaml"] = configs["demo.yaml"].replace("parts/fairseq", "parts")
+    write_json(folder / "demo.json", state)
+    run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
+    assert "finished before" in capfd.readouterr().out
+    configs["parts.yaml"] = configs["parts.yaml"].replace("smoothing: 0.1", "smoothing: 0.2")
+    write_json(folder / "demo.json", state)
+    with pytest.raises(UserError, match="trained with other settings: remove it"):
+        run_demo(tmp_path, "--max-update", "30", "--num-experts", "2")
 
 
 def test_failed_training_says_why(corpus, tmp_path):
@@ -99,28 +112,33 @@ def test_failed_training_says_why(corpus, tmp_path):
 
 
 def test_a_wrong_router_is_told_before_the_first_is_trained():
-    args = cli.build_parser().parse_args(["demo", "--router", "switch,swtch"])
+    args = commands.parse("demo", "--router", "switch,swtch")
     with pytest.raises(UserError, match="--router: unknown router 'swtch'; did you mean 'switch'"):
-        demo._arms(args)
+        variants(args)
+
+
+def test_the_number_of_experts_is_a_flag():
+    with pytest.raises(UserError, match=r"experts=\.\.\. is not set here: use --num-experts"):
+        commands.command("demo", "experts=eight")
 
 
 def test_compare_trains_three_models():
-    args = cli.build_parser().parse_args(["demo", "--compare", "--num-experts", "8"])
-    arms = demo._arms(args)
+    args = commands.parse("demo", "--compare", "--num-experts", "8")
+    arms = variants(args)
     assert [arm.name for arm in arms] == ["dense", "switch-8", "sparsemixer-8"]
     assert arms[0].overrides == ["model.encoder_moe_layers=none", "model.decoder_moe_layers=none"]
 
 
 def test_routers_get_the_settings_that_they_cannot_do_without():
-    args = cli.build_parser().parse_args(["demo", "--router", "gshard,dense,expert-choice,hash"])
-    gshard, dense, expert_choice, hashed = demo._arms(args)
+    args = commands.parse("demo", "--router", "gshard,dense,expert-choice,hash")
+    gshard, dense, expert_choice, hashed = variants(args)
     assert "model.top_k=2" in gshard.overrides
     assert dense.name == "dense"
     assert "model.decoder_moe_layers=none" in expert_choice.overrides
-    assert hashed == demo.Arm("hash-4", ["model.router=hash", "model.num_experts=4"])
-    reinmax = demo._arms(cli.build_parser().parse_args(["demo", "--router", "reinmax"]))[0]
+    assert hashed == Variant("hash-4", ["model.router=hash", "model.num_experts=4"])
+    reinmax = variants(commands.parse("demo", "--router", "reinmax"))[0]
     assert "criterion.balance_weight=0.05" in reinmax.overrides
-    every = demo._arms(cli.build_parser().parse_args(["demo", "--router", "all"]))
+    every = variants(commands.parse("demo", "--router", "all"))
     assert [arm.name for arm in every] == [f"{name}-4" for name in ROUTERS]
 
 

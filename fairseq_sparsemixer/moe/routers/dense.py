@@ -80,6 +80,8 @@ class ReinMaxRouter(_DenseRouter):
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
     """
 
+    balance_weight = 0.05  # at 0.01 all of a layer's tokens go to one expert
+
     def surrogate(self, choice_TN: Tensor, logits_TN: Tensor, probs_TN: Tensor) -> Tensor:
         """See :class:`_DenseRouter`."""
         half_TN = (choice_TN + probs_TN.detach()) / 2

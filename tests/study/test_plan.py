@@ -1,0 +1,67 @@
+"""The YAML file of a study."""
+
+import pytest
+from support.small_study import TINY, write_plan
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.study.plan import read_plan
+from fairseq_sparsemixer.training.settings import CONFIGS
+
+WRONG_PLANS = [
+    ({"arms": None}, "arms is missing"),
+    ({"updates": 70}, "updates must be a multiple of evaluate_every"),
+    ({"updates": True}, "updates must be a whole number"),
+    ({"seeds": 1}, "seeds must be a list"),
+    ({"seeds": [1, 1]}, "a seed stands in seeds twice"),
+    ({"jobs": 0}, "jobs must be a whole number of at least 1"),
+    ({"epochs": 3}, "there is no key epochs; see docs/study.md"),
+    ({"arms": ["dense"]}, "arms must be names"),
+    ({"arms": {"a/b": {"router": "dense"}}}, "arm a/b: a name has letters"),
+    ({"arms": {"a=b": {"router": "dense"}}}, "arm a=b: a name has letters"),
+    ({"arms": {"a": {"router": ["switch"]}}}, "arm a needs router"),
+    ({"arms": {1: {"router": "dense"}, "1": {"router": "dense"}}}, "1 stands there twice"),
+    ({"config": "../x"}, "config must be the name of one of configs/"),
+    ({"overrides": ["optimization.max_epoch=1"]}, "max_epoch is not set here: use updates"),
+    ({"arms": {"a": {"experts": 4}}}, "arm a needs router"),
+    ({"arms": {"a": {"router": "switch"}}}, "arm a: experts must be a whole number"),
+    ({"arms": {"a": {"router": "dense", "experts": 2}}}, "is left out for dense"),
+    ({"arms": {"a": {"router": "swich", "experts": 2}}}, "did you mean 'switch'"),
+    ({"overrides": ["dropout"]}, "overrides must be a list of KEY=VALUE"),
+    ({"overrides": ["experts=two"]}, "experts is not set here: use router and experts"),
+    ({"overrides": ["common.seed=3"]}, "common.seed is not set here: use seeds"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_PLANS)
+def test_wrong_plans_are_told(tmp_path, change, message):
+    path = write_plan(tmp_path / "plan.yaml", "data", **change)
+    with pytest.raises(UserError, match=r"plan\.yaml") as error:
+        read_plan(path)
+    assert message in str(error.value)
+
+
+def test_a_plan_that_is_no_yaml_is_told(tmp_path):
+    for text in ("arms: [", "just words", "", "data: 5", "arms: {a: 1, a: 2}"):
+        (tmp_path / "plan.yaml").write_text(text)
+        with pytest.raises(UserError, match="plan"):
+            read_plan(tmp_path / "plan.yaml")
+
+
+def test_runs_go_seed_by_seed(tmp_path):
+    plan = read_plan(write_plan(tmp_path / "plan.yaml", "data", seeds=[3, 5]))
+    assert [run.name for run in plan.runs()] == [
+        "switch-2-seed3",
+        "dense-seed3",
+        "switch-2-seed5",
+        "dense-seed5",
+    ]
+    assert plan.runs()[0].overrides == [
+        *TINY, "model.router=switch", "model.num_experts=2", "common.seed=3"
+    ]  # fmt: skip
+
+
+def test_the_plans_that_come_with_it_can_be_read():
+    paths = list((CONFIGS / "studies").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert read_plan(path).arms

@@ -1,0 +1,55 @@
+"""Training processes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.training import process
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path):
+    with process.sole_user(tmp_path) as inherited:
+        heir = subprocess.Popen(["sleep", "60"], pass_fds=inherited)
+    with (
+        pytest.raises(UserError, match="another process is training in"),
+        process.sole_user(tmp_path),
+    ):
+        pass
+    heir.kill()
+    heir.wait()
+    with process.sole_user(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_training_on_a_cpu_keeps_the_memory_that_it_releases(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    names = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+    log = tmp_path / "log"
+    code = f"import os; print([os.environ.get(name) for name in {names}])"
+    process.run_with_progress([sys.executable, "-c", code], log)
+    assert log.read_text() == f"{[None if gpu else '0', '5']}\n"  # the user's own setting stays
+
+
+def test_lines_are_shown_when_they_are_whole(tmp_path, monkeypatch):
+    """Those of this process alone, to the last one, which may lack its end."""
+    log = tmp_path / "log"
+    log.write_text("of the start before\n")
+    seen = []
+    monkeypatch.setattr(process, "progress", lambda line: seen.append(line) or "")
+    code = "print('one', end='', flush=True); input(); print(' two\\nthree', end='')"
+    monkeypatch.setattr(subprocess, "DEVNULL", subprocess.PIPE)
+    started = process.Process([sys.executable, "-c", code], log)
+    while not log.read_text().endswith("one"):
+        assert started.ended(0.02) is None
+        started.show_progress()
+    assert seen == []
+    started._process.communicate(b"\n")
+    started.show_progress()
+    assert seen == ["one two", "three"]
+    assert (started.ended(), started.last) == (0, "three")
