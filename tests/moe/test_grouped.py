@@ -1,6 +1,6 @@
 """The backends "grouped" and "triton": what they compute, and that they never wait for a device.
 
-Kernels run in Triton's interpreter. What only a GPU can show is in test_moe_gpu.py.
+Kernels run in Triton's interpreter. What only a GPU can show is in test_gpu.py.
 """
 
 import os
