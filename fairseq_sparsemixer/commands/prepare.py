@@ -47,7 +47,12 @@ HELP = "build a corpus: download or take text, split, cut into pieces, fairseq-p
 _LANGUAGES = ("en", "de")
 _WMT14_FOLDER = Path("data/wmt14_en_de")
 _ARCHIVE_FLAGS = ("news_commentary", "checksums", "mirror")
-_WMT14_FLAGS = ("pipeline", "merges", *_ARCHIVE_FLAGS, "workers")
+_TAKEN_BY = {
+    **dict.fromkeys(("pipeline", "merges", *_ARCHIVE_FLAGS, "workers"), ("wmt14",)),
+    "downloads": ("debian", "wmt14"),
+    "wheel": ("homeassistant",),
+}
+"""The corpora that a flag goes with, if not with all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "corpus",
         nargs="?",
-        choices=["homeassistant", "debian", "wmt14"],
+        choices=list(_DOORS),
         help="the corpus to build",
     )
     parser.add_argument(
@@ -147,15 +152,20 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {value} makes no vocabulary; give 1 or more")
     if args.downloads is not None and args.downloads.exists() and not args.downloads.is_dir():
         raise UserError(f"--downloads {args.downloads} is not a folder")
-    if args.corpus == "wmt14":
-        print(summary(_wmt14(args)))
-        return
-    _refuse(args, _WMT14_FLAGS, "go with the corpus wmt14 only")
-    if args.corpus != "debian":
-        _refuse(args, ["downloads"], "go with the corpora debian and wmt14 only")
-    if args.output is None:
+    own_text = args.raw_dir is not None and args.corpus != "wmt14"
+    if own_text and (args.corpus is not None or args.wheel is not None):
+        raise UserError("--raw-dir replaces the download: leave out the corpus and --wheel")
+    for flag, corpora in _TAKEN_BY.items():
+        if args.corpus not in corpora:
+            plural = "corpora" if len(corpora) > 1 else "corpus"
+            _refuse(args, [flag], f"go with the {plural} {' and '.join(corpora)} only")
+    if args.output is None and args.corpus != "wmt14":
         raise UserError("say where to with --output DIR")
-    print(summary(_own_text(args) if args.raw_dir is not None else _small_corpus(args)))
+    if args.corpus is None and not own_text:
+        raise UserError(
+            f"say what to prepare: the name of a corpus ({', '.join(_DOORS)}) or --raw-dir"
+        )
+    print(summary(_own_text(args) if own_text else _DOORS[args.corpus](args)))
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
@@ -166,8 +176,6 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
 
 
 def _own_text(args: argparse.Namespace) -> Dict[str, Any]:
-    if args.corpus is not None or args.wheel is not None:
-        raise UserError("--raw-dir replaces the download: leave out the corpus and --wheel")
     return prepare_raw_text(
         args.output,
         args.raw_dir,
@@ -177,28 +185,26 @@ def _own_text(args: argparse.Namespace) -> Dict[str, Any]:
     )
 
 
-def _small_corpus(args: argparse.Namespace) -> Dict[str, Any]:
-    """``homeassistant`` or ``debian``."""
-    if args.corpus is None:
-        raise UserError(
-            "say what to prepare: the name of a corpus (homeassistant, debian, wmt14) or --raw-dir"
-        )
+def _check_languages(args: argparse.Namespace) -> None:
     if (args.source_lang, args.target_lang) != _LANGUAGES:
         raise UserError("--source-lang and --target-lang only go with --raw-dir")
-    if args.corpus == "debian":
-        _refuse(args, ["wheel"], "go with the corpus homeassistant only")
-        return prepare_debian(
-            args.output,
-            vocab_size=args.vocab_size or DEBIAN_VOCAB_SIZE,
-            downloads=args.downloads,
-        )
+
+
+def _homeassistant(args: argparse.Namespace) -> Dict[str, Any]:
+    _check_languages(args)
     return prepare_homeassistant(
         args.output, vocab_size=args.vocab_size or DEFAULT_VOCAB_SIZE, wheel=args.wheel
     )
 
 
+def _debian(args: argparse.Namespace) -> Dict[str, Any]:
+    _check_languages(args)
+    return prepare_debian(
+        args.output, vocab_size=args.vocab_size or DEBIAN_VOCAB_SIZE, downloads=args.downloads
+    )
+
+
 def _wmt14(args: argparse.Namespace) -> Dict[str, Any]:
-    _refuse(args, ["wheel"], "go with the corpus homeassistant only")
     if args.raw_dir is not None:
         why = "belong to the archives, which --raw-dir replaces"
         _refuse(args, [*_ARCHIVE_FLAGS, "downloads"], why)
@@ -233,3 +239,7 @@ def _wmt14(args: argparse.Namespace) -> Dict[str, Any]:
         mirror=args.mirror,
         workers=args.workers,
     )
+
+
+_DOORS = {"homeassistant": _homeassistant, "debian": _debian, "wmt14": _wmt14}
+"""What prepares each corpus."""

@@ -26,6 +26,9 @@ def split_step(
 
     Where they are of several domains, ``raw/`` also says of which, and the result how many are of
     each and how much each measure against leaks does.
+
+    Raises:
+        UserError: see :func:`.splitting.hold_out`.
     """
     folder = steps.folder
 

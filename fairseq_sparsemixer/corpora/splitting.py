@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Se
 from tqdm import tqdm
 
 from fairseq_sparsemixer.corpora.cleaning import SentencePair, tokens
+from fairseq_sparsemixer.errors import UserError
 
 _QUERIES_AT_ONCE = 256
 _NUMBER = re.compile(r"\d+")
@@ -31,7 +32,7 @@ class SplitSettings:
     max_cosine: float  # training pairs this close to a held-out source are removed
     # The rest is for corpora of several domains and of text that is not all sentences.
     domain_shares: Dict[str, float] = field(default_factory=dict)  # instead of held_out_share
-    max_held_out: Optional[int] = None  # pairs of a domain in valid, and as many in test
+    max_held_out: Optional[int] = None  # of a domain in valid, and in test; others are left out
     max_held_out_tokens: Optional[int] = None
     whole_sentences: bool = False  # held-out pairs are sentences, without code or references
 
@@ -69,7 +70,7 @@ def hold_out(pairs: Sequence[SentencePair], settings: SplitSettings) -> Split:
     Training pairs are not yet filtered: see :func:`remove_near_duplicates`.
 
     Raises:
-        ValueError: the settings leave valid or test without a sentence.
+        UserError: the settings leave valid or test without a sentence.
     """
     domains = {pair.document: pair.domain for pair in pairs}
     held_out = {
@@ -103,7 +104,9 @@ def hold_out(pairs: Sequence[SentencePair], settings: SplitSettings) -> Split:
     kept_test = [pair for pair in test if pair.target.lower() not in valid_targets]
     dropped["target_also_in_valid"] = len(test) - len(kept_test)
     if not valid or not kept_test:
-        raise ValueError(f"{len(held_out)} of {len(domains)} documents held out: too few")
+        raise UserError(
+            f"{len(held_out)} of {len(domains)} documents held out: too few; give more text"
+        )
     counts = {
         "documents": len(domains),
         "documents_held_out": len(held_out),

@@ -33,7 +33,7 @@ def summary(record: Dict[str, Any]) -> str:
                 f"split ({name.replace('_', ' ')}): copy BLEU {leak['bleu']:.1f}, "
                 f"{100 * leak['near']:.1f} % of the held-out text has a near duplicate in training"
             )
-    if "cleaning" in record:
+    if "raw" in record:
         for name, counts in (("raw text", record["raw"]), ("cleaning", record["cleaning"])):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts["dropped"].items())
             lines.append(f"{name}: dropped {reasons or 'nothing'}")
