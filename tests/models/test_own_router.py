@@ -7,9 +7,11 @@ import torch
 from fairseq_sparsemixer.moe import Router, Routing, register_router
 
 
-@register_router("first")
+@register_router("own-first")
 class FirstRouter(Router):
     """Every token to expert 0, with the gate that its softmax gives it."""
+
+    takes_balance_bias = False
 
     def select(self, logits_TN, context):
         probs_TN = logits_TN.softmax(dim=-1)
@@ -26,7 +28,7 @@ def test_a_router_in_a_user_dir_of_its_own_trains_and_translates(toy_corpus, tmp
     # The last --user-dir counts.
     trained = commands.run(
         "fairseq_cli.train",
-        *commands.train_command(data, saved, router="first", max_update=2),
+        *commands.train_command(data, saved, router="own-first", max_update=2),
         *("--user-dir", user_dir),
     )
     entry = commands.logged(trained.stdout, "train_inner")[-1]

@@ -30,7 +30,8 @@ from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
         ("topk", {"balance_bias_rate": math.inf}, "balance_bias_rate must be a number"),
         *(
             (name, {"balance_bias_rate": 0.1}, f"'{name}' has no use for a balance_bias_rate")
-            for name in ("hash", "random", "expert-choice", "noisy-topk")
+            for name, router in sorted(ROUTERS.items())
+            if not router.takes_balance_bias
         ),
         *(
             (name, {"top_k": 2}, f"top_k must be 1 for router '{name}', not 2")

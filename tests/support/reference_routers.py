@@ -321,6 +321,10 @@ def naive_layer(layer, x_TD, draws=None, padding=(), chosen=None):
                 pairs = [(chosen[t], torch.ones(()))]
             else:
                 draw = None if draws is None else draws.of(t)
+                assert router.name in BY_TOKEN, (
+                    f"router {router.name!r} has no naive reference: write its formula down as a "
+                    f"function in {__file__} and name it in BY_TOKEN"
+                )
                 pairs, mean_gates = BY_TOKEN[router.name](router, z_rows[t], x, draw)
             for i, gate in pairs:
                 row = row + gate * expert_output(layer.experts, i, x)
