@@ -5,7 +5,7 @@
 ``routing``          runs a model over the test set: which experts take which words and domains
 ``specialisation``   how much an expert tells of words and domains, and its typical words
 ``canvas``           styles of arms, legends, SVG for a page
-``figures``          what a figure looks like
+``painter``          what a figure looks like
 ``drawing``          which figures a page has
 ``page``             HTML, by ``*.html.j2`` and ``page.css``
 ``content``          what a page says, from the runs

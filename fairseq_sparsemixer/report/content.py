@@ -15,7 +15,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.report import gather, page
 from fairseq_sparsemixer.report.canvas import styles
 from fairseq_sparsemixer.report.drawing import draw
-from fairseq_sparsemixer.report.figures import Painter
+from fairseq_sparsemixer.report.painter import Painter
 from fairseq_sparsemixer.report.routing import routing_of_run
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm

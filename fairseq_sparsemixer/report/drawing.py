@@ -1,4 +1,4 @@
-"""Which figures a page has."""
+"""Which figures a page has; how they are drawn is in ``painter``."""
 
 import re
 from typing import Any, Dict, List, Optional, Sequence
@@ -6,13 +6,26 @@ from typing import Any, Dict, List, Optional, Sequence
 from fairseq_sparsemixer.comparison.histories import Histories
 from fairseq_sparsemixer.comparison.results import Results
 from fairseq_sparsemixer.report.canvas import Figure
-from fairseq_sparsemixer.report.figures import Painter, top_of_loads
 from fairseq_sparsemixer.report.gather import Curves, Loads, layer_curves
+from fairseq_sparsemixer.report.painter import Painter, top_of_loads
 from fairseq_sparsemixer.runs.grouping import Arm
+
+LAYERS = {
+    "entropy": "entropy of the router, nats",
+    "drift": "drift: share of changed choices",
+    "min_share": "smallest share of an expert",
+    "max_share": "largest share of an expert",
+}
+"""What is drawn of each layer with experts, over updates: the key of a point, and its label."""
+
+
+def _file(key: str) -> str:
+    return key.replace("_", "-")
+
 
 FILES = re.compile(
     r"((validation|training|bleu)-(updates|minutes)|domains|load-at-end|load-over-time-\d+"
-    r"|entropy|drift|min-share|max-share|specialisation-(words|domains))\.(svg|png)"
+    rf"|{'|'.join(map(_file, LAYERS))}|specialisation-(words|domains))\.(svg|png)"
 )
 """Names of all files that :func:`draw` may write."""
 
@@ -95,17 +108,10 @@ def _draw_loads(
 def _draw_layers(
     painter: Painter, arms: Sequence[Arm], histories: Histories
 ) -> Dict[str, List[Figure]]:
-    """What was measured of each layer with experts, over updates."""
-    labels = {
-        "entropy": "entropy of the router, nats",
-        "drift": "drift: share of changed choices",
-        "min_share": "smallest share of an expert",
-        "max_share": "largest share of an expert",
-    }
     drawn = {}
-    for key, label in labels.items():
+    for key, label in LAYERS.items():
         by_layer = layer_curves(arms, histories, key)
-        drawn[key] = [painter.layers(key.replace("_", "-"), by_layer, label)] if by_layer else []
+        drawn[key] = [painter.layers(_file(key), by_layer, label)] if by_layer else []
     return drawn
 
 

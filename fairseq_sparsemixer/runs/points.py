@@ -9,7 +9,7 @@
 ``loss``              of the whole validation set as the criterion reports it, bits a target token
 ``nll_loss``          its negative log-likelihood, bits a target token
 ``bleu, chrf``        sacreBLEU of ``sentences`` sentences of it, with ``signatures``
-``by_domain``         the last four and ``nll_loss``, ``tokens`` for each domain
+``by_domain``         ``bleu``, ``chrf``, ``sentences``, ``nll_loss``, ``tokens`` of each domain
 ``layers``            for each layer with experts: ``load``, each expert's share of the choices;
                       ``load_by_domain``; ``entropy`` of a token's softmax over experts in nats;
                       ``drift``, the share of the choices that were not made at the point before

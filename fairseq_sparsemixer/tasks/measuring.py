@@ -203,7 +203,10 @@ def _short(scores: Mapping[str, Any]) -> Dict[str, float]:
 
 
 def scalars(point: Mapping[str, Any]) -> Dict[str, float]:
-    """The numbers of a point that fairseq's log of the validation has not, under flat names."""
+    """The numbers of a point that fairseq's log of the validation has not, under flat names.
+
+    Points of earlier versions come here, too: a key that is newer than ``drift`` may be missing.
+    """
     found = {key: point[key] for key in ("bleu", "chrf") if key in point}
     for domain, figures in point.get("by_domain", {}).items():
         for key in figures.keys() - {"tokens", "sentences"}:

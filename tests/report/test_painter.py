@@ -4,7 +4,9 @@ import warnings
 
 import pytest
 
-from fairseq_sparsemixer.report import canvas, figures, gather
+from fairseq_sparsemixer.report import canvas, gather
+from fairseq_sparsemixer.report import painter as painter_module
+from fairseq_sparsemixer.report.painter import Painter
 
 
 def test_the_zoom_shows_all_seeds_from_a_fifth_of_the_longest_run_on(tmp_path, monkeypatch):
@@ -16,8 +18,8 @@ def test_the_zoom_shows_all_seeds_from_a_fifth_of_the_longest_run_on(tmp_path, m
         "b": [line(1, [4, 10], [30.0, 20.0])],
     }
     seen = []
-    monkeypatch.setattr(figures, "keep", lambda figure, *_: seen.append(figure))
-    painter = figures.Painter(tmp_path, canvas.styles(list(curves), "b"))
+    monkeypatch.setattr(painter_module, "keep", lambda figure, *_: seen.append(figure))
+    painter = Painter(tmp_path, canvas.styles(list(curves), "b"))
     painter.curves("x", curves, "nll", "updates", zoom=True)
     (axis,) = seen[0].axes
     assert axis.get_ylim() == pytest.approx((2 - 0.06 * 6, 8 + 0.06 * 6))
@@ -27,8 +29,8 @@ def test_the_zoom_shows_all_seeds_from_a_fifth_of_the_longest_run_on(tmp_path, m
 
 def test_an_odd_number_of_panels_and_strange_script(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(figures, "keep", lambda figure, *_: seen.append(figure))
-    painter = figures.Painter(tmp_path, canvas.styles(["新聞"], None))
+    monkeypatch.setattr(painter_module, "keep", lambda figure, *_: seen.append(figure))
+    painter = Painter(tmp_path, canvas.styles(["新聞"], None))
     curve = gather.Line(1, True, [1, 2], [None, None], [1.0, 2.0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""The report's figures. Each is written to a folder as SVG and PNG, and returned for the page."""
+"""How figures are drawn (which there are: ``drawing``), to SVG and PNG, and for the page."""
 
 import itertools
 from pathlib import Path
