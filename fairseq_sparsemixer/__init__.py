@@ -6,6 +6,7 @@ as it is. ``fairseq_sparsemixer.moe`` is plain PyTorch and also works where fair
 installed.
 """
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -14,29 +15,41 @@ from typing import Any, Optional
 
 from fairseq_sparsemixer.version import __version__  # noqa: F401
 
+_REGISTERED = ("compat", "models", "criterions", "tasks")
+
 
 def _register() -> None:
-    from fairseq_sparsemixer import compat
+    for name in _REGISTERED:
+        importlib.import_module(f"{__name__}.{name}")
 
-    compat.apply()
 
-    from fairseq_sparsemixer import criterions, models, tasks  # noqa: F401
+def __getattr__(name: str) -> Any:
+    """The parts that register, where they are asked for before fairseq is imported."""
+    if name in _REGISTERED:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _WhenFairseqIsImported(importlib.abc.MetaPathFinder):
     """Registers behind fairseq's import, so that a command's help need not wait for fairseq."""
 
+    _asking_others = False
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
-        """See importlib; None for all modules but fairseq."""
-        if name != "fairseq":
+        """See importlib, which may also ask without importing; None for all but fairseq."""
+        if name != "fairseq" or self._asking_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking_others = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking_others = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
+                sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]

@@ -83,7 +83,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
-        # Schedulers and `kill` send SIGTERM: the processes that were started have to end, too.
         with _interrupted_by_sigterm():
             args.run(args)
     except UserError as error:

@@ -1,6 +1,6 @@
 """The only file that knows how fairseq and torch versions differ.
 
-:func:`apply` runs when the extension is imported.
+It applies itself when it is imported.
 """
 
 import argparse
@@ -200,3 +200,6 @@ def _print_user_errors_alone() -> None:
         previous(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+apply()

@@ -77,6 +77,18 @@ def test_imports_point_down(module):
         )
 
 
+def test_no_two_folders_import_each_other():
+    """Nor subfolders of a room; a folder and those inside of it are one."""
+    seen = {}
+    for module, path in MODULES.items():
+        for target, line, _ in imports_of(module):
+            folders = path.parent, MODULES[target].parent
+            if not (folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0])):
+                seen.setdefault(folders, f"{path}:{line} imports {target}")
+    both = [(where, seen[pair[::-1]]) for pair, where in seen.items() if pair[::-1] in seen]
+    assert not both
+
+
 def test_no_circle_of_files():
     done = set()
 
@@ -125,6 +137,10 @@ def test_user_dir_loads_no_tool():
     "code",
     [
         "import fairseq, fairseq_sparsemixer",
+        "import fairseq_sparsemixer, importlib.util\nimportlib.util.find_spec('fairseq')",
+        "from fairseq_sparsemixer import compat",
+        "import fairseq_sparsemixer.text.subwords",
+        "import fairseq_sparsemixer\nfairseq_sparsemixer.models",
         "import fairseq_sparsemixer, fairseq",
         "import fairseq_sparsemixer.moe, fairseq",
         "from fairseq_sparsemixer.models import SwitchTransformerModel",

@@ -1,8 +1,8 @@
 """What the version before the restructuring wrote is read, gone on with and scored as it was then.
 
-``data/before`` holds a corpus and folders of runs that it made, as text (``make_before.py``):
-checkpoints are the structure of real ones around made-up weights, without which they would be too
-large. ``expected.json`` holds what it made of them.
+``data/before`` holds a corpus and folders of runs that it made, as text: checkpoints are the
+structure of real ones around made-up weights, without which they would be too large.
+``expected.json`` holds what it made of them.
 """
 
 import argparse

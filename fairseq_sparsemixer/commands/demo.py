@@ -60,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do it."""
     from fairseq_sparsemixer.study.demo import Demo
+    from fairseq_sparsemixer.training.settings import overridden
 
-    for override in args.overrides:
-        if override.partition("=")[0] == "experts":
-            raise UserError("experts=... is not set here: use --num-experts, or --router dense")
+    if "experts" in overridden(args.overrides):
+        raise UserError("experts=... is not set here: use --num-experts, or --router dense")
     updates = [] if args.max_update is None else [f"optimization.max_update={args.max_update}"]
     overrides = [f"common.seed={args.seed}", *updates, *args.overrides]
     Demo(variants(args), args.data, args.runs, overrides).do()

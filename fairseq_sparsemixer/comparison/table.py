@@ -53,7 +53,7 @@ def make_table(paths: Sequence[Path], scores: Optional[str], baseline: str, stem
     for path in outputs:
         check_writable(path)
     table = build_table(read_arms(paths, scores), baseline)
-    text = as_text(table)
+    text = table_text(table)
     text_path, csv_path, json_path = outputs
     write_lines(text_path, [text])
     _write_rows(table["rows"], csv_path)
@@ -279,7 +279,7 @@ def _describe(arm: Arm, run: Run, reached: Optional[Reached]) -> Dict[str, Any]:
     }
 
 
-def as_text(table: Dict[str, Any]) -> str:
+def table_text(table: Dict[str, Any]) -> str:
     """The table as Markdown, and below it what its columns are and what to know of its rows."""
     columns = _columns(table)
     cells = [[title for title, _ in columns]]

@@ -9,12 +9,13 @@ from typing import Callable, Dict, Optional
 import torch
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.moe.backends import Observer, grouped
+from fairseq_sparsemixer.moe.backends import grouped
 from fairseq_sparsemixer.moe.backends.loop import loop
 from fairseq_sparsemixer.moe.backends.sorted import sorted_experts
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.kernels import experts as triton_experts
 from fairseq_sparsemixer.moe.routing import Routing
+from fairseq_sparsemixer.moe.slots import Observer
 
 Backend = Callable[[Tensor, Routing, Experts, Optional[Tensor], Optional[Observer]], Tensor]
 """(x_TD, routing, experts, scale_D, observe) -> y_TD in any floating dtype."""
@@ -67,7 +68,7 @@ def dispatch(
         routing: which experts each of them goes to.
         experts: the layer's experts.
         backend: "auto" or a name in :data:`BACKENDS`.
-        observe: see :data:`~fairseq_sparsemixer.moe.backends.Observer`.
+        observe: see :data:`~fairseq_sparsemixer.moe.slots.Observer`.
         scale_D: the learned output scale omega; None for 1.
 
     Raises:

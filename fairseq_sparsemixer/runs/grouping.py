@@ -6,7 +6,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.runs.folder import Run, find_runs, read_run
-from fairseq_sparsemixer.runs.settings import as_text, expert_settings, label
+from fairseq_sparsemixer.runs.settings import as_text, expert_fields, label
 
 
 class Arm(NamedTuple):
@@ -83,7 +83,7 @@ def _differ(one: Run, other: Run, key: str) -> bool:
 
 def further_differences(runs: Sequence[Run]) -> List[str]:
     """The settings, those of the model's experts aside, in which runs differ, with their values."""
-    own = expert_settings()
+    own = expert_fields()
     texts = []
     for key in dict.fromkeys(key for run in runs for key in run.settings):
         section, _, name = key.partition(".")

@@ -60,7 +60,7 @@ def read_settings(config: Dict[str, Any]) -> Dict[str, Any]:
     size = "tokens_per_update" if tokens else "update_freq"  # batches of so many sentences
     sections["optimization"][size] = [workers * each * (tokens or 1) for each in frequencies]
     dense = _is_dense(sections["model"])
-    for section, defaults in expert_settings().items():
+    for section, defaults in expert_fields().items():
         values = sections[section]
         if dense:
             sections[section] = {key: values[key] for key in values if key not in defaults}
@@ -85,7 +85,7 @@ def _is_dense(model: Dict[str, Any]) -> bool:
     return all(model.get(f"{side}_moe_layers") == "none" for side in ("encoder", "decoder"))
 
 
-def expert_settings() -> Dict[str, Dict[str, Any]]:
+def expert_fields() -> Dict[str, Dict[str, Any]]:
     """The settings of this package, by section, with their defaults."""
     owners = {
         "model": SwitchTransformerConfig,

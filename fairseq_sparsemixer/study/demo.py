@@ -168,7 +168,7 @@ def _composed(settings: Dict[str, Any]) -> Optional[Dict[str, Any]]:
 def _result(folder: Path) -> Dict[str, Any]:
     """What the table shows of one run."""
     scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    last = read_log(folder / "train.log").validations[-1].stats
+    last = read_log(folder / LOG).validations[-1].stats
     return {
         "model": folder.name,
         "updates": int(last["num_updates"]),
@@ -233,6 +233,6 @@ def _print_samples(folder: Path, data: Path) -> None:
 
 def _print_places(folder: Path) -> None:
     print(f"checkpoint {folder / AVERAGE}")
-    print(f"log        {folder / 'train.log'}")
-    print(f"scores     {folder / 'test.json'}")
+    print(f"log        {folder / LOG}")
+    print(f"scores     {folder / SCORES}")
     print(f"translate  fairseq-sparsemixer translate {folder} --checkpoint {AVERAGE}")

@@ -157,7 +157,7 @@ class _Study:
         # fairseq looks at max_update after an update: it would train one more.
         last = folder / LAST
         trained = last.is_file() and num_updates(load_state(last)) >= self.plan.updates
-        write_json(folder / "run.json", self.records[run.name])
+        write_json(folder / record.RECORD, self.records[run.name])
         state = {"finished_updates": 0, **read_state(folder / STATE), **made_with(self.plan, run)}
         write_json(folder / STATE, state)
         environment = self._environment(job.slot)

@@ -17,7 +17,7 @@ from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.models.search import best_hypotheses
 from fairseq_sparsemixer.runs import points
 from fairseq_sparsemixer.tasks import measuring
-from fairseq_sparsemixer.text.subwords import Subwords, find_subwords
+from fairseq_sparsemixer.text import subwords
 
 TOKENS_AT_ONCE = 4096
 """In one batch of beam search."""
@@ -268,8 +268,8 @@ class TranslationWithRoutingTask(TranslationTask):
     def _translate(self, model: Any, lines: List[int]) -> Dict[int, str]:
         """Translations by line, in order. The model is left in evaluation mode, as it was."""
         dataset = self.dataset(self._subset)
-        subwords = self._subwords()
-        encoder = subwords.encoder()
+        cutting = self._subwords()
+        encoder = cutting.encoder()
         batches = dataset.batch_by_size(
             np.array(sorted(lines, key=dataset.num_tokens), dtype=np.int64),
             max_tokens=max([TOKENS_AT_ONCE, *map(dataset.num_tokens, lines)]),
@@ -281,12 +281,12 @@ class TranslationWithRoutingTask(TranslationTask):
         translations = {}
         for line, hypothesis in found:
             pieces = self.tgt_dict.string(hypothesis["tokens"].int().cpu())
-            text, _ = subwords.decode(encoder.decode(pieces), self.cfg.target_lang)
+            text, _ = cutting.decode(encoder.decode(pieces), self.cfg.target_lang)
             translations[line] = text
         return dict(sorted(translations.items()))
 
-    def _subwords(self) -> Subwords:
-        return find_subwords([Path(self.cfg.data.split(":")[0])])
+    def _subwords(self) -> "subwords.Subwords":
+        return subwords.find_subwords([Path(self.cfg.data.split(":")[0])])
 
 
 def _nll_loss(stats: Mapping[str, Any]) -> float:

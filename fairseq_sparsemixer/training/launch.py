@@ -6,6 +6,7 @@ from typing import Any, Dict
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import sha256_of, write_json
 from fairseq_sparsemixer.runs import record
+from fairseq_sparsemixer.runs.folder import LOG
 from fairseq_sparsemixer.runs.logs import read_log
 from fairseq_sparsemixer.runs.mending import LAST, mend_last
 from fairseq_sparsemixer.training import process, resources
@@ -14,8 +15,6 @@ from fairseq_sparsemixer.training.machine import environment_for
 from fairseq_sparsemixer.training.plan import Launch, Request, plan_launch
 from fairseq_sparsemixer.training.settings import CHECKOUT
 
-LOG = "hydra_train.log"
-"""fairseq's log, which hydra writes."""
 OUTPUT = "train.log"
 """All that the training process printed, what ended it included."""
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.backends.loop import loop
-from fairseq_sparsemixer.moe.backends.slots import Slots, operands
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.kernels.operators import operator
 from fairseq_sparsemixer.moe.routing import Routing
+from fairseq_sparsemixer.moe.slots import Observer, Slots, operands
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

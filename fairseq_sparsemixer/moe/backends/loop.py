@@ -5,9 +5,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.routing import Routing
+from fairseq_sparsemixer.moe.slots import Observer
 
 
 def loop(

@@ -14,13 +14,12 @@ from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.backends import Observer
 from fairseq_sparsemixer.moe.backends.memory import GRADIENTS
 from fairseq_sparsemixer.moe.backends.products import linear, rows_to_compute
-from fairseq_sparsemixer.moe.backends.slots import operands, tokens_of
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.kernels.operators import once_differentiable
 from fairseq_sparsemixer.moe.routing import Routing, without_autocast
+from fairseq_sparsemixer.moe.slots import Observer, operands, tokens_of
 
 
 def sorted_experts(

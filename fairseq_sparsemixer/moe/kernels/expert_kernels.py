@@ -1,6 +1,6 @@
 """Triton kernels of the backend ``triton``.
 
-Slots are sorted by expert (:mod:`fairseq_sparsemixer.moe.backends.slots`). The rows of each expert
+Slots are sorted by expert (:mod:`fairseq_sparsemixer.moe.slots`). The rows of each expert
 are cut into tiles; a program finds the expert of its tile from the experts' ends, so the grid has a
 size that does not depend on the routing. Slots without an expert are a last group, whose results
 are zeros. Sums are formed in float32.

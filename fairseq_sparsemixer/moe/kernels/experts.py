@@ -12,11 +12,10 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.backends import Observer
-from fairseq_sparsemixer.moe.backends.slots import Slots, operands
 from fairseq_sparsemixer.moe.experts import Activation, Experts
 from fairseq_sparsemixer.moe.kernels.operators import once_differentiable, operator
 from fairseq_sparsemixer.moe.routing import Routing
+from fairseq_sparsemixer.moe.slots import Observer, Slots, operands
 
 try:
     import triton

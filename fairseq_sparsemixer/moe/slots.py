@@ -4,13 +4,18 @@ Shapes do not depend on the routing: there are always S = T K slots. Those witho
 padding and empty slots have, come last.
 """
 
-from typing import List, NamedTuple
+from typing import Callable, List, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.routing import Routing
+
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with (S, D) inputs, (S,) experts and (S, D) outputs before the gate, for all slots
+together or some at a time. A slot without an expert may be among them, with expert -1 and an output
+that means nothing, not even a finite number."""
 
 
 def tokens_of(slot_S: Tensor, top_k: int) -> Tensor:
