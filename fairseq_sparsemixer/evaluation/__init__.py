@@ -1,15 +1,15 @@
 """Averaging, translation and scoring: what a trained run is worth.
 
-==============  ================================================================================
-``options``     what a command line chooses: a model, how it searches, which scores
-``average``     the mean of several checkpoints
-``translator``  raw lines in, translations out
-``translate``   a file, a pipe or a prompt through a translator
-``evaluate``    a test set translated and scored, against a baseline too
-``test_sets``   the text that is scored
-``system``      one system's translations and their scores
-``scoring``     the metrics
-``tokens``      BLEU over tokens
-``summary``     what an evaluation found, as text
-==============  ================================================================================
+===============  ===============================================================================
+``options``      what a command line chooses: a model, how it searches, which scores
+``average``      the mean of several checkpoints
+``translator``   raw lines in, translations out
+``translate``    a file, a pipe or a prompt through a translator
+``evaluate``     a test set translated and scored, against a baseline too
+``scored_text``  the text that is scored
+``system``       one system's translations and their scores
+``scoring``      the metrics
+``tokens``       BLEU over tokens
+``summary``      what an evaluation found, as text
+===============  ===============================================================================
 """

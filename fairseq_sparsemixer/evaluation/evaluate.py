@@ -7,13 +7,7 @@ from typing import Any, Dict, Optional, Tuple
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.options import FurtherScores, ModelChoice, Search
-from fairseq_sparsemixer.evaluation.summary import format_evaluation
-from fairseq_sparsemixer.evaluation.system import (
-    generation_settings,
-    output_paths,
-    score_system,
-)
-from fairseq_sparsemixer.evaluation.test_sets import (
+from fairseq_sparsemixer.evaluation.scored_text import (
     TestSet,
     Text,
     copy_score,
@@ -21,6 +15,12 @@ from fairseq_sparsemixer.evaluation.test_sets import (
     find_test_set,
     given_test_set,
     read_text,
+)
+from fairseq_sparsemixer.evaluation.summary import format_evaluation
+from fairseq_sparsemixer.evaluation.system import (
+    generation_settings,
+    output_paths,
+    score_system,
 )
 from fairseq_sparsemixer.evaluation.translator import Translator, load_translator
 from fairseq_sparsemixer.files import read_lines, write_json

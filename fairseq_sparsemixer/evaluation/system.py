@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.options import FurtherScores, Search
-from fairseq_sparsemixer.evaluation.test_sets import Text
+from fairseq_sparsemixer.evaluation.scored_text import Text
 from fairseq_sparsemixer.evaluation.tokens import (
     COMPOUND_SPLIT,
     TOKENISED,

@@ -13,7 +13,7 @@ from support.commands import command
 from support.small_run import MAX_POSITIONS, USER_DIR, python, sentences
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation import scoring, test_sets
+from fairseq_sparsemixer.evaluation import scored_text, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
 
@@ -339,8 +339,8 @@ def test_report_finds_the_corpus_and_its_place_alone(corpus, run_dir):
 def test_copy_score_of_the_record_where_the_copied_lines_are_gone(tmp_path):
     record = {"copy_score": {"test": {"bleu": 12.34, "signature": "nrefs:1"}}}
     (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
-    test_set = test_sets.TestSet("test", tmp_path, tmp_path, corpus=tmp_path)
-    scores = test_sets.copy_score(test_set, "de", ["das Haus"])["scores"]
+    test_set = scored_text.TestSet("test", tmp_path, tmp_path, corpus=tmp_path)
+    scores = scored_text.copy_score(test_set, "de", ["das Haus"])["scores"]
     assert scores == {"bleu": {"score": 12.34, "signature": "nrefs:1"}}
 
 
