@@ -58,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
+    """Train, score and show what the flags name.
+
+    Raises:
+        UserError: see :meth:`.study.demo.Demo.do`; or there is no such router.
+    """
     from fairseq_sparsemixer.study.demo import Demo
     from fairseq_sparsemixer.training.settings import overridden
 

@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
+    """Check the flags and work off the study.
+
+    Raises:
+        UserError: flags that do not go together, or see :func:`.study.runner.run`.
+    """
     for flag, value in (("--jobs", args.jobs), ("--minutes", args.minutes)):
         if value is not None and not value > 0:
             raise UserError(f"{flag} {value} does nothing; give more than 0")

@@ -100,7 +100,11 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do it."""
+    """Start or resume the run, or say what it would need.
+
+    Raises:
+        UserError: see :func:`.training.launch.run`.
+    """
     from fairseq_sparsemixer.training import launch
 
     launch.run(request(args), dry_run=args.dry_run)

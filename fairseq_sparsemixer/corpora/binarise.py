@@ -10,9 +10,8 @@ from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.subprocesses import ProgramError, run_python
 from fairseq_sparsemixer.corpora.workers import useful_workers
 from fairseq_sparsemixer.files import atomic_path, replace_durably, scratch_folder
+from fairseq_sparsemixer.text import SENTENCEPIECE_MODEL
 
-# The name under which fairseq's `from_pretrained` looks for a SentencePiece model.
-FAIRSEQ_MODEL_NAME = "sentencepiece.bpe.model"
 # fairseq-preprocess cuts a file into as many parts as it has workers, and does one of them alone
 # when all others are done. Small parts keep that short.
 _PARTS_PER_WORKER = 4
@@ -22,7 +21,7 @@ def build_binary(
     folder: Path,
     languages: Languages,
     pieces: str = "spm",
-    subwords: Tuple[str, str] = ("spm.model", FAIRSEQ_MODEL_NAME),
+    subwords: Tuple[str, str] = ("spm.model", SENTENCEPIECE_MODEL),
     workers: Optional[int] = None,
 ) -> StepResult:
     """Run ``fairseq-preprocess`` with one dictionary for both languages.

@@ -21,8 +21,6 @@ from fairseq_sparsemixer.corpora.workers import map_chunks, useful_workers
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, iterate_lines
 
-CODES_NAME = "bpecodes"
-"""The name under which fairseq's ``from_pretrained`` looks for the codes."""
 _SPECIAL_SYMBOLS = 4  # of fairseq's dictionary
 
 

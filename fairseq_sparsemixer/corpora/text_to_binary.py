@@ -16,6 +16,7 @@ from fairseq_sparsemixer.corpora.folder import (
 )
 from fairseq_sparsemixer.corpora.resumable import Steps
 from fairseq_sparsemixer.files import write_json
+from fairseq_sparsemixer.text import BPE_CODES
 from fairseq_sparsemixer.version import __version__
 
 DEFAULT_VOCAB_SIZE = 4000
@@ -66,7 +67,7 @@ def moses_steps(
         "binarise",
         _made_with(languages),
         [*paths_of(bpe_path, folder, languages), folder / "bpe" / "codes"],
-        lambda: binarise.build_binary(folder, languages, "bpe", ("codes", bpe.CODES_NAME), workers),
+        lambda: binarise.build_binary(folder, languages, "bpe", ("codes", BPE_CODES), workers),
     )
     return cut
 

@@ -5,3 +5,8 @@
 ``subwords``  SentencePiece or Moses tokens cut by BPE, as fairseq's encoders do it
 ============  =====================================================================
 """
+
+SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
+BPE_CODES = "bpecodes"
+"""Files beside a model's dictionaries, by the names that fairseq's ``from_pretrained`` looks for:
+which of them is there says how text is cut."""

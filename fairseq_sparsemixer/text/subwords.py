@@ -11,13 +11,13 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, Sentencepi
 from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.text import moses
+from fairseq_sparsemixer.text import BPE_CODES, SENTENCEPIECE_MODEL, moses
 
 
 class SentencePiece:
     """Pieces of the raw text; ``path`` is the SentencePiece model."""
 
-    file_name = "sentencepiece.bpe.model"
+    file_name = SENTENCEPIECE_MODEL
     pipeline = "sentencepiece"
     packages = ("sentencepiece",)
 
@@ -44,7 +44,7 @@ class MosesBPE:
         UserError: ``tokenise`` and ``decode`` where sacremoses is not installed.
     """
 
-    file_name = "bpecodes"
+    file_name = BPE_CODES
     pipeline = "moses"
     packages = ("sacremoses", "subword-nmt")
 

@@ -16,12 +16,12 @@ import torch
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.logs import line_stats
+from fairseq_sparsemixer.text import BPE_CODES, SENTENCEPIECE_MODEL
 
 STOP_SECONDS = 10
 """How long an interrupted training may take to end by itself."""
 POLL_SECONDS = 0.2
 """Between two looks at a process."""
-SUBWORD_FILES = ("sentencepiece.bpe.model", "bpecodes")
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 """Tells the C library to keep memory that was released (docs/performance.md): on a CPU each update
 otherwise asks the system for the same gigabytes anew, page by page."""
@@ -31,7 +31,7 @@ _HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR"
 
 def model_files(binary: Path) -> List[Path]:
     """Dictionaries and subword model in a folder that ``fairseq-preprocess`` wrote."""
-    subwords = [binary / name for name in SUBWORD_FILES]
+    subwords = [binary / name for name in (SENTENCEPIECE_MODEL, BPE_CODES)]
     return [*sorted(binary.glob("dict.*.txt")), *(path for path in subwords if path.is_file())]
 
 
