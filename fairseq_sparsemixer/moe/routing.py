@@ -19,6 +19,8 @@ from fairseq_sparsemixer.moe.adaptation import (
     ExpertLines,
     ExpertMeans,
 )
+from fairseq_sparsemixer.moe.kernels import projection as fused_projection
+from fairseq_sparsemixer.moe.kernels import router as fused_router
 
 
 @dataclasses.dataclass
@@ -65,7 +67,7 @@ class Context(NamedTuple):
     """What a router may look at besides the logits; None where the caller did not give it."""
 
     x: Optional[Tensor] = None
-    """(T, D) float32: the tokens."""
+    """(T, D): the tokens."""
     padding_mask: Optional[Tensor] = None
     """(T,) bool, True at padding."""
     token_ids: Optional[Tensor] = None
@@ -198,7 +200,7 @@ class Router(nn.Module):
             ValueError: the router needs token_ids and there are none.
         """
         with without_autocast(x.device.type):
-            x_TD = x.reshape(-1, self.embed_dim).float()
+            x_TD = x.reshape(-1, self.embed_dim)
             return self.route(
                 self.logits(x_TD),
                 None if padding_mask is None else padding_mask.reshape(-1),
@@ -207,10 +209,9 @@ class Router(nn.Module):
             )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, N) float32: z = x W^T + b of float32 tokens."""
+        """(T, N) float32: z = x W^T + b."""
         assert self.weight is not None
-        bias_N = None if self.bias is None else self.bias.float()
-        return F.linear(x_TD, self.weight.float(), bias_N)
+        return project(x_TD, self.weight, self.bias)
 
     def route(
         self,
@@ -225,7 +226,7 @@ class Router(nn.Module):
         Args:
             logits: (T, N), never changed in place.
             padding_mask: (T,) bool, True at padding.
-            x: (T, D) float32, for routers that read more than the logits (``noisy-topk``).
+            x: (T, D), for routers that read more than the logits (``noisy-topk``).
             token_ids: (T,) int64, for routers that read them (``hash``).
         """
         routing = self.select(logits.float(), Context(x, padding_mask, token_ids))
@@ -265,6 +266,14 @@ class Router(nn.Module):
             f"{self.embed_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"jitter_eps={self.jitter_eps}, bias={self.bias is not None}"
         )
+
+
+def project(x_TD: Tensor, weight_ND: Tensor, bias_N: Optional[Tensor] = None) -> Tensor:
+    """(T, N) float32: x W^T + b in float32, whatever the dtypes are."""
+    if fused_router.serves(x_TD):
+        return fused_projection.project(x_TD, weight_ND, bias_N)
+    bias_N = None if bias_N is None else bias_N.float()
+    return F.linear(x_TD.float(), weight_ND.float(), bias_N)
 
 
 def without_autocast(device_type: str) -> ContextManager[Any]:

@@ -25,6 +25,8 @@ from fairseq_sparsemixer.moe import (
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for, dispatch
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.kernels import experts as triton_experts
+from fairseq_sparsemixer.moe.kernels import products
+from fairseq_sparsemixer.moe.kernels.sorting import sort_slots
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -44,7 +46,7 @@ needs_triton = pytest.mark.skipif(triton_experts.triton is None, reason="Triton 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in each direction although everything is small: the interpreter is slow."""
-    monkeypatch.setattr(triton_experts, "BLOCK", 16)
+    monkeypatch.setattr(products, "BLOCK", 16)
 
 
 @pytest.fixture
@@ -116,6 +118,34 @@ def test_outputs_and_gradients_are_those_of_the_loop(backend, case, dtype, nan_m
     x[(routing.expert_index < 0).all(-1)] = float("nan")
     actual = outputs_and_gradients(backend, routing, experts, x.requires_grad_(), scale, weight)
     assert_all_close(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", [usable("triton")])
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("case", ["mixed", "two of five", "gelu", "one expert of three"])
+def test_described_tiles_are_those_of_pointers(backend, case, dtype, nan_memory, monkeypatch):
+    """As on a GPU with an engine that copies tiles, which fetches rows of the next expert too."""
+    described = []
+    descriptor = products.TensorDescriptor
+    monkeypatch.setattr(products, "LEAST_DESCRIBED_SLOTS", 0)
+    monkeypatch.setattr(
+        products, "TensorDescriptor", lambda *args: described.append(1) or descriptor(*args)
+    )
+    torch.manual_seed(1)
+    options = dict(CASES[case])
+    activation_fn = options.pop("activation_fn", "relu")
+    routing = random_routing(**options)
+    experts = Experts(24, 40, options["num_experts"], activation_fn).to(dtype)
+    x = torch.randn(options["tokens"], 24, dtype=dtype)
+    x[(routing.expert_index < 0).all(-1)] = float("nan")
+    weight = torch.randn(options["tokens"], 24, dtype=dtype)
+    results = []
+    for has_engine in (False, True):
+        monkeypatch.setattr(products, "describable", lambda device, answer=has_engine: answer)
+        leaf = x.clone().requires_grad_()
+        results.append(outputs_and_gradients(backend, routing, experts, leaf, None, weight))
+    assert len(described) == 12  # two matrices for each of four products and two gradients
+    assert_all_close(*results, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,11 +222,14 @@ def test_recomputing_keeps_no_inner_layer(backend, recompute):
 @pytest.mark.parametrize("backend", [usable("triton")])
 def test_dropout_leaves_its_share_and_scales_it_up(backend):
     torch.manual_seed(0)
-    slots, end = 64, torch.tensor([40, 60], dtype=torch.int32)
-    a, w, bias = torch.rand(slots, 8), torch.rand(2, 64, 8), torch.rand(2, 64)
+    expert = torch.tensor(40 * [0] + 20 * [1] + 4 * [-1])
+    a, w, bias = torch.rand(len(expert), 8), torch.rand(2, 64, 8), torch.rand(2, 64)
+    _, *tiles = sort_slots(expert, 2, 16)
 
-    def product(seed, kept_share=0.3, relu=True):
-        return triton_experts.sorted_product(a, None, w, bias, seed, None, end, kept_share, relu)
+    def product(seed, kept_share=0.3):
+        return products.sorted_product(
+            a, w, False, bias, seed, None, *tiles, 16, kept_share, True, False
+        )[0]
 
     whole = product(None)
     dropped = product(torch.tensor([7]))
@@ -317,10 +350,10 @@ def run_compiled(code):
 
 
 def test_tf32_is_allowed_as_for_other_products():
-    assert triton_experts._precision(FLOAT) == "ieee"
+    assert products._precision(FLOAT) == "ieee"
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert [triton_experts._precision(dtype) for dtype in (FLOAT, HALF)] == ["tf32", "ieee"]
+        assert [products._precision(dtype) for dtype in (FLOAT, HALF)] == ["tf32", "ieee"]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -389,62 +422,3 @@ def test_compiles_in_one_piece(backend, options):
 
     compiled = torch.compile(run_layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled), run(run_layer))
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fairseq_sparsemixer.moe.kernels import router_kernels
-from fairseq_sparsemixer.moe.kernels import statistics_kernels
-from fairseq_sparsemixer.moe.kernels import expert_kernels as kernels
-
-TYPES = {"a_row_ptr": "*i64", "slot_ptr": "*i64", "seed_ptr": "*i64", "end_ptr": "*i32",
-         "index_ptr": "*i64", "gate_ptr": "*fp32", "d_gate_ptr": "*fp32", "d_scale_ptr": "*fp32",
-         "padding_ptr": "*i1"}
-FLOATS = ("kept_share", "jitter", "temperature", "chance", "point", "gradient_scale")
-NOT_MULTIPLES = ("num_slots", "num_tokens", "num_experts", "top_k", "index_stride_token")
-
-
-def compile(kernel, dtype, constants):
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = TYPES.get(name, "*" + dtype)
-        else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
-        if signature[name] in ("i32", "*" + dtype) and name not in NOT_MULTIPLES:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    has = [word for word in ("wgmma", "cp.async") if word in code.asm["ptx"]]
-    print(kernel.__name__, code.metadata.shared, *has)
-
-
-BLOCKS = {"PRECISION": "ieee", "BLOCK_O": 128}
-ROUTER = {"BLOCK_T": 256, "BLOCK_N": 8}
-compile(kernels.product_kernel, "bf16", {
-    **BLOCKS, "RELU": True, "GROUPS": 16, "BLOCK_S": 128, "BLOCK_I": 64, "active_ptr": None,
-    "a_stride_depth": 1, "w_stride_depth": 1})
-compile(kernels.weight_gradient_kernel, "bf16", {
-    **BLOCKS, "BLOCK_S": 64, "BLOCK_I": 128, "a_stride_depth": 1})
-compile(kernels.weigh_backward_kernel, "bf16", {
-    "BLOCK_S": 16, "BLOCK_D": 256, "grad_stride_width": 1})
-compile(router_kernels.route_kernel, "fp32", {**ROUTER, "FULL_ON_BEST": True})
-compile(router_kernels.route_backward_kernel, "fp32", ROUTER)
-compile(statistics_kernels.sum_tokens_kernel, "fp32", {**ROUTER, "index_stride_slot": 1})
-compile(statistics_kernels.sum_tokens_backward_kernel, "fp32", ROUTER)
-"""
-
-
-@needs_triton
-def test_kernels_compile_for_a_gpu():
-    """For Hopper, without one: tensor cores and asynchronous copies are used, memory suffices."""
-    result = run_compiled(COMPILE)
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) == 7, result.stderr
-    assert all(int(shared) <= 99 * 1024 for _, shared, *_ in lines)  # the least, of capability 8.6
-    for _, _, *has in lines[:2]:
-        assert has == ["wgmma", "cp.async"]

@@ -82,12 +82,17 @@ class _Choice(torch.autograd.Function):
         ctx.estimator = estimator
         ctx.save_for_backward(index_T1, probs_TN, masked_TN)
         ctx.mark_non_differentiable(index_T1)
+        ctx.set_materialize_grads(False)
         return index_T1, gate_T1, probs_TN, masked_TN
 
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[override]
-        ctx: Any, _: Any, d_gate_T1: Tensor, d_probs_TN: Tensor, d_masked_TN: Tensor
+        ctx: Any,
+        _: Any,
+        d_gate_T1: Optional[Tensor],
+        d_probs_TN: Optional[Tensor],
+        d_masked_TN: Optional[Tensor],
     ) -> Any:
         estimator = ctx.estimator
         index_T1, probs_TN, masked_TN = ctx.saved_tensors
@@ -161,21 +166,21 @@ def route_backward(
     index: Tensor,
     probs: Tensor,
     masked: Tensor,
-    d_gate: Tensor,
-    d_probs: Tensor,
-    d_masked: Tensor,
+    d_gate: Optional[Tensor],
+    d_probs: Optional[Tensor],
+    d_masked: Optional[Tensor],
     temperature: float,
     gradient_scale: float,
 ) -> Tensor:
-    """(T, N): the gradient of the logits; ``masked`` and its gradient may have no cell."""
+    """(T, N): the gradient of the logits; ``masked`` may have no cell, gradients may be missing."""
     d_logits = _route_backward_like(index, probs)
     (num_tokens, num_experts), is_masked = probs.shape, masked.dim() == 2
     block_t, block_n = blocks(num_experts)
     with torch.cuda.device_of(probs):
         kernels.route_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
             *(index, probs, masked if is_masked else None),
-            *(d_gate.contiguous(), d_probs.contiguous()),
-            d_masked.contiguous() if is_masked else None,
+            *(None if d is None else d.contiguous() for d in (d_gate, d_probs)),
+            d_masked.contiguous() if is_masked and d_masked is not None else None,
             *(d_logits, num_tokens, num_experts, temperature, gradient_scale),
             BLOCK_T=block_t,
             BLOCK_N=block_n,

@@ -71,8 +71,8 @@ def route_backward_kernel(
     index_ptr,  # (T,)
     probs_ptr,  # (T, N)
     masked_probs_ptr,  # (T, N) or None
-    d_gate_ptr,  # (T,)
-    d_probs_ptr,  # (T, N)
+    d_gate_ptr,  # (T,) or None
+    d_probs_ptr,  # (T, N) or None
     d_masked_probs_ptr,  # (T, N) or None
     d_z_ptr,  # (T, N)
     num_tokens,
@@ -89,15 +89,21 @@ def route_backward_kernel(
     is_cell = is_token[:, None] & (column < num_experts)[None, :]
     cell = token[:, None] * num_experts + column[None, :]
     index = tl.load(index_ptr + token, mask=is_token, other=0)
-    d_gate = tl.load(d_gate_ptr + token, mask=is_token, other=0.0) * gradient_scale
-    d_chosen = tl.where(column[None, :] == index[:, None], d_gate[:, None], 0.0)
+    d_chosen = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if d_gate_ptr is not None:
+        d_gate = tl.load(d_gate_ptr + token, mask=is_token, other=0.0) * gradient_scale
+        d_chosen = tl.where(column[None, :] == index[:, None], d_gate[:, None], 0.0)
     probs = tl.load(probs_ptr + cell, mask=is_cell, other=0.0)
-    d_probs = tl.load(d_probs_ptr + cell, mask=is_cell, other=0.0)
+    d_probs = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if d_probs_ptr is not None:
+        d_probs = tl.load(d_probs_ptr + cell, mask=is_cell, other=0.0)
     if masked_probs_ptr is None:
         d_probs += d_chosen
     d_z = probs * (d_probs - tl.sum(probs * d_probs, 1)[:, None])
     if masked_probs_ptr is not None:
         masked = tl.load(masked_probs_ptr + cell, mask=is_cell, other=0.0)
-        d_masked = tl.load(d_masked_probs_ptr + cell, mask=is_cell, other=0.0) + d_chosen
+        d_masked = d_chosen
+        if d_masked_probs_ptr is not None:
+            d_masked += tl.load(d_masked_probs_ptr + cell, mask=is_cell, other=0.0)
         d_z += masked * (d_masked - tl.sum(masked * d_masked, 1)[:, None]) / temperature
     tl.store(d_z_ptr + cell, d_z, mask=is_cell)

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fairseq_sparsemixer.moe.routing import Context, Router, Routing, register_router
+from fairseq_sparsemixer.moe.routing import Context, Router, Routing, project, register_router
 
 UNREACHABLE = -1e4
 """Logit of an expert with probability 0; finite, so that 0 times it is 0."""
@@ -59,7 +58,7 @@ class HashRouter(_FixedRouter):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, N): zeros, there is nothing to learn."""
-        return x_TD.new_zeros(len(x_TD), self.num_experts)
+        return x_TD.new_zeros(len(x_TD), self.num_experts, dtype=torch.float32)
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
@@ -98,7 +97,7 @@ class RandomRouter(_FixedRouter):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, N): the fixed projection."""
-        return F.linear(x_TD, self.projection.float())
+        return project(x_TD, self.projection)
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""

@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.adaptation import ExpertMeans
 from fairseq_sparsemixer.moe.kernels import router as fused_router
-from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
+from fairseq_sparsemixer.moe.routing import (
+    Context,
+    Router,
+    Routing,
+    one_hot,
+    project,
+    register_router,
+)
 
 ESTIMATOR = fused_router.FusedEstimator()
 """Of ``topk`` with K = 1."""
@@ -137,7 +144,7 @@ class NoisyTopKRouter(Router):
             if context.x is None:
                 noise_logits_TN = torch.zeros_like(logits_TN)
             else:
-                noise_logits_TN = F.linear(context.x, self.noise_weight.float())
+                noise_logits_TN = project(context.x, self.noise_weight)
             scale_TN = F.softplus(noise_logits_TN) + LEAST_NOISE
             noisy_TN = logits_TN + torch.randn_like(logits_TN) * scale_TN
         index_TK = noisy_TN.topk(self.top_k, dim=-1).indices

@@ -1,0 +1,350 @@
+"""Products of the rows of slots that are sorted by expert, as operators of PyTorch.
+
+Sums are formed in a fixed order: the same input gives the same bits.
+"""
+
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.moe.kernels.operators import operator
+
+try:
+    import triton
+
+    from fairseq_sparsemixer.moe.kernels import expert_kernels as kernels
+except ImportError:
+    triton = None
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
+
+BLOCK = 128
+"""Rows and columns of a tile of the result that one program computes."""
+LEAST_DESCRIBED_SLOTS = 1024
+"""With fewer, the host takes longer to describe the matrices than the device saves."""
+
+
+def tile_rows(num_slots: int, num_experts: int) -> int:
+    """Rows of a tile of the slots of one expert: as many as most experts fill, at most BLOCK."""
+    return min(BLOCK, max(16, triton.next_power_of_2(triton.cdiv(num_slots, num_experts))))
+
+
+def _depth_of_block(dtype: torch.dtype) -> int:
+    """How many terms of its sums are fetched at a time: 128 bytes of a row."""
+    return 8 * 128 // torch.finfo(dtype).bits
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Whether float32 may be multiplied as TF32, as PyTorch's own products are told."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # The newer of PyTorch's two names for this reads what either has set, the older refuses to.
+    tf32 = (
+        matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    )
+    return "tf32" if tf32 else "ieee"
+
+
+def describable(device: torch.device) -> bool:
+    """Whether a device has the engine that fetches described tiles."""
+    if TensorDescriptor is None or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _describe(blocks: List[Tuple[Tensor, List[int]]]) -> Optional[List[Any]]:
+    """The descriptors of contiguous matrices for tiles of some shapes; None where they are no use.
+
+    float32 is left to pointers: tensor cores take its transposed tiles from registers only.
+    """
+    first = blocks[0][0]
+    if first.dtype == torch.float32 or len(first) < LEAST_DESCRIBED_SLOTS:
+        return None
+    # Rows must begin at multiples of 16 bytes.
+    if any(matrix.shape[-1] % 8 for matrix, _ in blocks) or not describable(first.device):
+        return None
+    return [
+        TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+        for matrix, block in blocks
+    ]
+
+
+def _dense(value: Optional[Tensor]) -> Optional[Tensor]:
+    return None if value is None else value.contiguous()
+
+
+def _width(w: Tensor, transposed: bool) -> int:
+    return w.shape[2] if transposed else w.shape[1]
+
+
+def _sorted_product_like(
+    a: Tensor,
+    w: Tensor,
+    transposed: bool,
+    bias: Any,
+    seed: Any,
+    active: Any,
+    end: Any,
+    tile_end: Any,
+    tiles: Tensor,
+    tile: Any,
+    kept_share: Any,
+    relu: Any,
+    sums: bool,
+) -> Tuple[Tensor, Tensor]:
+    width = _width(w, transposed)
+    shape = (len(tiles), width) if sums else (0,)
+    return a.new_empty(len(a), width), a.new_empty(shape, dtype=torch.float32)
+
+
+@operator(_sorted_product_like)
+def sorted_product(
+    a: Tensor,
+    w: Tensor,
+    transposed: bool,
+    bias: Optional[Tensor],
+    seed: Optional[Tensor],
+    active: Optional[Tensor],
+    end: Tensor,
+    tile_end: Tensor,
+    tiles: Tensor,
+    tile: int,
+    kept_share: float,
+    relu: bool,
+    sums: bool,
+) -> Tuple[Tensor, Tensor]:
+    """(S, O): f(a_s w_i^T + bias_i) for each slot s and its expert i; 0 for slots without one.
+
+    Args:
+        a: (S, I), sorted by expert.
+        w: (N, O, I), or (N, I, O) if ``transposed``.
+        transposed: whether it is.
+        bias: (N, O).
+        seed: (1,) int64, of a dropout that leaves ``kept_share`` of the cells and scales them up.
+        active: (S, O), the result of a ReLU with that dropout, to go back through: the gradient
+            is scaled up likewise where ``active`` is positive and 0 elsewhere.
+        end: with ``tile_end`` and ``tiles`` of ``tile`` rows, what
+            :func:`~fairseq_sparsemixer.moe.kernels.sorting.sort_slots` returns.
+        kept_share: of the dropout.
+        relu: whether f has a ReLU, before the dropout.
+        sums: whether the second result, (tiles, O) float32, has the sums of the tiles' rows.
+    """
+    out, tile_sums = _sorted_product_like(
+        a, w, transposed, bias, seed, active, end, tile_end, tiles, tile, kept_share, relu, sums
+    )
+    _run_product(
+        (a, w, transposed),
+        (_dense(bias), seed, _dense(active), out, tile_sums if sums else None, *4 * [None]),
+        (end, tile_end, tiles),
+        tile,
+        kept_share,
+        relu,
+    )
+    return out, tile_sums
+
+
+def _placed_product_like(
+    a: Tensor,
+    w: Tensor,
+    transposed: bool,
+    bias: Any,
+    slot: Any,
+    gate: Any,
+    scale: Any,
+    end: Any,
+    tile_end: Any,
+    tiles: Any,
+    tile: Any,
+    wide: bool,
+    keep: bool,
+) -> Tuple[Tensor, Tensor]:
+    shape = (len(a), _width(w, transposed))
+    placed = a.new_empty(shape, dtype=torch.float32 if wide else a.dtype)
+    return placed, a.new_empty(shape if keep else (0,))
+
+
+@operator(_placed_product_like)
+def placed_product(
+    a: Tensor,
+    w: Tensor,
+    transposed: bool,
+    bias: Optional[Tensor],
+    slot: Tensor,
+    gate: Optional[Tensor],
+    scale: Optional[Tensor],
+    end: Tensor,
+    tile_end: Tensor,
+    tiles: Tensor,
+    tile: int,
+    wide: bool,
+    keep: bool,
+) -> Tuple[Tensor, Tensor]:
+    """(S, O) twice: gate_s scale (a_s w_i^T + bias_i) where the slots come from, and out.
+
+    ``out`` is a_s w_i^T + bias_i in the order of the experts, and has no cell unless ``keep``.
+
+    Args:
+        a: (S, I), sorted by expert.
+        w: (N, O, I), or (N, I, O) if ``transposed``.
+        transposed: whether it is.
+        bias: (N, O).
+        slot: (S,) int64, where each row goes.
+        gate: S values, as the slots come.
+        scale: (O,).
+        end: with ``tile_end`` and ``tiles`` of ``tile`` rows, what
+            :func:`~fairseq_sparsemixer.moe.kernels.sorting.sort_slots` returns.
+        wide: float32 for the first result, in place of the dtype of ``a``.
+        keep: whether the second has cells.
+    """
+    placed, out = _placed_product_like(
+        a, w, transposed, bias, slot, gate, scale, end, tile_end, tiles, tile, wide, keep
+    )
+    kept = out if keep else None
+    _run_product(
+        (a, w, transposed),
+        (_dense(bias), None, None, kept, None, placed, slot, _dense(gate), _dense(scale)),
+        (end, tile_end, tiles),
+        tile,
+        kept_share=1.0,
+        relu=False,
+    )
+    return placed, out
+
+
+def _run_product(
+    product: Tuple[Tensor, Tensor, bool],
+    tensors: Tuple[Optional[Tensor], ...],
+    groups: Tuple[Tensor, Tensor, Tensor],
+    tile: int,
+    kept_share: float,
+    relu: bool,
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        product: a, w and whether w is transposed.
+        tensors: the kernel's arguments from ``bias_ptr`` to ``scale_ptr``.
+        groups: ends, ends in tiles, and tiles.
+        tile: rows of a tile.
+        kept_share: of the dropout.
+        relu: whether there is a ReLU.
+    """
+    a, w, transposed = product[0].contiguous(), product[1].contiguous(), product[2]
+    num_experts, width, depth = len(w), _width(w, transposed), a.shape[1]
+    block_i = _depth_of_block(a.dtype)
+    tile_of_w = [1, block_i, BLOCK] if transposed else [1, BLOCK, block_i]
+    described = _describe([(a, [tile, block_i]), (w, tile_of_w)])
+    with torch.cuda.device_of(a):
+        kernels.product_kernel[(triton.cdiv(width, BLOCK), len(groups[2]))](
+            *(described or (a, w)),
+            *tensors,
+            *groups,
+            *(num_experts, width, depth, kept_share),
+            RELU=relu,
+            DESCRIBED=described is not None,
+            TRANSPOSED=transposed,
+            PRECISION=_precision(a.dtype),
+            BLOCK_S=tile,
+            BLOCK_O=BLOCK,
+            BLOCK_I=block_i,
+            num_warps=8 if tile == BLOCK else 4,
+        )
+
+
+def _weight_gradient_like(grad: Tensor, a: Tensor, end: Tensor) -> Tensor:
+    return grad.new_empty(len(end) - 1, grad.shape[1], a.shape[1])
+
+
+@operator(_weight_gradient_like)
+def weight_gradient(grad: Tensor, a: Tensor, end: Tensor) -> Tensor:
+    """(N, O, I): grad^T a over the slots of each expert.
+
+    Args:
+        grad: (S, O), sorted by expert.
+        a: (S, I), sorted by expert.
+        end: (N + 1,) int32, one past the last slot of each expert and of no expert.
+    """
+    d_w = _weight_gradient_like(grad, a, end)
+    grad, a = grad.contiguous(), a.contiguous()
+    num_experts, width, depth = d_w.shape
+    programs = triton.cdiv(width, BLOCK) * triton.cdiv(depth, BLOCK)
+    block_s = _depth_of_block(a.dtype) // 2
+    described = _describe([(grad, [block_s, BLOCK]), (a, [block_s, BLOCK])])
+    if described is None:
+        block_s *= 2
+    with torch.cuda.device_of(a):
+        kernels.weight_gradient_kernel[(programs, num_experts)](
+            *(grad, a, *(described or (None, None)), d_w, end, width, depth),
+            DESCRIBED=described is not None,
+            PRECISION=_precision(a.dtype),
+            BLOCK_S=block_s,
+            BLOCK_O=BLOCK,
+            BLOCK_I=BLOCK,
+            num_warps=8,
+            num_stages=5 if described else 3,
+        )
+    return d_w
+
+
+def _sum_groups_like(value: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.new_empty(len(end) - 1, value.shape[1], dtype=dtype)
+
+
+@operator(_sum_groups_like)
+def sum_groups(value: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, X): the sum of the rows of each group.
+
+    Args:
+        value: (R, X), sorted by group.
+        end: (N + 1,) int32, one past the last row of each group and of no group.
+        dtype: of the result.
+    """
+    total = _sum_groups_like(value, end, dtype)
+    num_groups, width = total.shape
+    with torch.cuda.device_of(value):
+        kernels.sum_groups_kernel[(triton.cdiv(width, 32), num_groups)](
+            *(value.contiguous(), end, total, width), BLOCK_R=64, BLOCK_X=32
+        )
+    return total
+
+
+def _weigh_backward_like(
+    grad: Tensor, out: Tensor, slot: Any, gate: Tensor, scale: Optional[Tensor], end: Any
+) -> Tuple[Tensor, Tensor, Tensor]:
+    d_scale = gate.new_empty(0) if scale is None else torch.empty_like(scale)
+    return torch.empty_like(out), gate.new_empty(gate.shape), d_scale
+
+
+@operator(_weigh_backward_like)
+def weigh_backward(
+    grad: Tensor, out: Tensor, slot: Tensor, gate: Tensor, scale: Optional[Tensor], end: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """(S, D), the shape of gate, (D,): the gradients of out, gate and scale in gate * scale * out.
+
+    Args:
+        grad: (T, D), of the sum over each token's slots.
+        out: (S, D), sorted by expert.
+        slot: (S,) int64, where each row comes from.
+        gate: (T, K).
+        scale: (D,); without it the third result has no cell.
+        end: (N + 1,) int32, one past the last slot of each expert and of no expert.
+    """
+    d_out, d_gate, d_scale = _weigh_backward_like(grad, out, slot, gate, scale, end)
+    (num_slots, width), block_s = out.shape, 64
+    programs = triton.cdiv(num_slots, block_s)
+    parts = None if scale is None else gate.new_empty(programs, width, dtype=torch.float32)
+    with torch.cuda.device_of(out):
+        kernels.weigh_backward_kernel[(programs,)](
+            *(grad, out, slot, _dense(gate), _dense(scale), end, d_out, d_gate, parts),
+            *(num_slots, len(end) - 1, gate.shape[1], width, grad.stride(0), grad.stride(1)),
+            BLOCK_S=block_s,
+            BLOCK_D=min(128, triton.next_power_of_2(width)),
+        )
+    if parts is not None:
+        d_scale.copy_(parts.sum(0))
+    return d_out, d_gate, d_scale

@@ -1,0 +1,40 @@
+"""The kernels compile for GPUs that are not here, and fit them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SLOW = pytest.mark.slow
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+"""What a program may take, by compute capability (CUDA C++ programming guide)."""
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=SLOW), pytest.param(86, marks=SLOW), 90]
+)
+def test_kernels_compile_for_a_gpu(tmp_path, capability):
+    path = tmp_path / "kernels.json"
+    command = [sys.executable, "-m", "benchmarks.kernels", "--capability", str(capability)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [*command, "--output", str(path)], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    rows = {row["kernel"]: row for row in json.loads(path.read_text())["rows"]}
+    assert len(rows) == (23 if capability == 90 else 17)
+    for name, row in rows.items():
+        assert f"| {name} " in result.stdout
+        assert row["shared_bytes"] <= SHARED_BYTES[capability], name
+        assert row["spilled_bytes"] == 0, name
+        assert 0 < row["registers"] <= 255, name
+    products = [name for name in rows if "product" in name or "gradient of the" in name]
+    products.remove("gradient of the biases")
+    for name in products:
+        expected = ["wgmma"] if capability == 90 else []
+        expected.append("bulk" if "descriptors" in name else "async")
+        assert rows[name]["uses"] == expected, name
