@@ -27,7 +27,6 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import Runner
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import write_lines
-from fairseq_sparsemixer.study.layout import PLAN
 from fairseq_sparsemixer.training.process import sole_user
 
 KINDS = (
@@ -82,9 +81,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--minutes {args.minutes} does nothing; give more than 0")
     if not args.dry_run and not torch.cuda.is_available():
         raise UserError("there is no GPU that PyTorch sees; --dry-run shows the command without")
-    if args.study is not None and not (args.study / PLAN).is_file():
+    if args.study is not None and not (args.study / "plan.yaml").is_file():
         raise UserError(
-            f"--study {args.study} holds no {PLAN}: lay a study out with `fairseq-sparsemixer "
+            f"--study {args.study} holds no plan.yaml: lay a study out with `fairseq-sparsemixer "
             f"study PLAN --output {args.study} --prepare-only`"
         )
     if args.output.exists() and not args.output.is_dir():
