@@ -6,17 +6,14 @@ python -m benchmarks.gpu.ceilings --output ceilings.json
 import argparse
 import functools
 import itertools
-from pathlib import Path
 from typing import Any, Callable, Iterator, List
 
 import torch
 
 from benchmarks import measuring
 from benchmarks.measuring import Record
-from fairseq_sparsemixer.runs.record import git_state
 from fairseq_sparsemixer.tables import markdown
 
-ROOT = Path(__file__).parents[2]
 COPY_BYTES = {"cpu": 1 << 24, "cuda": 1 << 31}
 """Read, and written, by the copy that is timed."""
 PRODUCTS = {
@@ -44,7 +41,6 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
     seconds = _best_seconds(functools.partial(target.copy_, source), device)
     about = {
         "capability": torch.cuda.get_device_capability() if device == "cuda" else None,
-        "git": git_state(ROOT),
         "read_bytes_per_second": measuring.read_bandwidth(device),
         "copy_bytes_per_second": 2 * COPY_BYTES[device] / seconds,
     }

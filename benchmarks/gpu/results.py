@@ -61,6 +61,10 @@ class Results:
         """Whether a step needs no second start."""
         return self.steps.get(step, {}).get("status") == DONE
 
+    def ended(self, step: str) -> bool:
+        """Whether a step that was begun has ended by itself."""
+        return self.steps[step]["status"] != STOPPED
+
     def keep(self, step: str, **values: Any) -> None:
         """Keep what is known of a step: its "status", "seconds", "result", "error"."""
         self.steps.setdefault(step, {}).update(values)

@@ -131,13 +131,16 @@ class Runner:
                     each.process.stop()
                 for each in at_work:
                     each.process.wait()
-                    self._end(each, kept.STOPPED)
+                    if not self.results.ended(each.step.name):
+                        self._end(each, kept.STOPPED)
                 raise
 
     def _begin(
         self, step: Step, folder: Path, environment: Mapping[str, str]
     ) -> Optional[_Running]:
-        if self.left < WORTH_BEGINNING * step.seconds:
+        # A study that is begun with half of its least time would train nothing.
+        share = 1.0 if step.until_the_end else WORTH_BEGINNING
+        if self.left < share * step.seconds:
             reason = f"it takes about {step.seconds:.0f} s, {max(self.left, 0):.0f} s are left"
             if not self.results.result(step.name):
                 self.results.keep(step.name, status=kept.LEFT_OUT, error=reason)
