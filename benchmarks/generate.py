@@ -16,7 +16,7 @@ does it, which lays the experts' weights out for oneDNN and leaves dense layers 
 import argparse
 import functools
 import logging
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
 
 import torch
 from fairseq.models import FairseqModel
@@ -69,7 +69,7 @@ def _experts_called(generate: Any, model: FairseqModel) -> List[float]:
     return [sum(steps) / len(steps) for steps in called.values()]
 
 
-def measure(args: argparse.Namespace) -> Record:
+def measure(args: argparse.Namespace) -> Iterator[Record]:
     """Seconds of every arm for every beam and number of sentences."""
     task = models.RandomWords(args.vocabulary)
     arms = {router: _build(args, router, task) for router in models.arms(args)}
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace) -> Record:
             for name, seconds in measuring.take_turns(samples, args.repetitions, title).items():
                 of_case[name]["seconds"] = seconds
             rows += of_case.values()
-    return {"rows": rows}
+            yield {"rows": rows}
 
 
 def table(rows: List[Record]) -> str:

@@ -28,7 +28,7 @@ import argparse
 import functools
 import itertools
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from benchmarks import measuring
 from benchmarks.measuring import Record
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
-from fairseq_sparsemixer.moe.dispatch import BACKENDS
+from fairseq_sparsemixer.moe.dispatch import BACKENDS, OBSTACLES, backend_for
 from fairseq_sparsemixer.tables import markdown
 
 FORWARD, BACKWARD = "forward", "forward+backward"
@@ -171,7 +171,7 @@ class LoopOverModules(nn.Module):
         return y * gate.unsqueeze(-1)
 
 
-class _Arm:
+class Arm:
     """A module and what the table says of it."""
 
     def __init__(self, module: nn.Module, **about: object) -> None:
@@ -213,13 +213,14 @@ class _Arm:
         return torch.bincount(chosen[chosen >= 0], minlength=self.module.experts.num_experts)
 
 
-def _build(
+def build(
     case: Case,
     router: str,
     backend: str = "auto",
     recompute: bool = False,
     inference_dtype: Optional[str] = None,
 ) -> MoEFeedForward:
+    """A layer with experts; those of different backends have the same weights."""
     torch.manual_seed(0)  # routers with the same weights choose the same experts
     layer = MoEFeedForward(
         *(case.embed_dim, case.ffn_dim, case.num_experts),
@@ -233,16 +234,30 @@ def _build(
     return layer
 
 
-def _arms(case: Case, args: argparse.Namespace) -> Dict[str, _Arm]:
+def _serves(backend: str, case: Case, device: str) -> bool:
+    """Whether a backend can compute the case."""
+    obstacle = OBSTACLES.get(backend)
+    return obstacle is None or not obstacle(torch.device(device), getattr(torch, case.dtype))
+
+
+def _waits(arm: Arm, case: Case, device: str) -> bool:
+    """Whether an arm reads back from the device how many tokens an expert has."""
+    backend = arm.about.get("backend")
+    if backend == "auto":
+        backend = backend_for(torch.device(device), getattr(torch, case.dtype))
+    return isinstance(arm.module, LoopOverModules) or backend in ("loop", "sorted")
+
+
+def _arms(case: Case, args: argparse.Namespace) -> Dict[str, Arm]:
     dense = Dense(case.embed_dim, case.ffn_dim)
-    arms = {DENSE: _Arm(dense)}
+    arms = {DENSE: Arm(dense)}
     if (args.device, case.dtype) == ("cpu", "float32") and has_onednn():
-        arms[ONEDNN] = _Arm(OneDNNDense(dense))
-    arms[LOOP] = _Arm(LoopOverModules(_build(case, "switch")))
+        arms[ONEDNN] = Arm(OneDNNDense(dense))
+    arms[LOOP] = Arm(LoopOverModules(build(case, "switch")))
     laid_out = args.laid_out and (args.device, case.dtype, case.mode) == ("cpu", "float32", FORWARD)
     for router, backend, recompute, inference_dtype in itertools.product(
         args.router,
-        args.backend,
+        [backend for backend in args.backend if _serves(backend, case, args.device)],
         (False, True) if args.recompute and case.mode == BACKWARD else (False,),
         (None, "float32", "bfloat16") if laid_out else (None,),
     ):
@@ -256,11 +271,11 @@ def _arms(case: Case, args: argparse.Namespace) -> Dict[str, _Arm]:
             "recompute": recompute,
             "inference_dtype": inference_dtype,
         }
-        arms[name] = _Arm(_build(case, **settings), **settings)
+        arms[name] = Arm(build(case, **settings), **settings)
     if args.graph:
         for name, arm in list(arms.items()):
-            if name != LOOP:  # which reads back from the device how many tokens an expert has
-                arms[f"{name}{GRAPH}"] = _Arm(arm.module, **arm.about, graph=True)
+            if not _waits(arm, case, args.device):
+                arms[f"{name}{GRAPH}"] = Arm(arm.module, **arm.about, graph=True)
     return arms
 
 
@@ -333,14 +348,14 @@ def cases(args: argparse.Namespace) -> List[Case]:
     ]
 
 
-def measure(args: argparse.Namespace) -> Record:
+def measure(args: argparse.Namespace) -> Iterator[Record]:
     """Seconds, bytes and shares of every arm of every case."""
     bandwidth = measuring.read_bandwidth(args.device)
     rows: List[Record] = []
     for case in cases(args):
         with torch.set_grad_enabled(case.mode == BACKWARD):
             rows += _measure_case(case, args, bandwidth)
-    return {"read_bytes_per_second": bandwidth, "rows": rows}
+        yield {"read_bytes_per_second": bandwidth, "rows": rows}
 
 
 def table(rows: List[Record]) -> str:
@@ -419,7 +434,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", *BACKENDS),
         default=["auto"],
         metavar="NAME",
-        help=f"auto, {', '.join(BACKENDS)} (default: auto)",
+        help=f"auto, {', '.join(BACKENDS)}; left out where the dtype is not served (default: auto)",
     )
     parser.add_argument(
         "--recompute",

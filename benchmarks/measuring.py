@@ -243,14 +243,16 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int = 20) -> None:
 
 def run(
     parser: argparse.ArgumentParser,
-    measure: Callable[[argparse.Namespace], Record],
+    measure: Callable[[argparse.Namespace], Iterator[Record]],
     table: Callable[[List[Record]], str],
 ) -> None:
     """Measure, print and write; or print what was written before.
 
+    What was measured until then is written each time that there is more of it.
+
     Args:
         parser: with the command's own flags and those of :func:`add_arguments`.
-        measure: returns the results to write, "rows" among them.
+        measure: yields the results so far, "rows" among them; all of them at last.
         table: makes Markdown of rows.
     """
     parser.add_argument(
@@ -266,12 +268,14 @@ def run(
     else:
         left_out = ("output", "table")
         settings = {key: value for key, value in vars(args).items() if key not in left_out}
-        results = [{"settings": settings, "machine": machine(args.device), **measure(args)}]
+        about = {"settings": settings, "machine": machine(args.device)}
+        for measured in measure(args):
+            results = [{**about, **measured}]
+            if args.output is not None:
+                write_json(args.output, results[0])
     where = ""
     for result in results:
         if in_words(result["machine"]) != where:
             where = in_words(result["machine"])
             print(f"{where}\n")
         print(f"{table(result['rows'])}\n")
-    if args.output is not None and not args.table:
-        write_json(args.output, results[0])

@@ -86,7 +86,7 @@ def _batches(trainer: Trainer, max_tokens: int) -> List[Dict[str, Any]]:
     return [batch for batch in batches if batch["ntokens"] > max_tokens / 2]
 
 
-def measure(args: argparse.Namespace) -> Record:
+def measure(args: argparse.Namespace) -> Iterator[Record]:
     """Seconds and words of each update of every arm."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> Record:
         words = itertools.cycle(batch["ntokens"] for batch in batches)
         rows[router]["words"] = list(itertools.islice(words, args.repetitions))
         rows[router]["seconds"] = seconds
-    return {"rows": list(rows.values())}
+    yield {"rows": list(rows.values())}
 
 
 def _seconds(trainer: Trainer, batches: Iterator[Dict[str, Any]], device: str) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.float64 import assert_as_exact_as_its_yardstick
 from support.reference import assert_all_close
 
 from fairseq_sparsemixer.moe import (
@@ -78,15 +79,31 @@ def results(layer, x, mask):
         (300, {"recompute": True}),
         (300, {"sizes": (18, 22)}),
         (300, {"num_experts": 1}),
-        (1, {}),
-        (0, {}),
     ],
 )
-def test_all_dtypes_equal_the_loop(backend, dtype, tokens, options):
-    embed_dim = options.get("sizes", (64,))[0]
-    x, mask = make_batch(tokens, dtype, embed_dim)
-    actual = results(make_layer(backend, dtype, **options), x, mask)
-    expected = results(make_layer("loop", dtype, **options), x, mask)
+def test_all_dtypes_are_as_exact_as_their_yardstick(backend, dtype, tokens, options):
+    layer = make_layer(backend, dtype, **options)
+    assert_as_exact_as_its_yardstick(layer, *make_batch(tokens, dtype, layer.embed_dim), backend)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 0])
+def test_a_token_or_none_equals_the_loop(backend, dtype, tokens):
+    x, mask = make_batch(tokens, dtype)
+    actual = results(make_layer(backend, dtype), x, mask)
+    assert_all_close(actual, results(make_layer("loop", dtype), x, mask), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_router_learns_as_by_the_loop(backend, dtype):
+    """Its gradient is that of a gate: a sum over outputs, none of which is near a ReLU's zero."""
+    x, mask = make_batch(3000, dtype)
+    actual = results(make_layer(backend, dtype), x, mask)
+    expected = results(make_layer("loop", dtype), x, mask)
+    names = [name for name in expected if "router" in name or name in ("y", "packed")]
+    actual, expected = ({name: each[name] for name in names} for each in (actual, expected))
     assert_all_close(actual, expected, TOLERANCE[dtype])
 
 

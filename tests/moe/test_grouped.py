@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from support.float64 import assert_as_exact_as_its_yardstick
 from support.reference import assert_all_close
 from support.reference_routers import ids
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +23,7 @@ from fairseq_sparsemixer.moe import (
     load_balance_loss,
     z_loss,
 )
+from fairseq_sparsemixer.moe.dispatch import BACKENDS as BACKENDS_BY_NAME
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for, dispatch
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.kernels import experts as triton_experts
@@ -146,6 +148,25 @@ def test_described_tiles_are_those_of_pointers(backend, case, dtype, nan_memory,
         results.append(outputs_and_gradients(backend, routing, experts, leaf, None, weight))
     assert len(described) == 12  # two matrices for each of four products and two gradients
     assert_all_close(*results, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("activation_fn", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT])
+@pytest.mark.parametrize("backend", ["sorted", usable("grouped")])
+def test_as_exact_as_its_yardstick(backend, dtype, activation_fn):
+    torch.manual_seed(0)
+    layer = MoEFeedForward(64, 96, 5, activation_fn=activation_fn).to(dtype)
+    x, mask = torch.randn(300, 64).to(dtype), torch.arange(300) % 7 == 3
+    assert_as_exact_as_its_yardstick(layer, x, mask, backend)
+
+
+def test_a_backend_that_is_off_fails_beside_its_yardstick(monkeypatch):
+    right = BACKENDS_BY_NAME["sorted"]
+    monkeypatch.setitem(BACKENDS_BY_NAME, "sorted", lambda *parts: right(*parts) * 1.005)
+    torch.manual_seed(0)
+    layer, x = MoEFeedForward(64, 96, 5).to(BFLOAT), torch.randn(300, 64).to(BFLOAT)
+    with pytest.raises(AssertionError):
+        assert_as_exact_as_its_yardstick(layer, x, None, "sorted")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,35 @@
+"""``scripts/test.sh`` where nothing can be installed."""
+
+import subprocess
+
+from support import commands
+
+ROOT = commands.PACKAGE.parent
+# Has PyTorch for a GPU, fairseq and pytest, and neither ruff nor mypy nor pytest-xdist.
+PYTHON = """\
+#!/bin/sh
+case "$*" in
+*find_spec*) exit 1 ;;
+*torch*) exit 0 ;;
+esac
+echo "pytest got: $*"
+"""
+
+
+def test_on_a_gpu_without_network(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    result = subprocess.run(
+        [ROOT / "scripts" / "test.sh", "--gpu", "--maxfail=1"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    head, *left_out, command = result.stdout.splitlines()
+    assert head == f"== Testing with {python} as it is; nothing is installed"
+    for each in ("the tests that need no GPU", "ruff", "mypy", "a second process"):
+        assert any(line.startswith(f"== Left out: {each}") for line in left_out)
+    assert command.startswith("pytest got: -m pytest -m not slow and gpu --maxfail=1 tests/")
+    assert "tests/moe/test_gpu.py" in command and "tests/test_cli.py" not in command
