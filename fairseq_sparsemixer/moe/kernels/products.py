@@ -8,7 +8,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.kernels.operators import operator
+from fairseq_sparsemixer.moe.kernels.operators import cdiv, next_power_of_2, operator
 
 try:
     import triton
@@ -30,7 +30,7 @@ LEAST_DESCRIBED_SLOTS = 1024
 
 def tile_rows(num_slots: int, num_experts: int) -> int:
     """Rows of a tile of the slots of one expert: as many as most experts fill, at most BLOCK."""
-    return min(BLOCK, max(16, triton.next_power_of_2(triton.cdiv(num_slots, num_experts))))
+    return min(BLOCK, max(16, next_power_of_2(cdiv(num_slots, num_experts))))
 
 
 def _depth_of_block(dtype: torch.dtype) -> int:
@@ -240,7 +240,7 @@ def _run_product(
     tile_of_w = [1, block_i, BLOCK] if transposed else [1, BLOCK, block_i]
     described = _describe([(a, [tile, block_i]), (w, tile_of_w)])
     with torch.cuda.device_of(a):
-        kernels.product_kernel[(triton.cdiv(width, BLOCK), len(groups[2]))](
+        kernels.product_kernel[(cdiv(width, BLOCK), len(groups[2]))](
             *(described or (a, w)),
             *tensors,
             *groups,
@@ -272,7 +272,7 @@ def weight_gradient(grad: Tensor, a: Tensor, end: Tensor) -> Tensor:
     d_w = _weight_gradient_like(grad, a, end)
     grad, a = grad.contiguous(), a.contiguous()
     num_experts, width, depth = d_w.shape
-    programs = triton.cdiv(width, BLOCK) * triton.cdiv(depth, BLOCK)
+    programs = cdiv(width, BLOCK) * cdiv(depth, BLOCK)
     block_s = _depth_of_block(a.dtype) // 2
     described = _describe([(grad, [block_s, BLOCK]), (a, [block_s, BLOCK])])
     if described is None:
@@ -307,7 +307,7 @@ def sum_groups(value: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     total = _sum_groups_like(value, end, dtype)
     num_groups, width = total.shape
     with torch.cuda.device_of(value):
-        kernels.sum_groups_kernel[(triton.cdiv(width, 32), num_groups)](
+        kernels.sum_groups_kernel[(cdiv(width, 32), num_groups)](
             *(value.contiguous(), end, total, width), BLOCK_R=64, BLOCK_X=32
         )
     return total
@@ -336,14 +336,14 @@ def weigh_backward(
     """
     d_out, d_gate, d_scale = _weigh_backward_like(grad, out, slot, gate, scale, end)
     (num_slots, width), block_s = out.shape, 64
-    programs = triton.cdiv(num_slots, block_s)
+    programs = cdiv(num_slots, block_s)
     parts = None if scale is None else gate.new_empty(programs, width, dtype=torch.float32)
     with torch.cuda.device_of(out):
         kernels.weigh_backward_kernel[(programs,)](
             *(grad, out, slot, _dense(gate), _dense(scale), end, d_out, d_gate, parts),
             *(num_slots, len(end) - 1, gate.shape[1], width, grad.stride(0), grad.stride(1)),
             BLOCK_S=block_s,
-            BLOCK_D=min(128, triton.next_power_of_2(width)),
+            BLOCK_D=min(128, next_power_of_2(width)),
         )
     if parts is not None:
         d_scale.copy_(parts.sum(0))

@@ -10,7 +10,12 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.kernels.operators import once_differentiable, operator
+from fairseq_sparsemixer.moe.kernels.operators import (
+    cdiv,
+    next_power_of_2,
+    once_differentiable,
+    operator,
+)
 
 try:
     import triton
@@ -58,7 +63,7 @@ class _Project(torch.autograd.Function):
 
 
 def _experts_of_block(num_experts: int) -> int:
-    return min(MOST_EXPERTS, max(16, triton.next_power_of_2(num_experts)))
+    return min(MOST_EXPERTS, max(16, next_power_of_2(num_experts)))
 
 
 def _logits_of_like(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
@@ -78,9 +83,7 @@ def logits_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     (num_tokens, num_experts), width = logits.shape, x.shape[1]
     block_n = _experts_of_block(num_experts)
     with torch.cuda.device_of(x):
-        kernels.project_kernel[
-            (max(1, triton.cdiv(num_tokens, BLOCK_T)), triton.cdiv(num_experts, block_n))
-        ](
+        kernels.project_kernel[(max(1, cdiv(num_tokens, BLOCK_T)), cdiv(num_experts, block_n))](
             *(x.contiguous(), weight.contiguous(), bias, logits, num_tokens, num_experts, width),
             BLOCK_T=BLOCK_T,
             BLOCK_N=block_n,
@@ -100,10 +103,10 @@ def token_gradient(d_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tens
     num_tokens, num_experts = d_logits.shape
     width = weight.shape[1]
     with torch.cuda.device_of(d_logits):
-        kernels.token_gradient_kernel[
-            (max(1, triton.cdiv(num_tokens, BLOCK_T)), triton.cdiv(width, BLOCK_D))
-        ](
-            *(d_logits.contiguous(), weight.contiguous(), d_x, num_tokens, num_experts, width),
+        kernels.token_gradient_kernel[(max(1, cdiv(num_tokens, BLOCK_T)), cdiv(width, BLOCK_D))](
+            # Converted by the kernel, weights of 16 bits took five times as long.
+            *(d_logits.contiguous(), weight.float().contiguous(), d_x),
+            *(num_tokens, num_experts, width),
             BLOCK_T=BLOCK_T,
             BLOCK_N=_experts_of_block(num_experts),
             BLOCK_D=BLOCK_D,
@@ -122,14 +125,12 @@ def logits_weight_gradient(d_logits: Tensor, x: Tensor) -> Tuple[Tensor, Tensor]
     """(N, D), (N,) float32: the gradients of W and b, from those of the logits (T, N), x (T, D)."""
     (num_tokens, num_experts), width = d_logits.shape, x.shape[1]
     block_n = _experts_of_block(num_experts)
-    tokens_of_part = max(BLOCK_T, triton.cdiv(num_tokens, PARTS))
-    parts = max(1, triton.cdiv(num_tokens, tokens_of_part))
+    tokens_of_part = max(BLOCK_T, cdiv(num_tokens, PARTS))
+    parts = max(1, cdiv(num_tokens, tokens_of_part))
     # One tensor, for one sum: the weights' gradients, behind them the biases'.
     sums = d_logits.new_empty(parts, num_experts * (width + 1))
     with torch.cuda.device_of(x):
-        kernels.weight_gradient_kernel[
-            (parts, triton.cdiv(num_experts, block_n), triton.cdiv(width, BLOCK_D))
-        ](
+        kernels.weight_gradient_kernel[(parts, cdiv(num_experts, block_n), cdiv(width, BLOCK_D))](
             *(d_logits.contiguous(), x.contiguous(), sums),
             *(num_tokens, num_experts, width, tokens_of_part),
             BLOCK_T=BLOCK_T,

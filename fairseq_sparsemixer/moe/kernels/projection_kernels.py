@@ -50,7 +50,7 @@ def project_kernel(
 @triton.jit(do_not_specialize=["num_tokens"])
 def token_gradient_kernel(
     d_z_ptr,  # (T, N)
-    w_ptr,  # (N, D)
+    w_ptr,  # (N, D) float32
     d_x_ptr,  # (T, D)
     num_tokens,
     num_experts,
@@ -77,7 +77,7 @@ def token_gradient_kernel(
             mask=is_expert[:, None] & is_column[None, :],
             other=0.0,
         )
-        d_x = tl.dot(d_z, w.to(tl.float32), d_x, input_precision="ieee")
+        d_x = tl.dot(d_z, w, d_x, input_precision="ieee")
     tl.store(
         d_x_ptr + token[:, None] * width + column[None, :],
         d_x,

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.kernels.operators import once_differentiable, operator
+from fairseq_sparsemixer.moe.kernels.operators import (
+    cdiv,
+    next_power_of_2,
+    once_differentiable,
+    operator,
+)
 
 try:
     import triton
@@ -110,7 +115,7 @@ CELLS = 2048
 
 def blocks(num_experts: int) -> Tuple[int, int]:
     """Rows and columns of the part of a (T, N) matrix that one program works on."""
-    block_n = triton.next_power_of_2(num_experts)
+    block_n = next_power_of_2(num_experts)
     return max(1, CELLS // block_n), block_n
 
 
@@ -146,7 +151,7 @@ def route(
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
     with torch.cuda.device_of(logits):
-        kernels.route_kernel[(triton.cdiv(num_tokens, block_t),)](
+        kernels.route_kernel[(cdiv(num_tokens, block_t),)](
             *(logits.contiguous(), noise, uniform, index, gate, probs),
             None if jitter_eps is None else masked,
             *(num_tokens, num_experts, 2 * (jitter_eps or 0.0), temperature, chance, point),
@@ -177,7 +182,7 @@ def route_backward(
     (num_tokens, num_experts), is_masked = probs.shape, masked.dim() == 2
     block_t, block_n = blocks(num_experts)
     with torch.cuda.device_of(probs):
-        kernels.route_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
+        kernels.route_backward_kernel[(cdiv(num_tokens, block_t),)](
             *(index, probs, masked if is_masked else None),
             *(None if d is None else d.contiguous() for d in (d_gate, d_probs)),
             d_masked.contiguous() if is_masked and d_masked is not None else None,

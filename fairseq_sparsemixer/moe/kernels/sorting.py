@@ -9,7 +9,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.kernels.operators import operator
+from fairseq_sparsemixer.moe.kernels.operators import cdiv, operator
 
 try:
     import triton
@@ -29,7 +29,7 @@ def most_tiles(num_slots: int, num_experts: int, tile: int) -> int:
 
     No group but each expert's and that of no expert has a broken one.
     """
-    return -(-num_slots // tile) + num_experts
+    return cdiv(num_slots, tile) + num_experts
 
 
 def _sort_slots_like(
@@ -60,7 +60,7 @@ def sort_slots(
     """
     slot, end, tile_end, tiles = _sort_slots_like(expert, num_experts, tile)
     expert = expert.contiguous()
-    programs = max(1, triton.cdiv(len(expert), BLOCK_S))
+    programs = max(1, cdiv(len(expert), BLOCK_S))
     count = end.new_empty(programs, num_experts + 1)
     with torch.cuda.device_of(expert):
         kernels.count_kernel[(programs,)](

@@ -10,7 +10,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.kernels.operators import once_differentiable, operator
+from fairseq_sparsemixer.moe.kernels.operators import cdiv, once_differentiable, operator
 from fairseq_sparsemixer.moe.kernels.router import blocks
 from fairseq_sparsemixer.moe.routing import Routing
 
@@ -95,7 +95,7 @@ def sum_tokens(
     """
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
-    programs = triton.cdiv(num_tokens, block_t)
+    programs = cdiv(num_tokens, block_t)
     partial = logits.new_empty(programs, 3 + 4 * num_experts)
     with torch.cuda.device_of(logits):
         kernels.sum_tokens_kernel[(programs,)](
@@ -130,7 +130,7 @@ def sum_tokens_backward(
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
     with torch.cuda.device_of(logits):
-        kernels.sum_tokens_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
+        kernels.sum_tokens_backward_kernel[(cdiv(num_tokens, block_t),)](
             *(_contiguous(logits), _contiguous(padding), d_sums.contiguous(), d_logits, d_probs),
             d_sampling_probs if has_sampling_probs else None,
             d_load if has_load else None,
