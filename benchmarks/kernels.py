@@ -34,10 +34,10 @@ POINTERS = {
     ),
 }
 """Types of what is not in the dtype of the model."""
-FLOATS = ("kept_share", "jitter", "temperature", "chance", "point", "gradient_scale")
+FLOATS = ("kept_share", "scale_up", "jitter", "temperature", "chance", "point", "gradient_scale")
 NOT_MULTIPLES_OF_16 = (
     *("num_slots", "num_tokens", "num_experts", "num_groups", "programs", "top_k"),
-    *("index_stride_token", "index_stride_slot", "tokens_of_part"),
+    *("index_stride_token", "index_stride_slot", "tokens_of_part", "most_tiles"),
 )
 
 

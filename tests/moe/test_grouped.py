@@ -245,11 +245,11 @@ def test_dropout_leaves_its_share_and_scales_it_up(backend):
     torch.manual_seed(0)
     expert = torch.tensor(40 * [0] + 20 * [1] + 4 * [-1])
     a, w, bias = torch.rand(len(expert), 8), torch.rand(2, 64, 8), torch.rand(2, 64)
-    _, *tiles = sort_slots(expert, 2, 16)
+    *_, tiles = sort_slots(expert, 2, 16)
 
     def product(seed, kept_share=0.3):
         return products.sorted_product(
-            a, w, False, bias, seed, None, *tiles, 16, kept_share, True, False
+            a, w, False, bias, seed, None, tiles, 16, kept_share, True, False
         )[0]
 
     whole = product(None)

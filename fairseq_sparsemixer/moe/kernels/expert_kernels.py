@@ -28,13 +28,12 @@ def product_kernel(
     slot_ptr,  # (S,) where they come from
     gate_ptr,  # (S,) as they come, or None
     scale_ptr,  # (O,) or None
-    end_ptr,  # (N + 1,)
-    tile_end_ptr,  # (N + 1,)
-    tile_ptr,  # (tiles, 2) the expert of each tile and its first row
+    tile_ptr,  # (tiles, 3) the expert of each tile, its first row and one past its last
     num_experts,
     width,  # O
     depth,  # I
     kept_share,  # of the dropout
+    scale_up,  # 1 / kept_share
     RELU: tl.constexpr,
     DESCRIBED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -48,11 +47,11 @@ def product_kernel(
     One program computes a tile of BLOCK_S slots by BLOCK_O columns.
     """
     tile, first_column = tl.program_id(1), tl.program_id(0) * BLOCK_O
-    if tile >= tl.load(tile_end_ptr + num_experts):
+    expert = tl.load(tile_ptr + 3 * tile)
+    first = tl.load(tile_ptr + 3 * tile + 1)
+    end = tl.load(tile_ptr + 3 * tile + 2)
+    if expert > num_experts:
         return
-    expert = tl.load(tile_ptr + 2 * tile)
-    first = tl.load(tile_ptr + 2 * tile + 1)
-    end = tl.load(end_ptr + expert)
     has_expert = expert < num_experts
     row = tl.arange(0, BLOCK_S)  # of the tile
     column = first_column + tl.arange(0, BLOCK_O)
@@ -91,10 +90,10 @@ def product_kernel(
         u0, u1, u2, u3 = tl.rand4x(tl.load(seed_ptr), draw)
         uniform = tl.join(tl.join(u0, u2), tl.join(u1, u3)).reshape(BLOCK_S, BLOCK_O)
         kept = uniform < kept_share
-        value = tl.where(kept, value / kept_share, 0.0)
+        value = tl.where(kept, value * scale_up, 0.0)
     if active_ptr is not None:
         active = tl.load(active_ptr + before + cell, mask=is_cell, other=0.0)
-        value = tl.where(active <= 0, 0.0, value / kept_share)
+        value = tl.where(active <= 0, 0.0, value * scale_up)
     if out_ptr is not None:
         tl.store(out_ptr + before + cell, value, mask=is_cell)
     if sums_ptr is not None:

@@ -61,7 +61,7 @@ class _Tiles(NamedTuple):
     tile_end: Tensor
     """(N + 1,) int32: one past the last tile of each."""
     tiles: Tensor
-    """(tiles, 2) int32: the expert of each tile and its first slot."""
+    """(tiles, 3) int32: the expert of each tile, its first slot and one past its last."""
     tile: int
     """Rows of a tile."""
     top_k: int
@@ -86,7 +86,7 @@ class _Tiles(NamedTuple):
         sums: bool = False,
     ) -> Tuple[Tensor, Tensor]:
         """See :func:`sorted_product`."""
-        tiles = (self.end, self.tile_end, self.tiles, self.tile)
+        tiles = (self.tiles, self.tile)
         return sorted_product(
             a_SI, w, transposed, bias, seed, active, *tiles, kept_share, relu, sums
         )
@@ -102,7 +102,7 @@ class _Tiles(NamedTuple):
         keep: bool = False,
     ) -> Tuple[Tensor, Tensor]:
         """(T, O) and out; see :func:`placed_product`."""
-        tiles = (self.end, self.tile_end, self.tiles, self.tile)
+        tiles = (self.tiles, self.tile)
         # Sums of several experts are formed in float32.
         wide = self.top_k > 1
         y_SO, out_SO = placed_product(
@@ -228,6 +228,7 @@ class _Mixture(torch.autograd.Function):
         kept_SF = None if recompute else inner_SF
         ctx.save_for_backward(kept_SF, out_SD, gate_TK, scale_D, x_SD, w1, b1, w2)
         ctx.mark_non_differentiable(x_SD, out_SD)
+        ctx.set_materialize_grads(False)
         return y_TD, x_SD, out_SD
 
     @staticmethod

@@ -89,8 +89,6 @@ def _sorted_product_like(
     bias: Any,
     seed: Any,
     active: Any,
-    end: Any,
-    tile_end: Any,
     tiles: Tensor,
     tile: Any,
     kept_share: Any,
@@ -110,8 +108,6 @@ def sorted_product(
     bias: Optional[Tensor],
     seed: Optional[Tensor],
     active: Optional[Tensor],
-    end: Tensor,
-    tile_end: Tensor,
     tiles: Tensor,
     tile: int,
     kept_share: float,
@@ -128,19 +124,19 @@ def sorted_product(
         seed: (1,) int64, of a dropout that leaves ``kept_share`` of the cells and scales them up.
         active: (S, O), the result of a ReLU with that dropout, to go back through: the gradient
             is scaled up likewise where ``active`` is positive and 0 elsewhere.
-        end: with ``tile_end`` and ``tiles`` of ``tile`` rows, what
-            :func:`~fairseq_sparsemixer.moe.kernels.sorting.sort_slots` returns.
+        tiles: (tiles, 3); see :func:`~fairseq_sparsemixer.moe.kernels.sorting.sort_slots`.
+        tile: rows of a tile.
         kept_share: of the dropout.
         relu: whether f has a ReLU, before the dropout.
         sums: whether the second result, (tiles, O) float32, has the sums of the tiles' rows.
     """
     out, tile_sums = _sorted_product_like(
-        a, w, transposed, bias, seed, active, end, tile_end, tiles, tile, kept_share, relu, sums
+        a, w, transposed, bias, seed, active, tiles, tile, kept_share, relu, sums
     )
     _run_product(
         (a, w, transposed),
         (_dense(bias), seed, _dense(active), out, tile_sums if sums else None, *4 * [None]),
-        (end, tile_end, tiles),
+        tiles,
         tile,
         kept_share,
         relu,
@@ -156,8 +152,6 @@ def _placed_product_like(
     slot: Any,
     gate: Any,
     scale: Any,
-    end: Any,
-    tile_end: Any,
     tiles: Any,
     tile: Any,
     wide: bool,
@@ -177,8 +171,6 @@ def placed_product(
     slot: Tensor,
     gate: Optional[Tensor],
     scale: Optional[Tensor],
-    end: Tensor,
-    tile_end: Tensor,
     tiles: Tensor,
     tile: int,
     wide: bool,
@@ -196,19 +188,19 @@ def placed_product(
         slot: (S,) int64, where each row goes.
         gate: S values, as the slots come.
         scale: (O,).
-        end: with ``tile_end`` and ``tiles`` of ``tile`` rows, what
-            :func:`~fairseq_sparsemixer.moe.kernels.sorting.sort_slots` returns.
+        tiles: (tiles, 3); see :func:`~fairseq_sparsemixer.moe.kernels.sorting.sort_slots`.
+        tile: rows of a tile.
         wide: float32 for the first result, in place of the dtype of ``a``.
         keep: whether the second has cells.
     """
     placed, out = _placed_product_like(
-        a, w, transposed, bias, slot, gate, scale, end, tile_end, tiles, tile, wide, keep
+        a, w, transposed, bias, slot, gate, scale, tiles, tile, wide, keep
     )
     kept = out if keep else None
     _run_product(
         (a, w, transposed),
         (_dense(bias), None, None, kept, None, placed, slot, _dense(gate), _dense(scale)),
-        (end, tile_end, tiles),
+        tiles,
         tile,
         kept_share=1.0,
         relu=False,
@@ -219,7 +211,7 @@ def placed_product(
 def _run_product(
     product: Tuple[Tensor, Tensor, bool],
     tensors: Tuple[Optional[Tensor], ...],
-    groups: Tuple[Tensor, Tensor, Tensor],
+    tiles: Tensor,
     tile: int,
     kept_share: float,
     relu: bool,
@@ -229,7 +221,7 @@ def _run_product(
     Args:
         product: a, w and whether w is transposed.
         tensors: the kernel's arguments from ``bias_ptr`` to ``scale_ptr``.
-        groups: ends, ends in tiles, and tiles.
+        tiles: (tiles, 3).
         tile: rows of a tile.
         kept_share: of the dropout.
         relu: whether there is a ReLU.
@@ -240,11 +232,10 @@ def _run_product(
     tile_of_w = [1, block_i, BLOCK] if transposed else [1, BLOCK, block_i]
     described = _describe([(a, [tile, block_i]), (w, tile_of_w)])
     with torch.cuda.device_of(a):
-        kernels.product_kernel[(cdiv(width, BLOCK), len(groups[2]))](
+        kernels.product_kernel[(cdiv(width, BLOCK), len(tiles))](
             *(described or (a, w)),
             *tensors,
-            *groups,
-            *(num_experts, width, depth, kept_share),
+            *(tiles, num_experts, width, depth, kept_share, 1 / (kept_share or 1)),
             RELU=relu,
             DESCRIBED=described is not None,
             TRANSPOSED=transposed,

@@ -38,7 +38,7 @@ def _sort_slots_like(
     end = expert.new_empty(num_experts + 1, dtype=torch.int32)
     tiles = most_tiles(len(expert), num_experts, tile)
     slot = expert.new_empty(len(expert))
-    return slot, end, torch.empty_like(end), end.new_empty(tiles, 2)
+    return slot, end, torch.empty_like(end), end.new_empty(tiles, 3)
 
 
 @operator(_sort_slots_like)
@@ -54,9 +54,9 @@ def sort_slots(
 
     Returns:
         (S,) int64, which slot lies in each place; (N + 1,) int32, one past the last place of each
-        expert and of no expert; (N + 1,) int32, one past the last tile of each; (tiles, 2) int32,
-        the expert of each tile, N for none, and its first place. Tiles that there are not, at the
-        end, are not written.
+        expert and of no expert; (N + 1,) int32, one past the last tile of each; (tiles, 3) int32,
+        the expert of each tile, N for none, its first place and one past its last. Tiles that
+        there are not, at the end, have expert N + 1.
     """
     slot, end, tile_end, tiles = _sort_slots_like(expert, num_experts, tile)
     expert = expert.contiguous()
@@ -67,7 +67,8 @@ def sort_slots(
             *(expert, count, len(expert), num_experts + 1), BLOCK_S=BLOCK_S, BLOCK_N=BLOCK_N
         )
         kernels.place_kernel[(programs,)](
-            *(expert, count, slot, end, tile_end, tiles, len(expert), num_experts + 1, programs),
+            *(expert, count, slot, end, tile_end, tiles),
+            *(len(expert), num_experts + 1, programs, len(tiles)),
             TILE=tile,
             BLOCK_S=BLOCK_S,
             BLOCK_N=BLOCK_N,

@@ -33,17 +33,18 @@ def count_kernel(
         tl.store(place, count, mask=column < num_groups)
 
 
-@triton.jit(do_not_specialize=["num_slots", "programs"])
+@triton.jit(do_not_specialize=["num_slots", "programs", "most_tiles"])
 def place_kernel(
     group_ptr,  # (S,) the expert of each slot, -1 for none
     count_ptr,  # (programs, N + 1)
     slot_ptr,  # (S,)
     end_ptr,  # (N + 1,)
     tile_end_ptr,  # (N + 1,)
-    tile_ptr,  # (tiles, 2) the group of each tile and its first row
+    tile_ptr,  # (tiles, 3) the group of each tile, its first row and one past its last
     num_slots,
     num_groups,  # N + 1
     programs,
+    most_tiles,
     TILE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,8 +82,12 @@ def place_kernel(
             tl.store(end_ptr + column, start_of + total, mask=is_column)
             tl.store(tile_end_ptr + column, first_tile + tiles, mask=is_column)
         for tile in range(program, tl.max(tiles, 0), programs):
-            entry = tile_ptr + 2 * (first_tile + tile)
+            entry = tile_ptr + 3 * (first_tile + tile)
+            first_row = start_of + tile * TILE
             tl.store(entry, column, mask=tile < tiles)
-            tl.store(entry + 1, start_of + tile * TILE, mask=tile < tiles)
+            tl.store(entry + 1, first_row, mask=tile < tiles)
+            tl.store(entry + 2, tl.minimum(first_row + TILE, start_of + total), mask=tile < tiles)
         tiles_before += tl.sum(tiles, 0)
+    for tile in range(tiles_before + program, most_tiles, programs):
+        tl.store(tile_ptr + 3 * tile, num_groups)
     tl.store(slot_ptr + place, row.to(tl.int64), mask=row < num_slots)

@@ -28,8 +28,9 @@ def test_slots_lie_as_a_stable_sort_lays_them(slots, experts, tile, kind):
     assert end.tolist() == [int((groups <= group).sum()) for group in range(experts + 1)]
     rows, first = [], 0
     for group, last in enumerate(end.tolist()):
-        rows += [[group, row] for row in range(first, last, tile)]
+        rows += [[group, row, min(row + tile, last)] for row in range(first, last, tile)]
         assert tile_end[group] == len(rows)
         first = last
     assert tiles[: len(rows)].tolist() == rows
     assert len(rows) <= len(tiles)
+    assert (tiles[len(rows) :, 0] == experts + 1).all()
