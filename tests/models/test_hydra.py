@@ -177,4 +177,6 @@ def test_half_precision(toy_corpus, tmp_path):
     assert updates[-1]["nll_loss"] < updates[0]["nll_loss"]
     state = parameters(tmp_path / "checkpoint_last.pt")
     assert all(torch.isfinite(value).all() for value in state.values())
-    assert state["encoder.layers.0.moe.experts.w1"].dtype == torch.float16
+    # fairseq writes what it trained in half precision as float32.
+    assert updates[-1]["loss_scale"] > 0
+    assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}

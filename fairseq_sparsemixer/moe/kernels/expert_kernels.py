@@ -53,10 +53,6 @@ def product_kernel(
     if expert > num_experts:
         return
     has_expert = expert < num_experts
-    row = tl.arange(0, BLOCK_S)  # of the tile
-    column = first_column + tl.arange(0, BLOCK_O)
-    is_row, is_column = first + row < end, column < width
-    is_cell = is_row[:, None] & is_column[None, :]
     value = _product(
         a_ptr,
         w_ptr,
@@ -74,6 +70,11 @@ def product_kernel(
         BLOCK_O,
         BLOCK_I,
     )
+    # After the loop, for what is computed before it would hold registers throughout.
+    row = tl.arange(0, BLOCK_S)  # of the tile
+    column = first_column + tl.arange(0, BLOCK_O)
+    is_row, is_column = first + row < end, column < width
+    is_cell = is_row[:, None] & is_column[None, :]
     before = first.to(tl.int64) * width
     cell = row[:, None] * width + column[None, :]
     if bias_ptr is not None:
