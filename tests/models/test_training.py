@@ -26,7 +26,7 @@ WRONG_FLAGS = {
     "jitter that changes the sign": (
         {"router": "switch", "jitter-eps": 1.5},
         "--router switch",
-        "jitter_eps must be at least 0 and below 1",
+        "--jitter-eps must be at least 0 and below 1",
     ),
     "layer that does not exist": (
         {"encoder-moe-layers": 7},
