@@ -353,6 +353,7 @@ def test_experts_are_laid_out_when_fairseq_prepares_to_translate(dtype, monkeypa
         ({"top_k": 2}, "--router sparsemixer: --top-k must be 1"),
         ({"jitter_eps": -1.0}, "--jitter-eps must be a number of at least 0"),
         ({"router": "switch", "jitter_eps": 1.5}, "--router switch: --jitter-eps must be"),
+        ({"jitter_eps": 0.0}, "--router sparsemixer: --jitter-eps must be at least 1e-06"),
         ({"encoder_moe_layers": "7"}, "--encoder-moe-layers: there is no layer 7; .* 0 to 2"),
         ({"decoder_moe_layers": "0;2"}, "--decoder-moe-layers must be 'none' or"),
         ({"encoder_layers_to_keep": "0,9"}, "--encoder-layers-to-keep: there is no layer 9"),

@@ -28,6 +28,11 @@ WRONG_FLAGS = {
         "--router switch",
         "--jitter-eps must be at least 0 and below 1",
     ),
+    "no jitter, and so nothing to choose from": (
+        {"jitter-eps": 0},
+        "--router sparsemixer",
+        "--jitter-eps must be at least 1e-06",
+    ),
     "layer that does not exist": (
         {"encoder-moe-layers": 7},
         "--encoder-moe-layers",
