@@ -10,9 +10,6 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import FairseqModel, build_model
 from omegaconf import DictConfig
 
-from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
-    take_routing_statistics,
-)
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs.arms import DENSE
@@ -124,7 +121,6 @@ def build(cfg: DictConfig, task: Any) -> FairseqModel:
     model.eval()
     with torch.no_grad():
         model(tokens, torch.full((len(tokens),), tokens.shape[1]), tokens.roll(1, dims=1))
-    take_routing_statistics(model)  # of this batch; a criterion would count them
     for hook in hooks:
         hook.remove()
     return model

@@ -17,6 +17,7 @@ from fairseq.data import data_utils
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
 from fairseq_sparsemixer.errors import UserError
@@ -125,25 +126,54 @@ def _mark_dummy_batches() -> None:
 
 
 def _end_updates() -> None:
-    """Let experts learn what they learn without a gradient, when the optimiser has made its step.
+    """Let experts learn what they learn without a gradient, as a part of each update.
 
-    On all workers alike, outside of forward and backward, and before a checkpoint is written.
+    What they collect goes the way of the gradients: it is dropped with them, and used when fairseq
+    counts the update, which it does not where a gradient overflowed. On all workers alike, outside
+    of forward and backward, before the moving average is taken and a checkpoint written.
     """
-    original = FairseqTask.optimizer_step
+    train_step, count, zero_grad = Trainer.train_step, Trainer.set_num_updates, Trainer.zero_grad
 
     def all_reduce(value: torch.Tensor) -> None:
         group = distributed_utils.get_data_parallel_group()
         distributed_utils.all_reduce(value, group=group)
 
-    @functools.wraps(original)
-    def optimizer_step(self: Any, optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, optimizer, model, *args, **kwargs)
-        several = distributed_utils.get_data_parallel_world_size() > 1
-        for layer in moe_layers(model):
-            layer.end_update(all_reduce if several else None)
-        return result
+    @functools.wraps(train_step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(self.get_criterion(), "uses_routing_statistics", False):
+            _warn_of_missing_balance(next(moe_layers(self.model), None) is not None)
+        self.in_train_step = True
+        try:
+            return train_step(self, *args, **kwargs)
+        finally:
+            self.in_train_step = False
 
-    FairseqTask.optimizer_step = optimizer_step
+    @functools.wraps(count)
+    def set_num_updates(self: Any, num_updates: int) -> None:
+        if getattr(self, "in_train_step", False):  # not when a checkpoint is loaded
+            several = distributed_utils.get_data_parallel_world_size() > 1
+            for layer in moe_layers(self.model):
+                layer.end_update(all_reduce if several else None)
+        count(self, num_updates)
+
+    @functools.wraps(zero_grad)
+    def drop_gradients(self: Any) -> None:
+        zero_grad(self)
+        for layer in moe_layers(self.model):
+            layer.drop_update()
+
+    Trainer.train_step, Trainer.set_num_updates = step, set_num_updates
+    Trainer.zero_grad = drop_gradients
+
+
+@functools.cache
+def _warn_of_missing_balance(has_experts: bool) -> None:
+    """Once: a criterion that does not know of experts leaves them without a balance loss."""
+    if has_experts:
+        logger.warning(
+            "the criterion ignores the routing losses, so nothing balances the experts; "
+            "use --criterion label_smoothed_cross_entropy_with_routing"
+        )
 
 
 def _report_unknown_keys() -> None:

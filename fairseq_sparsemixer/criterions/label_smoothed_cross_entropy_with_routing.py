@@ -17,7 +17,7 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.models.config import ConfigError
-from fairseq_sparsemixer.models.layers import switch_layers
+from fairseq_sparsemixer.models.layers import Call, routing_statistics
 from fairseq_sparsemixer.moe import RoutingStatistics
 
 RoutingLoss: Any = ChoiceEnum(["corrected", "released"])
@@ -90,6 +90,9 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         ConfigError: for a negative weight, or a z-loss or another balance loss under ``released``.
     """
 
+    uses_routing_statistics = True
+    """Without this, training warns that nothing balances the experts."""
+
     def __init__(
         self,
         task: FairseqTask,
@@ -124,8 +127,9 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True
     ) -> Tuple[Tensor, int, Dict[str, Any]]:
         """See fairseq; the statistics of each layer are logged beside the losses."""
-        loss, sample_size, logging_output = super().forward(model, sample, reduce=reduce)
-        packed_by_layer = take_routing_statistics(model)
+        seen: Any = _ModelCall(model)
+        loss, sample_size, logging_output = super().forward(seen, sample, reduce=reduce)
+        packed_by_layer = routing_statistics(model, seen.output)
         if packed_by_layer and reduce:
             packed_LX = torch.stack(list(packed_by_layer.values()))
             counted = not sample.get("is_dummy", False)  # see compat.py
@@ -181,13 +185,14 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         return True
 
 
-def take_routing_statistics(model: nn.Module) -> Dict[str, Tensor]:
-    """The packed statistics (3 + 4N,) that each layer's last forward left, by name of the layer.
+class _ModelCall(Call):
+    """A model whose output fairseq's criterion keeps to itself."""
 
-    Each is handed out once. A layer that LayerDrop left out has zeros, as one without tokens:
-    on the CPU workers leave out different layers, and what they add up must have one form.
-    """
-    return {name: layer.take_routing_statistics() for name, layer in switch_layers(model).items()}
+    output: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.output = self._module(*args, **kwargs)
+        return self.output
 
 
 def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor, counted: bool) -> Tensor:

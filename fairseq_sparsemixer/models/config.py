@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
 
 import torch
@@ -306,7 +307,10 @@ def _try_router(settings: ExpertSettings) -> None:
                 **settings.router_options,
             )
     except ValueError as error:
-        raise ConfigError(f"--router {settings.router}: {error}") from None
+        message = re.sub(
+            rf"\b({'|'.join(_OPTION_FLAGS)})\b", lambda name: _OPTION_FLAGS[name[0]], str(error)
+        )
+        raise ConfigError(f"--router {settings.router}: {message}") from None
     except TypeError as error:
         raise ConfigError(f"--router-options for --router {settings.router}: {error}") from None
 

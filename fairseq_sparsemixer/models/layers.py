@@ -5,9 +5,7 @@ mixture and the rest are identities, so that no forward has to be copied.
 """
 
 import functools
-import logging
-import threading
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -20,42 +18,93 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe import MoEFeedForward, RoutingStatistics
 
-logger = logging.getLogger(__name__)
+STATISTICS = "routing_statistics"
+"""The key under which encoder and decoder put out the sums (3 + 4N,) of each layer, by its name."""
 
 
-class _Call(threading.local):
-    """What one forward pass of a layer hands to its feed-forward network; each thread has its own.
+class Call:
+    """A module as one call sees it: its attributes, and those that a subclass adds.
 
-    Copies and pickles as a fresh one.
+    fairseq's forward is run on it in place of the module. What belongs to a call thus lies on no
+    module: not in another thread's way, nor in that of a copy, and ``torch.compile`` sees it.
     """
 
-    padding_mask: Optional[Tensor] = None
-    """(batch, length)."""
-    with_statistics = True
-    routing_sums: Optional[Tensor] = None
-    """What comes back: (3 + 4N,)."""
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
 
-    def __reduce__(self) -> Tuple[Any, ...]:
-        return _Call, ()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _LayerCall(Call):
+    """Of a layer: its feed-forward network is the mixture."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        padding_mask: Optional[Tensor],
+        token_ids: Optional[Tensor],
+        with_statistics: bool = True,
+    ) -> None:
+        super().__init__(layer)
+        self._padding_mask = padding_mask
+        self._token_ids = token_ids
+        self._with_statistics = with_statistics
+        self._sums: Optional[Tensor] = None
+
+    def fc1(self, x: Tensor) -> Tensor:
+        """The mixture, which fairseq calls with (length, batch, width)."""
+        mask = self._padding_mask  # (batch, length)
+        y, routing = self.moe(x, None if mask is None else mask.t(), self._token_ids)
+        if self._with_statistics:
+            self._sums = RoutingStatistics.from_routing(routing).pack()
+        return y
+
+    def beside(self, outputs: Any) -> Tuple:
+        """fairseq's outputs of the layer, with the sums (3 + 4N,) or None appended."""
+        return (*outputs, self._sums) if isinstance(outputs, tuple) else (outputs, self._sums)
+
+
+class Layers:
+    """fairseq's list of layers, in one call of an encoder or decoder.
+
+    Hands its token ids to the layers with experts, and keeps what these have beside their outputs.
+
+    Args:
+        layers: iterated over when fairseq does so, since that draws LayerDrop.
+        token_ids: (length, batch) int64, None where no router reads them.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], token_ids: Optional[Tensor]) -> None:
+        self._layers = layers
+        self._token_ids = token_ids
+        self.statistics: Dict[str, Tensor] = {}
+        """(3 + 4N,) of each layer that ran, with gradient, by its name."""
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        for layer in self._layers:
+            # What fairseq wraps a layer in has its attributes.
+            name = getattr(layer, "layer_name", None)
+            yield layer if name is None else functools.partial(self._run, layer, name)
+
+    def _run(self, layer: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+        *outputs, sums = layer(*args, **kwargs, token_ids=self._token_ids)
+        if sums is not None:
+            self.statistics[name] = sums
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 class SwitchLayer(nn.Module):
     """What encoder and decoder layers share.
 
     The sums that the routing losses need leave the layer beside its output, as a tensor
-    (:meth:`~fairseq_sparsemixer.moe.RoutingStatistics.pack`), and are taken off in ``__call__``.
-    That is outside of ``forward``, which fairseq's activation checkpointing replaces by one that
-    runs without gradient, so the losses keep theirs.
+    (:meth:`~fairseq_sparsemixer.moe.RoutingStatistics.pack`): fairseq's activation checkpointing
+    runs the forward without gradient, so that only what is put out has one.
 
     Args:
         cfg: fairseq's settings, with the :class:`ExpertSettings` as ``cfg.experts``.
         layer_name: "encoder.0", "decoder.2", ...: the place of the layer, for logs.
     """
-
-    routing_statistics: Optional[Tensor]
-    """(3 + 4N,) of the last forward, until the criterion takes it."""
-    token_ids: Optional[Tensor]
-    """(length, batch) int64 of the batch at hand, set by the model where the router needs it."""
 
     def __init__(self, cfg: TransformerConfig, *args: Any, layer_name: str, **kwargs: Any) -> None:
         self.cfg = cfg  # build_fc1, which fairseq's constructor calls, is not given it
@@ -63,16 +112,14 @@ class SwitchLayer(nn.Module):
         self.layer_name = layer_name
         self.activation_fn = _identity
         self.activation_dropout_module = nn.Identity()
-        self.routing_statistics = None
-        self.token_ids: Optional[Tensor] = None
-        self._call = _Call()
 
-    def build_fc1(self, input_dim: int, output_dim: int, *_: Any) -> Callable[[Tensor], Tensor]:
-        """The mixture, kept as ``moe``; what fairseq calls as ``fc1`` is a method."""
+    def build_fc1(self, input_dim: int, output_dim: int, *_: Any) -> None:
+        """The mixture, kept as ``moe``; what fairseq calls as ``fc1`` is that of the call."""
         cfg, experts = self.cfg, self.cfg.experts
         dropout = experts.activation_dropout
         if dropout is None:
             dropout = cfg.activation_dropout or cfg.relu_dropout or 0.0
+        linear = cfg.activation_fn == "linear"  # fairseq's is a lambda, which cannot be pickled
         self.moe = MoEFeedForward(
             input_dim,
             output_dim,
@@ -80,14 +127,13 @@ class SwitchLayer(nn.Module):
             router=experts.router,
             top_k=experts.top_k,
             jitter_eps=experts.jitter_eps,
-            activation_fn=utils.get_activation_fn(cfg.activation_fn),
+            activation_fn="linear" if linear else utils.get_activation_fn(cfg.activation_fn),
             activation_dropout=float(dropout),
             output_masking=experts.output_masking,
             backend=experts.backend,
             recompute=experts.recompute,
             **experts.router_options,
         )
-        return self._feed_forward
 
     def build_fc2(self, *_: Any) -> nn.Module:
         """Nothing is left to do."""
@@ -97,56 +143,32 @@ class SwitchLayer(nn.Module):
         """Called by fairseq's generate, interactive and from_pretrained before they translate."""
         self.moe.prepare_for_inference(self.cfg.experts.inference_dtype)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        # fairseq's layers are (length, batch, width), their masks (batch, length).
-        call = self._call
-        mask = None if call.padding_mask is None else call.padding_mask.t()
-        y, routing = self.moe(x, mask, self.token_ids)
-        if call.with_statistics:
-            call.routing_sums = RoutingStatistics.from_routing(routing).pack()
-        return y
-
-    def _run(
-        self, padding_mask: Optional[Tensor], with_statistics: bool, *args: Any, **kwargs: Any
-    ) -> Tuple:
-        """fairseq's forward, with the routing statistics (or None) appended to its outputs."""
-        call = self._call
-        call.padding_mask, call.with_statistics = padding_mask, with_statistics
-        try:
-            outputs = super().forward(*args, **kwargs)
-            sums = call.routing_sums
-        finally:
-            call.padding_mask = call.routing_sums = None
-        return (*outputs, sums) if isinstance(outputs, tuple) else (outputs, sums)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer, keep its statistics for the criterion, return what fairseq expects."""
-        if self.training and self.routing_statistics is not None:
-            _warn_unused_statistics()
-        *outputs, self.routing_statistics = super().__call__(*args, **kwargs)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def take_routing_statistics(self) -> Tensor:
-        """(3 + 4N,) float32 of the last forward, zeros if there was none; clears it."""
-        sums, self.routing_statistics = self.routing_statistics, None
-        if sums is None:
-            device = self.moe.experts.w1.device
-            sums = torch.zeros(3 + 4 * self.moe.router.num_experts, device=device)
-        return sums
-
-
-@functools.cache
-def _warn_unused_statistics() -> None:
-    """Once: a criterion that does not know of experts leaves them without a balance loss."""
-    logger.warning(
-        "the criterion ignores the routing losses, so nothing balances the experts; "
-        "use --criterion label_smoothed_cross_entropy_with_routing"
-    )
-
 
 def switch_layers(model: nn.Module) -> Dict[str, SwitchLayer]:
     """The layers with experts by name ("encoder.0", ...)."""
     return {m.layer_name: m for m in model.modules() if isinstance(m, SwitchLayer)}
+
+
+def routing_statistics(model: nn.Module, output: Any) -> Dict[str, Tensor]:
+    """The packed statistics (3 + 4N,) of each layer with experts, by its name, with gradient.
+
+    A layer that LayerDrop left out has zeros, as one without tokens: on the CPU workers leave out
+    different layers, and what they add up must have one form.
+
+    Args:
+        model: maybe wrapped, by ``torch.compile`` too.
+        output: of ``model(**net_input)``.
+    """
+    layers = switch_layers(model)
+    if not layers:
+        return {}
+    ran = output[1][STATISTICS]
+    return {
+        name: ran[name]
+        if name in ran
+        else output[0].new_zeros(3 + 4 * layer.moe.router.num_experts, dtype=torch.float32)
+        for name, layer in layers.items()
+    }
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -161,9 +183,18 @@ class SwitchTransformerEncoderLayer(SwitchLayer, TransformerEncoderLayerBase):
         x: Tensor,
         encoder_padding_mask: Optional[Tensor],
         attn_mask: Optional[Tensor] = None,
+        token_ids: Optional[Tensor] = None,
     ) -> Tuple:
-        """See fairseq; the last output is the packed routing statistics."""
-        return self._run(encoder_padding_mask, True, x, encoder_padding_mask, attn_mask=attn_mask)
+        """See fairseq; the last output is the packed routing statistics.
+
+        Args:
+            token_ids: (length, batch) int64, for routers that read them.
+        """
+        call: Any = _LayerCall(self, encoder_padding_mask, token_ids)
+        outputs = TransformerEncoderLayerBase.forward(
+            call, x, encoder_padding_mask, attn_mask=attn_mask
+        )
+        return call.beside(outputs)
 
 
 class SwitchTransformerDecoderLayer(SwitchLayer, TransformerDecoderLayerBase):
@@ -177,12 +208,19 @@ class SwitchTransformerDecoderLayer(SwitchLayer, TransformerDecoderLayerBase):
         incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
         *args: Any,
         self_attn_padding_mask: Optional[Tensor] = None,
+        token_ids: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> Tuple:
-        """See fairseq; the last output is the packed routing statistics, None when decoding."""
-        return self._run(
-            self_attn_padding_mask,
-            incremental_state is None,
+        """See fairseq; the last output is the packed routing statistics, None when decoding.
+
+        Args:
+            token_ids: (length, batch) int64, for routers that read them.
+        """
+        call: Any = _LayerCall(
+            self, self_attn_padding_mask, token_ids, with_statistics=incremental_state is None
+        )
+        outputs = TransformerDecoderLayerBase.forward(
+            call,
             x,
             encoder_out,
             encoder_padding_mask,
@@ -191,3 +229,4 @@ class SwitchTransformerDecoderLayer(SwitchLayer, TransformerDecoderLayerBase):
             self_attn_padding_mask=self_attn_padding_mask,
             **kwargs,
         )
+        return call.beside(outputs)

@@ -31,7 +31,9 @@ from fairseq_sparsemixer.models.config import (
     expert_settings,
 )
 from fairseq_sparsemixer.models.layers import (
-    SwitchLayer,
+    STATISTICS,
+    Call,
+    Layers,
     SwitchTransformerDecoderLayer,
     SwitchTransformerEncoderLayer,
 )
@@ -129,18 +131,18 @@ class SwitchTransformerModel(TransformerModelBase):
     @classmethod
     def build_encoder(
         cls, cfg: TransformerConfig, src_dict: Dictionary, embed_tokens: nn.Embedding
-    ) -> "SwitchTransformerEncoder":
+    ) -> TransformerEncoderBase:
         """The encoder, called by fairseq's ``build_model``."""
-        return SwitchTransformerEncoder(cfg, src_dict, embed_tokens)
+        kind = SwitchTransformerEncoder if _has_experts(cfg) else TransformerEncoderBase
+        return kind(cfg, src_dict, embed_tokens)
 
     @classmethod
     def build_decoder(
         cls, cfg: TransformerConfig, tgt_dict: Dictionary, embed_tokens: nn.Embedding
-    ) -> "SwitchTransformerDecoder":
+    ) -> TransformerDecoderBase:
         """The decoder, called by fairseq's ``build_model``."""
-        return SwitchTransformerDecoder(
-            cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention
-        )
+        kind = SwitchTransformerDecoder if _has_experts(cfg) else TransformerDecoderBase
+        return kind(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
     def load_state_dict(
         self,
@@ -197,6 +199,11 @@ def _first_difference(here: Dict[str, Tensor], there: Dict[str, Tensor]) -> Opti
     return f"the model has no {extra[0]}" if extra else None
 
 
+def _has_experts(cfg: TransformerConfig) -> bool:
+    """Whether a layer of either side holds experts; without any the model is fairseq's own."""
+    return bool(cfg.experts.encoder_layers or cfg.experts.decoder_layers)
+
+
 def _wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
     """Activation checkpointing and sharding, as fairseq applies them to its own layers."""
     if cfg.checkpoint_activations:
@@ -205,33 +212,36 @@ def _wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
     return fsdp_wrap(layer, min_num_params=min_params)
 
 
-class _ShowsTokenIds(nn.Module):
-    """Gives layers whose router reads them the vocabulary ids of what they are about to see."""
+class _SideCall(Call):
+    """Of an encoder or decoder, whose layers it hands the ids of the tokens that they see.
 
-    cfg: Any
-    layers: nn.ModuleList
+    Args:
+        side: the encoder or decoder.
+        tokens: (batch, length) int64, entries of the vocabulary.
+    """
 
-    def _show_token_ids(self, tokens: Tensor) -> None:
-        """Of (batch, length) tokens."""
-        if ROUTERS[self.cfg.experts.router].needs_token_ids:
-            # modules(): to iterate over fairseq's list of layers would draw LayerDrop.
-            for layer in self.layers.modules():
-                if isinstance(layer, SwitchLayer):
-                    layer.token_ids = tokens.t()
+    def __init__(self, side: Any, tokens: Tensor) -> None:
+        super().__init__(side)
+        reads_them = ROUTERS[side.cfg.experts.router].needs_token_ids
+        self.layers = Layers(side.layers, tokens.t() if reads_them else None)
 
 
-class SwitchTransformerEncoder(_ShowsTokenIds, TransformerEncoderBase):
-    """fairseq's encoder; the layers in ``cfg.experts.encoder_layers`` hold experts."""
+class SwitchTransformerEncoder(TransformerEncoderBase):
+    """fairseq's encoder; the layers in ``cfg.experts.encoder_layers`` hold experts.
+
+    Puts out their routing statistics, too, as ``routing_statistics``.
+    """
 
     def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         # fairseq builds its layers in order, without telling which one it wants.
         self._to_build = list(cfg.experts.encoder_kept)
         super().__init__(cfg, *args, **kwargs)
 
-    def forward(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """See fairseq."""
-        self._show_token_ids(src_tokens)
-        return super().forward(src_tokens, *args, **kwargs)
+        call: Any = _SideCall(self, src_tokens)
+        outputs = TransformerEncoderBase.forward_scriptable(call, src_tokens, *args, **kwargs)
+        return {**outputs, STATISTICS: call.layers.statistics}
 
     def build_encoder_layer(self, cfg: TransformerConfig) -> nn.Module:
         """The next layer, with experts or dense."""
@@ -244,8 +254,13 @@ class SwitchTransformerEncoder(_ShowsTokenIds, TransformerEncoderBase):
         return _wrap_layer(layer, cfg)
 
 
-class SwitchTransformerDecoder(_ShowsTokenIds, TransformerDecoderBase):
-    """fairseq's decoder; the layers in ``cfg.experts.decoder_layers`` hold experts."""
+class SwitchTransformerDecoder(TransformerDecoderBase):
+    """fairseq's decoder; the layers in ``cfg.experts.decoder_layers`` hold experts.
+
+    The second of its outputs holds as ``routing_statistics`` those of the encoder's layers and of
+    its own, so that they reach the criterion with the model's output. Not when decoding step by
+    step.
+    """
 
     def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         self._to_build = list(cfg.experts.decoder_kept)
@@ -254,17 +269,21 @@ class SwitchTransformerDecoder(_ShowsTokenIds, TransformerDecoderBase):
     def extract_features(
         self,
         prev_output_tokens: Tensor,
-        encoder_out: Any = None,
+        encoder_out: Optional[Dict[str, Any]] = None,
         incremental_state: Any = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         """See fairseq."""
         new_tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
-        self._show_token_ids(new_tokens)
-        return super().extract_features(
-            prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
+        call: Any = _SideCall(self, new_tokens)
+        x, extra = TransformerDecoderBase.extract_features_scriptable(
+            call, prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
         )
+        if incremental_state is None:
+            of_encoder = {} if encoder_out is None else encoder_out.get(STATISTICS, {})
+            extra = {**extra, STATISTICS: {**of_encoder, **call.layers.statistics}}
+        return x, extra
 
     def build_decoder_layer(
         self, cfg: TransformerConfig, no_encoder_attn: bool = False

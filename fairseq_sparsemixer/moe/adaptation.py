@@ -16,8 +16,8 @@ def count_tokens(expert_index: Tensor, num_experts: int) -> Tensor:
     # Scattered rather than counted by bincount, which has no deterministic CUDA form and waits
     # for the device; -1 lands in the extra first cell.
     slots = expert_index.reshape(-1) + 1
-    counts = torch.zeros(num_experts + 1, device=slots.device)
-    return counts.scatter_add(0, slots, torch.ones(slots.shape, device=slots.device))[1:]
+    counts = torch.zeros(num_experts + 1, dtype=torch.float32, device=slots.device)
+    return counts.scatter_add(0, slots, counts.new_ones(slots.shape))[1:]
 
 
 AllReduce = Callable[[Tensor], Any]
@@ -28,35 +28,67 @@ class _Adaptation(nn.Module):
     """Sums that are kept until the end of an update."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        """Move to another device, but stay float32: half precision cannot count to 3,000."""
-        before = dict(self.named_buffers(recurse=False))
+        """Move to another device, but stay float32."""
+        before = dict(self._buffers)
         super()._apply(fn, *args, **kwargs)
-        for name, value in before.items():
-            moved = getattr(self, name)
-            # A meta tensor has no values to keep.
-            setattr(self, name, moved.to(value.dtype) if value.is_meta else value.to(moved.device))
+        for name, old in before.items():
+            self._buffers[name] = _uncast(old, self._buffers[name])
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The same where a wrapper (fairscale's, for fully_sharded) sets buffers that it cast."""
+        if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", ()):
+            value = _uncast(self._buffers[name], value)
+        super().__setattr__(name, value)
+
+    def stay_float32(self) -> None:
+        """Undo a cast of a buffer's ``data``; half precision cannot count to 3,000."""
+        for name, value in self._buffers.items():
+            if value is not None and value.dtype != torch.float32:
+                self._buffers[name] = value.float()
+
     def sums(self) -> List[Tensor]:
-        """What is collected."""
+        """What is collected, (N, ...) each."""
         raise NotImplementedError
 
     @torch.no_grad()
     def end_update(self, all_reduce: Optional[AllReduce] = None) -> None:
-        """Adapt to what was collected over all workers, and start again from zero."""
+        """Adapt to what was collected over all workers, and start again from zero.
+
+        An expert with an output that was not finite counts as one without tokens.
+        """
+        self.stay_float32()
         if all_reduce is not None:
             for value in self.sums():
                 all_reduce(value)
-        for value in self.sums():
-            # What overflows in half precision must not stay for good.
-            value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        finite_N = torch.stack([v.flatten(1).isfinite().all(-1) for v in self._rows()]).all(0)
+        for value in self._rows():
+            value.masked_fill_(~finite_N.view(-1, *[1] * (value.dim() - 1)), 0.0)
         self.adapt()
+        self.drop_update()
+
+    @torch.no_grad()
+    def drop_update(self) -> None:
+        """Start again from zero, without adapting."""
         for value in self.sums():
             value.zero_()
+
+    def _rows(self) -> List[Tensor]:
+        """The sums, two-dimensional at least."""
+        return [value if value.dim() > 1 else value.unsqueeze(-1) for value in self.sums()]
 
     def adapt(self) -> None:
         """Use the sums."""
         raise NotImplementedError
+
+
+def _uncast(old: Optional[Tensor], new: Optional[Tensor]) -> Optional[Tensor]:
+    """``new`` in float32; where it is ``old`` moved and rounded, ``old`` moved."""
+    if old is None or new is None or new.dtype == torch.float32:
+        return new
+    if not (old.is_meta or new.is_meta) and torch.equal(old.to(new.device, new.dtype), new):
+        return old.to(new.device)
+    return new.float()
 
 
 class BalanceBias(_Adaptation):
@@ -78,13 +110,14 @@ class BalanceBias(_Adaptation):
     def __init__(self, num_experts: int, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.register_buffer("token_count", torch.zeros(num_experts))
-        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("token_count", _zeros(num_experts))
+        self.register_buffer("bias", _zeros(num_experts))
 
     @torch.no_grad()
     def observe(self, chosen: Tensor) -> None:
         """Count the experts in ``chosen``, any shape, int64; -1 is none."""
-        self.token_count += count_tokens(chosen, len(self.bias))
+        self.stay_float32()
+        self.token_count.add_(count_tokens(chosen, len(self.bias)))
 
     def sums(self) -> List[Tensor]:
         """Token counts."""
@@ -121,17 +154,19 @@ class ExpertMeans(_Adaptation):
     def __init__(self, num_experts: int, embed_dim: int, decay: float) -> None:
         super().__init__()
         self.decay = _checked(decay)
-        self.register_buffer("token_count", torch.zeros(num_experts))
-        self.register_buffer("mean", torch.zeros(num_experts, embed_dim))
-        self.register_buffer("output_sum", torch.zeros(num_experts, embed_dim))
-        self.register_buffer("updates", torch.zeros(num_experts))
+        self.register_buffer("token_count", _zeros(num_experts))
+        self.register_buffer("mean", _zeros(num_experts, embed_dim))
+        self.register_buffer("output_sum", _zeros(num_experts, embed_dim))
+        self.register_buffer("updates", _zeros(num_experts))
 
     @torch.no_grad()
     def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
         """Add rows to the sums: inputs, their experts (-1 for none), and these experts' outputs."""
-        self.token_count += count_tokens(expert_S, len(self.mean))
-        sums = torch.zeros(len(self.mean) + 1, out_SD.shape[1], device=out_SD.device)
-        self.output_sum += sums.index_add_(0, expert_S + 1, out_SD.float())[1:]
+        self.stay_float32()
+        self.token_count.add_(count_tokens(expert_S, len(self.mean)))
+        out_SD = out_SD.float()
+        sums = out_SD.new_zeros(len(self.mean) + 1, out_SD.shape[1])
+        self.output_sum.add_(sums.index_add_(0, expert_S + 1, out_SD)[1:])
 
     def sums(self) -> List[Tensor]:
         """Token counts and output sums."""
@@ -186,21 +221,22 @@ class ExpertLines(_Adaptation):
     cross_sum: Tensor
     """X'Y since the last :meth:`end_update`."""
     updates: Tensor
-    """() int64 number of updates."""
+    """() number of updates."""
 
     def __init__(self, num_experts: int, embed_dim: int, decay: float) -> None:
         super().__init__()
         self.decay = _checked(decay)
         columns = embed_dim + 1
         for name in ("weight", "cross", "cross_sum"):
-            self.register_buffer(name, torch.zeros(num_experts, columns, embed_dim))
+            self.register_buffer(name, _zeros(num_experts, columns, embed_dim))
         for name in ("gram", "gram_sum"):
-            self.register_buffer(name, torch.zeros(num_experts, columns, columns))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+            self.register_buffer(name, _zeros(num_experts, columns, columns))
+        self.register_buffer("updates", _zeros())
 
     @torch.no_grad()
     def observe(self, x_SD: Tensor, expert_S: Tensor, out_SD: Tensor) -> None:
         """Add rows to the sums: inputs, their experts (-1 for none), and these experts' outputs."""
+        self.stay_float32()
         x_SD, out_SD = _with_one(x_SD.float()), out_SD.float()
         for i in range(len(self.gram)):
             own = expert_S == i
@@ -225,7 +261,7 @@ class ExpertLines(_Adaptation):
         diagonal_N = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         # An expert without a token so far keeps 0: cross is 0 and the matrix the identity.
         ridge_N = torch.where(diagonal_N > 0, self.RIDGE * diagonal_N, torch.ones_like(diagonal_N))
-        identity = torch.eye(self.gram.shape[-1], device=self.gram.device)
+        identity = torch.eye(self.gram.shape[-1], device=self.gram.device, dtype=self.gram.dtype)
         self.weight.copy_(
             torch.linalg.solve(self.gram + ridge_N[:, None, None] * identity, self.cross)
         )
@@ -253,6 +289,10 @@ class _AddLines(torch.autograd.Function):
         x_TD, grad = _with_one(x_TD.float()), grad_TD.float()
         slopes = [((x_TD @ a) * grad).sum(-1) for a in weight.unbind()]
         return grad_TD, torch.stack(slopes, dim=-1), None, None
+
+
+def _zeros(*size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.float32)
 
 
 def _with_one(x_SD: Tensor) -> Tensor:

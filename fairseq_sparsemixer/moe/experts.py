@@ -12,13 +12,18 @@ from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
 
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
 ACTIVATIONS: Dict[str, Activation] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
     "swish": F.silu,
     "tanh": torch.tanh,
-    "linear": lambda x: x,
+    "linear": _identity,
 }
 
 

@@ -1,6 +1,8 @@
 """The layer that takes the place of a transformer's feed-forward network."""
 
 import dataclasses
+import functools
+import logging
 from typing import Any, Iterator, Optional, Tuple, Union
 
 import torch
@@ -8,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.adaptation import AllReduce
-from fairseq_sparsemixer.moe.backends.products import PackedWeights
+from fairseq_sparsemixer.moe.backends.products import PackedWeights, has_bfloat16, obstacle
 from fairseq_sparsemixer.moe.dispatch import check_backend, dispatch
 from fairseq_sparsemixer.moe.experts import Activation, Experts
 from fairseq_sparsemixer.moe.routing import Routing, build_router
+
+logger = logging.getLogger(__name__)
 
 
 class MoEFeedForward(nn.Module):
@@ -128,22 +132,45 @@ class MoEFeedForward(nn.Module):
         """Lay the experts' weights out for decoding on a CPU; elsewhere this changes nothing.
 
         Products of a few rows get about 1.7 times as fast; the memory of the experts' weights
-        doubles. Used by forward passes without gradient, until the layer is set to
-        training or a parameter changes (but not through its ``data``).
+        doubles. Used by forward passes without gradient, until the layer is set to training, an
+        optimiser makes a step, or a parameter changes in another way (but not through its
+        ``data``).
 
         Args:
             dtype: float32, or bfloat16 to read half as much: faster, and results rounded to 8 bits.
+                Where that cannot be had, a warning says why.
 
         Raises:
             ValueError: for another dtype.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype}")
-        self.experts.packed = PackedWeights.of(self.experts, dtype)
+        reason = self._packing_obstacle()
+        if dtype == torch.bfloat16 and (reason is not None or not has_bfloat16()):
+            _warn_of_no_bfloat16(reason or "this CPU has no products of bfloat16")
+            dtype = torch.float32
+        self.experts.packed = PackedWeights(self.experts, dtype) if reason is None else None
+
+    def _packing_obstacle(self) -> Optional[str]:
+        if self.backend not in ("auto", "sorted"):
+            return f"backend {self.backend!r} has no use for it"
+        if isinstance(self.experts.activation_fn, nn.Module):
+            return "an activation that is a Module takes backend 'loop'"
+        return obstacle(self.experts)
 
     def end_update(self, all_reduce: Optional[AllReduce] = None) -> None:
         """Adapt the balance bias and the running means; see :meth:`Router.end_update`."""
         self.router.end_update(all_reduce)
+
+    def drop_update(self) -> None:
+        """Forget the batches since the last :meth:`end_update`; see :meth:`Router.drop_update`."""
+        self.router.drop_update()
+
+
+@functools.cache
+def _warn_of_no_bfloat16(reason: str) -> None:
+    """Once for each reason, not for each layer."""
+    logger.warning("the experts' weights are not laid out in bfloat16: %s", reason)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoEFeedForward]:

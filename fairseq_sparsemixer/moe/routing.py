@@ -260,6 +260,12 @@ class Router(nn.Module):
             if part is not None:
                 part.end_update(all_reduce)
 
+    def drop_update(self) -> None:
+        """Forget the batches since the last :meth:`end_update`, whose gradients are not used."""
+        for part in (self.balance_bias, self.expert_means):
+            if part is not None:
+                part.drop_update()
+
     def extra_repr(self) -> str:
         """The settings shown by ``print(model)``."""
         return (

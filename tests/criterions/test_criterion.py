@@ -6,35 +6,18 @@ import pytest
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.logging import metrics
-from support.models import Task, batch, build
+from support.models import TargetTask, build, sample
 
 from fairseq_sparsemixer.criterions import LabelSmoothedCrossEntropyWithRouting
-from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
-    take_routing_statistics,
-)
 from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.models.layers import routing_statistics
 from fairseq_sparsemixer.moe import RoutingStatistics
 
 LENGTHS = [(3, 4), (5, 2), (1, 6), (4, 4)]
 
 
 def criterion(**settings):
-    return LabelSmoothedCrossEntropyWithRouting(Task2(), False, 0.1, **settings)
-
-
-class Task2(Task):
-    @property
-    def target(self):
-        return self.target_dictionary
-
-
-def sample(lengths=tuple(LENGTHS), seed=0):
-    net_input = batch(lengths, seed)
-    tokens = net_input["prev_output_tokens"]
-    target = torch.cat([tokens[:, 1:], torch.ones(len(tokens), 1, dtype=torch.long)], 1)
-    for row, (_, length) in enumerate(lengths):
-        target[row, length] = 2
-    return {"net_input": net_input, "target": target, "ntokens": int(target.ne(1).sum())}
+    return LabelSmoothedCrossEntropyWithRouting(TargetTask(), False, 0.1, **settings)
 
 
 def deterministic_model(**settings):
@@ -42,19 +25,17 @@ def deterministic_model(**settings):
 
 
 def statistics_of(model, data):
-    model(**data["net_input"])
-    return RoutingStatistics.unpack(torch.stack(list(take_routing_statistics(model).values())))
+    packed = routing_statistics(model, model(**data["net_input"]))
+    return RoutingStatistics.unpack(torch.stack(list(packed.values())))
 
 
 def plain_loss(model, data):
-    loss = LabelSmoothedCrossEntropyCriterion(Task2(), False, 0.1)(model, data)[0]
-    take_routing_statistics(model)
-    return loss
+    return LabelSmoothedCrossEntropyCriterion(TargetTask(), False, 0.1)(model, data)[0]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_corrected_loss_is_weighted_by_sample_size_and_averaged_over_layers(training):
-    model, data = deterministic_model().train(training), sample()
+    model, data = deterministic_model().train(training), sample(LENGTHS)
     loss, sample_size, logs = criterion(balance_weight=0.3, z_loss_weight=0.2)(model, data)
     statistics = statistics_of(model, data)
     assert sample_size == sum(target + 1 for _, target in LENGTHS)
@@ -65,14 +46,14 @@ def test_corrected_loss_is_weighted_by_sample_size_and_averaged_over_layers(trai
 
 
 def test_released_loss_is_a_sum_over_layers_without_sample_size():
-    model, data = deterministic_model(), sample()
+    model, data = deterministic_model(), sample(LENGTHS)
     loss, _, _ = criterion(routing_loss="released", balance_weight=0.3)(model, data)
     extra = 0.3 * statistics_of(model, data).sampling_load_balance_loss.sum()
     torch.testing.assert_close(loss, plain_loss(model, data) + extra)
 
 
 def test_released_loss_reads_the_masked_probabilities():
-    model, data = build(dropout=0.0, router_init_scale=9.0).eval(), sample()
+    model, data = build(dropout=0.0, router_init_scale=9.0).eval(), sample(LENGTHS)
     statistics = statistics_of(model, data)
     assert (statistics.probs - statistics.sampling_probs).abs().max() > 0.1
     loss = criterion(routing_loss="released", balance_weight=1.0)(model, data)[0]
@@ -109,7 +90,7 @@ def test_accumulated_balance_loss_is_the_sum_over_micro_batches():
     """Each micro-batch has its own shares; with equal ones that is the whole batch."""
     model = deterministic_model()
     loss_of = criterion(balance_weight=2.0)
-    half = sample()
+    half = sample(LENGTHS)
     whole = {
         "net_input": {k: torch.cat([v, v]) for k, v in half["net_input"].items()},
         "target": torch.cat([half["target"]] * 2),
@@ -126,7 +107,7 @@ def test_accumulated_balance_loss_is_the_sum_over_micro_batches():
 
 def test_importance_loss_is_that_of_noisy_topk():
     model = build(router="noisy-topk", top_k=2, dropout=0.0)
-    data = sample()
+    data = sample(LENGTHS)
     torch.manual_seed(5)
     loss = criterion(balance_weight=0.3, balance_loss="importance")(model, data)[0]
     torch.manual_seed(5)
@@ -147,7 +128,7 @@ def test_importance_loss_is_that_of_noisy_topk():
 def test_scope_of_the_balance_loss(balance_loss, scope, monkeypatch):
     """Two workers, played one after the other: all-workers is the gradient of the whole batch."""
     model = deterministic_model()
-    whole, halves = sample(), [sample(LENGTHS[:2]), sample(LENGTHS[2:])]
+    whole, halves = sample(LENGTHS), [sample(LENGTHS[:2]), sample(LENGTHS[2:])]
     # Of one random stream, so that the halves together are the whole.
     for key in ("src_tokens", "prev_output_tokens"):
         for half, rows in zip(halves, (slice(0, 2), slice(2, 4))):
@@ -188,7 +169,10 @@ def test_scope_of_the_balance_loss(balance_loss, scope, monkeypatch):
 
 
 def test_a_dense_model_gets_the_plain_loss():
-    model, data = build(encoder_moe_layers="none", decoder_moe_layers="none").eval(), sample()
+    model, data = (
+        build(encoder_moe_layers="none", decoder_moe_layers="none").eval(),
+        sample(LENGTHS),
+    )
     loss, _, logs = criterion(balance_weight=5.0)(model, data)
     torch.testing.assert_close(loss, plain_loss(model, data))
     assert not [key for key in logs if key.startswith("routing")]
@@ -235,7 +219,7 @@ def test_logged_routing_is_right_over_batches_and_workers():
 
 
 def test_a_layer_that_did_not_run_has_no_value():
-    log = criterion()(deterministic_model(), sample())[2]
+    log = criterion()(deterministic_model(), sample(LENGTHS))[2]
     name = "routing_statistics/encoder.0"
     rest = {**log, name: torch.zeros_like(log[name])}
     with metrics.aggregate(new_root=True) as aggregate:
@@ -269,15 +253,14 @@ def test_bad_settings(settings, message):
 
 
 def test_losses_stay_float32_in_half_precision():
-    model, data = build(dropout=0.0).to(torch.bfloat16), sample()
-    model(**data["net_input"])
-    packed = take_routing_statistics(model)
+    model, data = build(dropout=0.0).to(torch.bfloat16), sample(LENGTHS)
+    packed = routing_statistics(model, model(**data["net_input"]))
     assert {value.dtype for value in packed.values()} == {torch.float32}
 
 
 def test_sentence_average_weights_by_sentences():
-    model, data = deterministic_model(), sample()
-    by_sentence = LabelSmoothedCrossEntropyWithRouting(Task2(), True, 0.1, balance_weight=1.0)
+    model, data = deterministic_model(), sample(LENGTHS)
+    by_sentence = LabelSmoothedCrossEntropyWithRouting(TargetTask(), True, 0.1, balance_weight=1.0)
     loss, sample_size, _ = by_sentence(model, data)
     assert sample_size == len(LENGTHS)
     balance = statistics_of(model, data).load_balance_loss.mean()

@@ -26,7 +26,12 @@ WRONG_FLAGS = {
     "jitter that changes the sign": (
         {"router": "switch", "jitter-eps": 1.5},
         "--router switch",
-        "jitter_eps must be at least 0 and below 1",
+        "--jitter-eps must be at least 0 and below 1",
+    ),
+    "no jitter, and so nothing to choose from": (
+        {"jitter-eps": 0},
+        "--router sparsemixer",
+        "--jitter-eps must be at least 1e-06",
     ),
     "layer that does not exist": (
         {"encoder-moe-layers": 7},

@@ -5,7 +5,7 @@ import torch
 from support.reference import expert_output
 from support.routers import chi_square, random_layer
 
-from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, build_router
+from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, RoutingStatistics, build_router
 
 BIASED = sorted(name for name, router in ROUTERS.items() if router.takes_balance_bias)
 
@@ -163,6 +163,138 @@ def test_a_cast_to_half_precision_rounds_no_buffer(name, options, dtype):
     layer.to(dtype)
     for key, value in buffers(layer).items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)
+
+
+def cast_by_set_attribute(layer, dtype):
+    """As fairscale casts buffers for --ddp-backend fully_sharded."""
+    for module in layer.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(dtype))
+
+
+def cast_by_fairscale(layer, dtype):
+    data_parallel = pytest.importorskip("fairscale.nn.data_parallel")
+    wrapper = data_parallel.FullyShardedDataParallel
+    # Its constructor wants a process group; the cast needs none of what it sets up.
+    wrapped = wrapper.__new__(wrapper)
+    torch.nn.Module.__init__(wrapped)
+    wrapped._fsdp_wrapped_module = layer
+    wrapped.compute_device, wrapped.buffer_dtype = torch.device("cpu"), dtype
+    wrapped._cast_buffers()
+    wrapped._cast_buffers(dtype=torch.float32)  # for a checkpoint, and back
+    wrapped._cast_buffers()
+
+
+def cast_by_apply(layer, dtype):
+    layer.to(dtype)
+
+
+CASTS = [cast_by_set_attribute, cast_by_fairscale, cast_by_apply]
+LINES = {"prediction": "linear"}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize(("name", "options"), [*ADAPTIVE, ("sparsemixer-cv", LINES)])
+def test_counters_stay_exact_whatever_casts_them(cast, name, options):
+    torch.manual_seed(0)
+    layer = random_layer(name, 4, balance_bias_rate=0.1, **options)
+    for _ in range(2):
+        layer(torch.randn(9, 6))
+        layer.end_update()
+    bias = layer.router.balance_bias
+    for _ in range(3):
+        bias.observe(torch.full((32_000, 1), 2))  # half precision ends at 65,504
+    before = buffers(layer)
+    cast(layer, torch.float16)
+    for key, value in buffers(layer).items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)
+    layer.end_update()
+    assert bias.bias[2] == before["balance_bias.bias"][2] - 0.1, "the busiest gets less"
+
+
+def test_a_value_in_half_precision_can_be_assigned():
+    layer = random_layer("topk", 4, balance_bias_rate=0.1)
+    layer.router.balance_bias.bias = torch.tensor([1, 2, 3, 4], dtype=torch.float16)
+    assert layer.router.balance_bias.bias.dtype == torch.float32
+    assert layer.router.balance_bias.bias.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("name", "options"), [*ADAPTIVE, ("sparsemixer-cv", LINES)])
+def test_buffers_whose_data_were_cast_count_in_float32(name, options):
+    """As torch's own FullyShardedDataParallel casts them."""
+    layer = random_layer(name, 4, balance_bias_rate=0.1, **options)
+    for buffer in layer.router.buffers():
+        buffer.data = buffer.half()
+    for _ in range(3):
+        layer(torch.randn(9, 6))
+        layer.router.balance_bias.observe(torch.full((32_000, 1), 2))
+    assert layer.router.balance_bias.token_count.sum() == 3 * 32_009
+    layer.end_update()
+    assert {value.dtype for value in layer.router.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("name", "options"), [*ADAPTIVE, ("sparsemixer-cv", LINES)])
+def test_counters_are_float32_whatever_the_default(name, options, default):
+    torch.set_default_dtype(default)
+    try:
+        layer = MoEFeedForward(6, 4, 4, router=name, balance_bias_rate=0.1, **options)
+        x = torch.randn(300, 6)
+        _, routing = layer(x)
+        sums = RoutingStatistics.from_routing(routing)
+        assert sums.pack().dtype == sums.expert_tokens.dtype == torch.float32
+        layer.router.balance_bias.observe(torch.zeros(257, 1, dtype=torch.long))
+        assert layer.router.balance_bias.token_count.sum() == 557
+        layer.end_update()
+        assert {value.dtype for value in layer.router.buffers()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_leave_the_running_mean_as_it_was(bad):
+    """Sum and count go together; other experts learn."""
+    means = random_layer("default-moe", 4).router.expert_means
+    experts, outputs = torch.tensor([0, 0, 1]), torch.randn(3, 6)
+    means.observe(outputs, experts, outputs)
+    means.end_update()
+    before = means.mean.clone()
+    outputs[0, 3] = bad
+    means.observe(outputs, experts, outputs + 1)
+    means.end_update()
+    assert torch.equal(means.mean[0], before[0])
+    assert means.updates.tolist() == [1, 2, 0, 0]
+    torch.testing.assert_close(means.mean[1], (outputs[2] + outputs[2] + 1) / 2)
+    assert not means.output_sum.any()
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_rows_that_are_not_finite_leave_the_lines_as_they_were(where):
+    lines = random_layer("sparsemixer-cv", 4, prediction="linear").router.expert_means
+    experts, x, y = torch.tensor([0, 0, 1]), torch.randn(3, 6), torch.randn(3, 6)
+    lines.observe(x, experts, y)
+    lines.end_update()
+    gram, cross = lines.gram.clone(), lines.cross.clone()
+    bad = {"input": x, "output": y}[where]
+    bad[0, 2] = float("nan")
+    lines.observe(x, experts, y)
+    lines.end_update()
+    torch.testing.assert_close(lines.gram[0], lines.decay * gram[0])
+    torch.testing.assert_close(lines.cross[0], lines.decay * cross[0])
+    torch.testing.assert_close(lines.gram[1], (lines.decay + 1) * gram[1])
+    lines.solve()
+    assert lines.weight.isfinite().all()
+
+
+def test_an_update_can_be_dropped():
+    torch.manual_seed(0)
+    layer = random_layer("default-moe", 4, balance_bias_rate=0.1)
+    before = buffers(layer)
+    layer(torch.randn(9, 6))
+    layer.drop_update()
+    layer.end_update()
+    for key, value in buffers(layer).items():
+        assert torch.equal(value, before[key]), key
 
 
 @pytest.mark.parametrize(("name", "options"), ADAPTIVE)

@@ -72,3 +72,44 @@ def test_an_option_of_another_router_is_a_type_error():
     ):
         with pytest.raises(TypeError):
             smallest(name, **options)
+
+
+SAMPLING = sorted(name for name in ROUTERS if name.startswith("sparsemixer"))
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("jitter_eps", [0.0, 1e-9])
+def test_sparsemixer_needs_a_choice(name, jitter_eps):
+    """Without one the gate is 1, and the router has no gradient."""
+    with pytest.raises(ValueError, match=f"jitter_eps must be at least 1e-06 for router '{name}'"):
+        smallest(name, jitter_eps=jitter_eps)
+    smallest(name, num_experts=1, jitter_eps=jitter_eps)  # nothing to learn
+
+
+LEARNING = sorted(ROUTERS.keys() - {"hash", "random"})
+EXTREMES = [{}, {"jitter_eps": 0.0}, {"jitter_eps": 1e-6}, {"jitter_eps": 1e9}]
+EXTREMES += [{"init_scale": 0.0}, {"bias": False}, {"init_scale": 0.0, "bias": False}]
+
+
+@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("options", EXTREMES)
+@pytest.mark.parametrize("all_experts", [False, True])
+def test_what_a_router_accepts_trains_it(name, options, all_experts):
+    torch.manual_seed(0)
+    kind = ROUTERS[name]
+    top_k = max(1, kind.min_top_k)
+    if all_experts:
+        if kind.max_top_k is not None:
+            return
+        top_k = 4
+    try:
+        layer = MoEFeedForward(6, 8, 4, router=name, top_k=top_k, **options)
+    except ValueError:
+        return
+    if options.get("jitter_eps") == 1e-6:
+        # So near to each other that the mask leaves a choice.
+        with torch.no_grad():
+            layer.router.weight.mul_(1e-8)
+            layer.router.bias.fill_(1.0)
+    layer(torch.randn(50, 6))[0].square().sum().backward()
+    assert layer.router.weight.grad.abs().max() > 0

@@ -1,17 +1,20 @@
 """The backend for CPUs: its gradient, what it keeps, and its weights for inference."""
 
 import copy
+import gc
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fairseq.optim.adam import Adam as FairseqAdam
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
-from fairseq_sparsemixer.moe import Experts, MoEFeedForward, Routing
+from fairseq_sparsemixer.moe import Experts, MoEFeedForward, Routing, feed_forward
 from fairseq_sparsemixer.moe.backends import products
 from fairseq_sparsemixer.moe.backends import sorted as sorted_backend
-from fairseq_sparsemixer.moe.backends.memory import HUGE_PAGE, Recycler
+from fairseq_sparsemixer.moe.backends.memory import GRADIENTS, HUGE_PAGE, Recycler
 from fairseq_sparsemixer.moe.backends.products import PackedWeights, linear, rows_to_compute
 from fairseq_sparsemixer.moe.dispatch import dispatch
 
@@ -267,6 +270,68 @@ def test_inference_weights_serve_only_where_they_fit():
     assert layer.experts.packed is None
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: torch.optim.SGD(parameters, 0.1),
+        lambda parameters: torch.optim.Adam(parameters, 0.1, fused=True),
+        lambda parameters: FairseqAdam(parameters, 0.1),
+    ],
+    ids=["SGD", "fused Adam", "fairseq's Adam"],
+)
+@pytest.mark.usefixtures("onednn")
+def test_inference_weights_are_dropped_at_an_optimizers_step(optimizer):
+    """In evaluation mode too, and where it writes so that torch does not count it."""
+    torch.manual_seed(0)
+    layer = MoEFeedForward(8, 16, 3, router="switch").eval()
+    x = torch.randn(5, 8)
+    optimizer = optimizer(layer.parameters())
+    layer(x)[0].sum().backward()
+    layer.prepare_for_inference()
+    with torch.no_grad():
+        layer(x)
+    assert layer.experts.packed is not None
+    optimizer.step()
+    expected, _ = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], expected)
+    layer.prepare_for_inference()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], expected)
+    assert layer.experts.packed is not None, "laid out anew"
+
+
+@pytest.mark.usefixtures("onednn")
+def test_no_hook_on_optimizers_stays():
+    before = len(hooks)
+    layer = MoEFeedForward(8, 16, 3).eval()
+    layer.prepare_for_inference()
+    assert len(hooks) == before + 1
+    layer.experts.packed = None
+    assert len(hooks) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"backend": "loop"}, "backend 'loop' has no use for it"),
+        ({"activation_fn": torch.nn.ReLU()}, "a Module takes backend 'loop'"),
+        ({}, "128 weights a matrix"),
+    ],
+)
+def test_bfloat16_that_cannot_be_had_is_reported_once(settings, reason, caplog):
+    feed_forward._warn_of_no_bfloat16.cache_clear()
+    layers = [MoEFeedForward(8, 16, 3, **settings).eval() for _ in range(2)]
+    for layer in layers:
+        layer.prepare_for_inference()
+        assert layer.experts.packed is None
+    assert not caplog.records
+    for layer in layers:
+        layer.prepare_for_inference(torch.bfloat16)
+    (record,) = caplog.records
+    assert reason in record.message
+
+
 @pytest.mark.usefixtures("onednn")
 def test_models_made_in_inference_mode_are_not_packed():
     with torch.inference_mode():
@@ -409,3 +474,18 @@ def test_rows_of_other_experts_leave_no_trace(case):
         (wanted,) = torch.autograd.grad(expected, x_clean, weight)
         torch.testing.assert_close(y[own], expected[own])
         torch.testing.assert_close(grad[own], wanted[own])
+
+
+def test_gradient_memory_is_given_back_with_the_model():
+    GRADIENTS._blocks.clear()
+    layer = MoEFeedForward(512, 512, 4, router="switch")
+    for _ in range(2):
+        layer(torch.randn(5, 512))[0].sum().backward()
+        layer.zero_grad()
+    gradients = sum(block.nbytes() for block in GRADIENTS._blocks)
+    assert gradients == 2 * layer.experts.w1.nbytes
+    other = copy.deepcopy(layer)
+    other(torch.randn(5, 512))[0].sum().backward()
+    del layer, other
+    gc.collect()
+    assert not GRADIENTS._blocks

@@ -47,3 +47,21 @@ def batch(lengths=((3, 4), (5, 2)), seed=0):
         "src_lengths": sources.ne(pad).sum(1),
         "prev_output_tokens": targets,
     }
+
+
+class TargetTask(Task):
+    """What a criterion reads, too."""
+
+    @property
+    def target(self):
+        return self.target_dictionary
+
+
+def sample(lengths=((3, 4), (5, 2)), seed=0):
+    """What a criterion is given: a :func:`batch` with its target, ended by the end of sentence."""
+    net_input = batch(lengths, seed)
+    tokens = net_input["prev_output_tokens"]
+    target = torch.cat([tokens[:, 1:], torch.ones(len(tokens), 1, dtype=torch.long)], 1)
+    for row, (_, length) in enumerate(lengths):
+        target[row, length] = 2
+    return {"net_input": net_input, "target": target, "ntokens": int(target.ne(1).sum())}

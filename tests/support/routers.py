@@ -15,7 +15,7 @@ def random_layer(name, num_experts, top_k=None, **options):
     router = layer.router
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
-    if router.expert_means is not None:
+    if hasattr(router.expert_means, "mean"):
         torch.nn.init.normal_(router.expert_means.mean)
     if router.balance_bias is not None:
         torch.nn.init.normal_(router.balance_bias.bias)

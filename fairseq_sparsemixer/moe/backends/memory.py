@@ -9,7 +9,8 @@ torch's allocator does on GPUs.
 import collections
 import ctypes
 import sys
-from typing import Any, Deque, List, Optional
+import weakref
+from typing import Any, Deque, List, Optional, Set
 
 import torch
 from torch import Tensor
@@ -25,11 +26,22 @@ class Recycler:
     """Hands out memory, and hands it out again once nothing else refers to it.
 
     It keeps at most what was in use at one time. Memory that fits no more request is given back
-    when new memory is needed.
+    when new memory is needed, and all of it when an owner is gone.
     """
 
     def __init__(self) -> None:
         self._blocks: Deque[torch.UntypedStorage] = collections.deque()
+        self._owners: Set[int] = set()
+
+    def serve(self, owner: object) -> None:
+        """Note whose memory this is: kept for the next update of a model, not beyond its life."""
+        if id(owner) not in self._owners:
+            self._owners.add(id(owner))
+            weakref.finalize(owner, self._leave, id(owner)).atexit = False
+
+    def _leave(self, owner: int) -> None:
+        self._owners.discard(owner)
+        self._blocks.clear()  # what others use stays theirs, and is merely not handed out again
 
     def empty_like(self, value: Tensor) -> Tensor:
         """Uninitialised and contiguous, of the shape, dtype and device of ``value``."""

@@ -4,16 +4,15 @@ oneDNN's product is what torch's compiler uses on CPUs; torch has it from 2.0 on
 documented interface, so that everything here works without it too.
 """
 
-import logging
-from typing import Any, List, Optional, Tuple
+import weakref
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fairseq_sparsemixer.moe.experts import Experts
-
-logger = logging.getLogger(__name__)
 
 
 def _operator(name: str) -> Optional[Any]:
@@ -69,6 +68,30 @@ def _is_large(w: Tensor) -> bool:
     return w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= LEAST_WEIGHTS
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def obstacle(experts: Experts) -> Optional[str]:
+    """Why packing the weights would gain nothing, None where it would.
+
+    Parameters made in inference mode are not packed: torch does not tell when these change.
+    """
+    w = experts.w1
+    if w.device.type != "cpu":
+        return "they are not on a CPU"
+    if w.dtype != torch.float32:
+        return "their weights are not float32"
+    if not _is_large(w[0]):
+        return f"with {w[0].numel()} weights a matrix they are too small to gain"
+    if w.is_inference():
+        return "they were made in inference mode"
+    if _LINEAR is None or _PACK is None:
+        return "this PyTorch has no oneDNN"
+    return None
+
+
 class PackedWeights:
     """The weights of a layer's experts in oneDNN's own layout.
 
@@ -86,35 +109,36 @@ class PackedWeights:
         self.w1, self.w2 = (self._packed(w) for w in (experts.w1, experts.w2))
         self.b1, self.b2 = (b.detach().to(dtype) for b in (experts.b1, experts.b2))
         self._made_from = [(p.detach(), p._version) for p in experts.parameters()]
+        self._stale = False
+        weakref.finalize(self, register_optimizer_step_post_hook(_marking(self)).remove)
 
     def _packed(self, w: Tensor) -> List[Tensor]:
         assert _PACK is not None
         return [_PACK(one, PACKED_FOR_ROWS) for one in w.detach().to(self.dtype)]
 
-    @classmethod
-    def of(cls, experts: Experts, dtype: torch.dtype) -> "Optional[PackedWeights]":
-        """Packed weights, or None where nothing is to be gained: on a GPU, for small experts.
-
-        Nor are parameters packed that were made in inference mode: torch does not tell when these
-        change.
-        """
-        w = experts.w1
-        if _LINEAR is None or _PACK is None or not _is_large(w[0]) or w.is_inference():
-            return None
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            logger.warning("this CPU has no products of bfloat16: the experts stay in float32")
-            dtype = torch.float32
-        return cls(experts, dtype)
-
     def fits(self, experts: Experts) -> bool:
         """Whether the parameters are still those that were packed.
 
-        A change through ``parameter.data`` is not seen.
+        After a step of any optimiser they are not taken to be: fused ones, and those that write to
+        ``parameter.data``, change a parameter without torch's counting it. Nothing else that
+        writes there is seen.
         """
-        return all(
+        return not self._stale and all(
             now.data_ptr() == then.data_ptr() and now._version == version
             for now, (then, version) in zip(experts.parameters(), self._made_from)
         )
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return type(None), ()
+
+
+def _marking(packed: PackedWeights) -> Callable[..., None]:
+    """A function that marks ``packed``, while it lives, as stale."""
+    reference = weakref.ref(packed)
+
+    def mark(*_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._stale = True
+
+    return mark

@@ -234,7 +234,7 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         kept: List[Optional[Tensor]] = []
         y_TD = _forward(order, experts, observe, kept, *inputs)
-        ctx.order, ctx.inner = order, _Inner(experts)
+        ctx.order, ctx.inner, ctx.experts = order, _Inner(experts), experts
         ctx.save_for_backward(*inputs, *kept)
         return y_TD
 
@@ -254,6 +254,7 @@ def _backward(ctx: Any, grad_TD: Tensor) -> Any:
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     d_gates: List[Tensor] = []
     d_scale_D = torch.zeros_like(scale_D, dtype=wide) if wants_scale else None
+    GRADIENTS.serve(ctx.experts)
     d_weights = [GRADIENTS.empty_like(value) for value in weights] if any(wants_weights) else None
 
     def input_gradients() -> Iterator[Tensor]:

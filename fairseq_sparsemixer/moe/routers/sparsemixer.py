@@ -17,6 +17,9 @@ from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
 from fairseq_sparsemixer.moe.kernels import router as fused_router
 from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
 
+LEAST_JITTER = 1e-6
+"""Less hardly tells two float32 logits apart."""
+
 
 def unreachable(logits_TN: Tensor, max_T1: Tensor, jitter_eps: float) -> Tensor:
     """(T, N) bool: the experts that jitter could not have made the largest.
@@ -59,6 +62,15 @@ class _SparseMixerBase(Router):
 
     gradient_scale = 2.0
     """Times the gradient at the gate, the gradient that reaches p~_D."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.jitter_eps < LEAST_JITTER and self.num_experts > 1:
+            raise ValueError(
+                f"jitter_eps must be at least {LEAST_JITTER} for router {self.name!r}, not "
+                f"{self.jitter_eps}: the mask would leave one expert, with gate 1, and the router "
+                "without a gradient"
+            )
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
@@ -158,7 +170,7 @@ class SparseMixerFirstOrderRouter(_SparseMixerBase):
     the order of the estimate only.
 
     Args:
-        jitter_eps: eps of the mask, at least 0; a very large value masks nothing.
+        jitter_eps: eps of the mask, above 0; a very large value masks nothing.
         omega: whether the output is multiplied by a learned omega.
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
     """
@@ -186,7 +198,7 @@ class SparseMixerRouter(_TwoPoints):
     experts (``output_scale``).
 
     Args:
-        jitter_eps: eps of the mask, at least 0; a very large value masks nothing.
+        jitter_eps: eps of the mask, above 0; a very large value masks nothing.
         first_order_on_argmax: m = 1 wherever D is the arg-max, so that experts are trained on
             full outputs (the paper's choice; off for ablation).
         omega: whether the output is multiplied by a learned omega.
@@ -268,7 +280,7 @@ class SparseMixerV2Router(_TwoPoints):
     too; algorithm 1 as printed scales the output only.
 
     Args:
-        jitter_eps: eps of the mask, at least 0; a very large value masks nothing.
+        jitter_eps: eps of the mask, above 0; a very large value masks nothing.
         first_order_on_argmax: m = 1 wherever D is the arg-max of what is left.
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
     """
@@ -289,7 +301,7 @@ class SparseMixerV2StarRouter(SparseMixerV2Router):
     ``first_order_on_argmax`` is off. Else as :class:`SparseMixerV2Router`.
 
     Args:
-        jitter_eps: eps of the mask, at least 0; a very large value masks nothing.
+        jitter_eps: eps of the mask, above 0; a very large value masks nothing.
         first_order_on_argmax: m = 1 wherever D is the arg-max of what is left.
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
     """

@@ -1,0 +1,152 @@
+"""What is learnt without a gradient follows the updates that fairseq counts."""
+
+import logging
+
+import pytest
+import torch
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+from support import commands
+from support.commands import SIZE
+
+from fairseq_sparsemixer import compat
+from fairseq_sparsemixer.moe import MoEFeedForward
+
+RATE = 0.25
+
+
+@pytest.fixture
+def build_trainer(toy_corpus, tmp_path):
+    """fairseq's trainer with two batches of the toy corpus."""
+
+    def build(router="switch", **settings):
+        arch = {**SIZE, "router": router, "jitter-eps": 0.1, "balance-bias-rate": RATE}
+        command = commands.train_command(
+            toy_corpus / "joined", tmp_path, arch=arch, batch_size=4, **settings
+        )
+        args = options.parse_args_and_arch(options.get_training_parser(), list(map(str, command)))
+        cfg = convert_namespace_to_omegaconf(args)
+        task = tasks.setup_task(cfg.task)
+        task.load_dataset("test1")
+        torch.manual_seed(0)
+        model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+        batches = task.get_batch_iterator(task.dataset("test1"), max_sentences=4)
+        return Trainer(cfg, task, model, criterion), list(batches.next_epoch_itr(shuffle=False))
+
+    return build
+
+
+def step(trainer, batch):
+    with metrics.aggregate(new_root=True):
+        trainer.train_step([batch])
+
+
+def overflow(trainer, times, error=None):
+    """Let the norm of the gradients be infinite, or fairseq's scaler raise, so many times."""
+    original = trainer.optimizer.clip_grad_norm
+    left = [times]
+
+    def clip_grad_norm(*args, **kwargs):
+        norm = original(*args, **kwargs)
+        if not left[0]:
+            return norm
+        left[0] -= 1
+        if error is not None:
+            raise error
+        for parameter in trainer.model.parameters():
+            parameter.grad.zero_()  # what is skipped on a GPU changes nothing
+        return torch.tensor(float("inf"))
+
+    trainer.optimizer.clip_grad_norm = clip_grad_norm
+
+
+def routers(trainer):
+    modules = trainer.model.modules()
+    return [module.router for module in modules if isinstance(module, MoEFeedForward)]
+
+
+def biases(trainer):
+    return [router.balance_bias.bias.clone() for router in routers(trainer)]
+
+
+def test_an_update_moves_the_balance_bias_by_one_step(build_trainer):
+    trainer, (batch, *_) = build_trainer()
+    step(trainer, batch)
+    for bias in biases(trainer):
+        assert set(bias.abs().tolist()) <= {0.0, RATE}
+        assert bias.any()
+    trainer.set_num_updates(2)  # as where a checkpoint is loaded
+    for router, bias in zip(routers(trainer), biases(trainer)):
+        assert torch.equal(router.balance_bias.bias, bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+def test_a_batch_that_overflows_under_amp_is_not_adapted_to(build_trainer):
+    """fairseq tries it again, twice, before it goes on to the next."""
+    expected, (batch, *_) = build_trainer()
+    step(expected, batch)
+    trainer, (batch, *_) = build_trainer(amp=True)
+    overflow(trainer, 2)
+    step(trainer, batch)
+    assert trainer.get_num_updates() == 1
+    for bias, once in zip(biases(trainer), biases(expected)):
+        assert torch.equal(bias, once)
+    overflow(trainer, 3)  # this batch is skipped
+    step(trainer, batch)
+    assert trainer.get_num_updates() == 1
+    for bias, once in zip(biases(trainer), biases(expected)):
+        assert torch.equal(bias, once)
+
+
+def test_a_batch_that_overflows_under_fp16_does_not_count_for_the_next(build_trainer, monkeypatch):
+    expected, (_, batch, *_) = build_trainer("default-moe")
+    step(expected, batch)
+    trainer, (skipped, batch, *_) = build_trainer("default-moe")
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    overflow(trainer, 1, OverflowError("played"))
+    step(trainer, skipped)
+    assert trainer.get_num_updates() == 0
+    assert not any(bias.any() for bias in biases(trainer))
+    step(trainer, batch)
+    for router, other in zip(routers(trainer), routers(expected)):
+        for (name, value), once in zip(router.named_buffers(), other.buffers()):
+            torch.testing.assert_close(value, once, rtol=0, atol=0, msg=name)
+
+
+def test_a_moving_average_holds_the_bias_of_its_update(build_trainer):
+    trainer, batches = build_trainer(store_ema=True, ema_decay=0.75, ema_fp32=True)
+    name = "encoder.layers.0.moe.router.balance_bias.bias"
+    found = []
+    for batch in batches[:2]:
+        step(trainer, batch)
+        found.append(biases(trainer)[0])
+    assert not torch.equal(*found)
+    average = trainer.ema.get_model().state_dict()[name]  # a copy of the first, at first
+    torch.testing.assert_close(average, 0.75 * found[0] + 0.25 * found[1])
+
+
+PLAIN = {"criterion": "label_smoothed_cross_entropy", "label-smoothing": 0.1}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_criterion_that_ignores_the_routing_losses_is_reported_once(plain, build_trainer, caplog):
+    compat._warn_of_missing_balance.cache_clear()
+    trainer, batches = build_trainer(**({"criterion": PLAIN} if plain else {}))
+    with caplog.at_level(logging.WARNING):
+        for batch in batches:
+            trainer.model.eval()
+            trainer.get_model().encoder(batch["net_input"]["src_tokens"])  # as in validation
+            step(trainer, batch)
+    messages = [r.message for r in caplog.records if "ignores the routing losses" in r.message]
+    assert len(messages) == plain
+    assert all("--criterion label_smoothed_cross_entropy_with_routing" in m for m in messages)
+
+
+@pytest.mark.parametrize("router", ["sparsemixer", "default-moe"])
+def test_any_criterion_trains_with_a_moving_average(router, build_trainer):
+    trainer, batches = build_trainer(router, criterion=PLAIN, store_ema=True, ema_fp32=True)
+    for batch in batches:
+        step(trainer, batch)
+    assert trainer.get_num_updates() == len(batches)
