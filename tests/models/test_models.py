@@ -375,6 +375,7 @@ def test_experts_are_laid_out_when_fairseq_prepares_to_translate(dtype, monkeypa
         ({"moe_every": 0}, "--moe-every must be at least 1"),
         ({"moe_offset": -1}, "--moe-offset must be at least 0"),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq must be 0"),
+        ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar must be 0"),
         ({"scale_fc": True}, "--scale-fc must be off"),
         ({"encoder_attention_heads": 3}, "must be a multiple of --encoder-attention-heads"),
         ({"encoder_ffn_embed_dim": 0}, "--encoder-ffn-embed-dim must be at least 1"),
