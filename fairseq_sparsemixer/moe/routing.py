@@ -54,6 +54,8 @@ class Routing:
     load: Optional[Tensor] = None
     """(T, N) float32: smooth chance of being chosen, with gradient (arXiv 1701.06538, eq. 9);
     None where ``sampling_probs`` is that already."""
+    backend: str = "auto"
+    """What its sums may be formed by: see :attr:`Router.backend`."""
 
     @property
     def chosen(self) -> Tensor:
@@ -124,6 +126,10 @@ class Router(nn.Module):
     """Predicts outputs of experts that are not computed; None for routers that need none."""
     balance_bias: Optional[BalanceBias]
     """None without a ``balance_bias_rate``."""
+
+    backend = "auto"
+    """What computes it: on a GPU that the experts' Triton kernels serve, those of the router for
+    "auto" and "triton", and plain PyTorch for the name of another backend. Set by the layer."""
 
     name = ""
     """The name in :data:`ROUTERS`, set by :func:`register_router`."""
@@ -229,6 +235,7 @@ class Router(nn.Module):
             token_ids: (T,) int64, for routers that read them (``hash``).
         """
         routing = self.select(logits.float(), Context(x, padding_mask, token_ids))
+        routing.backend = self.backend
         if padding_mask is None:
             return routing
         mask_T1 = padding_mask.unsqueeze(-1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.kernels.experts import obstacle
 from fairseq_sparsemixer.moe.kernels.operators import once_differentiable, operator
 
 try:
@@ -24,9 +25,14 @@ DEVICES = ("cuda",)
 """Types of the devices whose tensors are served."""
 
 
-def serves(logits_TN: Tensor) -> bool:
-    """Whether logits are where these kernels run."""
-    return triton is not None and logits_TN.device.type in DEVICES
+def serves(logits_TN: Tensor, backend: str) -> bool:
+    """Whether these kernels take logits, under the layer's choice of a backend.
+
+    They do where the experts' Triton kernels run too and nothing else was asked for.
+    """
+    if backend not in ("auto", "triton") or logits_TN.device.type not in DEVICES:
+        return False
+    return obstacle(logits_TN.device, logits_TN.dtype) is None
 
 
 class FusedEstimator(NamedTuple):

@@ -48,7 +48,11 @@ class TopKRouter(Router):
         if self.training and self.jitter_eps > 0:
             eps = self.jitter_eps
             logits_TN = logits_TN * logits_TN.new_empty(logits_TN.shape).uniform_(1 - eps, 1 + eps)
-        if self.top_k == 1 and self.balance_bias is None and fused_router.serves(logits_TN):
+        if (
+            self.top_k == 1
+            and self.balance_bias is None
+            and fused_router.serves(logits_TN, self.backend)
+        ):
             index_T1, gate_T1, probs_TN, _ = fused_router.choose(ESTIMATOR, logits_TN)
             return Routing(index_T1, gate_T1, logits_TN, probs_TN, probs_TN)
         probs_TN = logits_TN.softmax(dim=-1)
