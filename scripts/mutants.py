@@ -93,7 +93,7 @@ def mutations(node):
             yield "keyword left out", changed(node, keywords=rest)
     if isinstance(node, ast.With):
         yield "context left out", ast.If(ast.Constant(True), node.body, [])
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and getattr(node.value, "value", node.value) is not None:
         yield "nothing returned", changed(node, value=ast.Constant(None))
 
 
