@@ -19,11 +19,13 @@ from fairseq.data import data_utils
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.models import SwitchTransformerModel
 from fairseq_sparsemixer.models.config import ConfigError
-from fairseq_sparsemixer.moe.feed_forward import moe_layers
+from fairseq_sparsemixer.moe.feed_forward import MoEFeedForward, moe_layers
 from fairseq_sparsemixer.version import MINIMUM_TORCH
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ def apply() -> None:
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
+    _draw_differently_by_worker()
     _report_unknown_keys()
     _forget_other_runs()
     _print_user_errors_alone()
@@ -167,6 +170,40 @@ def _end_updates() -> None:
         return result
 
     FairseqTask.optimizer_step = optimizer_step
+
+
+WORKER_SEEDS = 1_000_003
+"""Between the seeds of two workers: more than a run has updates, which are added as well."""
+
+
+def _draw_differently_by_worker() -> None:
+    """Give each worker router noise (and dropout) of its own.
+
+    fairseq seeds all workers alike before each update, so that the first token of each, the second
+    and so on draw the same noise. On a GPU, LayerDrop draws on the CPU and goes on leaving out the
+    same layers everywhere. What is drawn follows from seed, update and worker, so a run that
+    is resumed goes on as it would have.
+    """
+    original = Trainer._set_seed
+
+    @functools.wraps(original)
+    def _set_seed(self: Any) -> None:
+        original(self)
+        rank = self.data_parallel_rank
+        if rank > 0 and _is_ours(self.model):
+            seed = self.cfg.common.seed + self.get_num_updates() + WORKER_SEEDS * rank
+            if self.cuda:
+                torch.cuda.manual_seed(seed)
+            else:
+                torch.manual_seed(seed)
+
+    Trainer._set_seed = _set_seed
+
+
+def _is_ours(model: torch.nn.Module) -> bool:
+    """Whether a model, wrapped or not, is a Switch Transformer or holds a mixture of experts."""
+    kinds = (SwitchTransformerModel, MoEFeedForward)
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def _report_unknown_keys() -> None:

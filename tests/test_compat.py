@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from fairseq.data import data_utils
 from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
+from fairseq.trainer import Trainer
 from support.models import build
 
 from fairseq_sparsemixer import compat
@@ -187,6 +189,41 @@ def test_samples_of_any_kind(sample, ignore_grad):
         assert got is sample
     assert observing == [not ignore_grad] * 4
     assert weight.grad == (0 if ignore_grad else 2)
+
+
+# Random numbers of several workers
+
+
+def drawn(model, rank, updates, seed=1):
+    """The first random numbers of an update of a worker."""
+    worker = SimpleNamespace(
+        cfg=SimpleNamespace(common=SimpleNamespace(seed=seed)),
+        get_num_updates=lambda: updates,
+        data_parallel_rank=rank,
+        model=model,
+        cuda=False,
+    )
+    Trainer._set_seed(worker)
+    return tuple(torch.rand(4).tolist())
+
+
+@pytest.mark.parametrize(
+    "model", [build(), build(encoder_moe_layers="none", decoder_moe_layers="none")]
+)
+def test_each_worker_and_update_has_noise_of_its_own(model):
+    """The dense baseline too; and always the same, as a run that goes on needs it."""
+    wrapped = torch.nn.Sequential(model)
+    draws = {(rank, n): drawn(wrapped, rank, n) for rank in range(3) for n in (0, 1, 1000)}
+    assert len(set(draws.values())) == 9
+    for (rank, updates), numbers in draws.items():
+        assert drawn(wrapped, rank, updates) == numbers
+    torch.manual_seed(1 + 1000)
+    assert tuple(torch.rand(4).tolist()) == draws[0, 1000], "one worker draws as fairseq's"
+
+
+def test_workers_of_other_models_draw_as_fairseq_has_it():
+    model = torch.nn.Linear(2, 2)
+    assert drawn(model, 1, 7) == drawn(model, 0, 7)
 
 
 def test_the_oldest_torch_is_that_of_setup(monkeypatch):
