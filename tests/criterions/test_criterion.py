@@ -324,6 +324,17 @@ def test_logged_routing_is_right_over_batches_and_workers():
     assert not [key for key in one_by_one if key.startswith("_")]
 
 
+def test_sums_of_a_long_validation_stay_exact():
+    """float32 would not count a token after 16,777,216."""
+    log = criterion()(deterministic_model(), sample())[2]
+    key = "routing_statistics/encoder.0"
+    many, one = (torch.full_like(log[key], value) for value in (2.0**24, 1.0))
+    with metrics.aggregate(new_root=True) as aggregate:
+        for packed in (many, one):
+            LabelSmoothedCrossEntropyWithRouting.reduce_metrics([{**log, key: packed}])
+    assert aggregate[f"_{key}"].sum.tolist() == [2.0**24 + 1] * len(one)
+
+
 def test_a_layer_that_did_not_run_has_no_value():
     log = criterion()(deterministic_model(), sample())[2]
     name = "routing_statistics/encoder.0"
