@@ -23,9 +23,8 @@ from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.models import SwitchTransformerModel
 from fairseq_sparsemixer.models.config import ConfigError
-from fairseq_sparsemixer.moe.feed_forward import MoEFeedForward, moe_layers
+from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.version import MINIMUM_TORCH
 
 logger = logging.getLogger(__name__)
@@ -201,9 +200,12 @@ def _draw_differently_by_worker() -> None:
 
 
 def _is_ours(model: torch.nn.Module) -> bool:
-    """Whether a model, wrapped or not, is a Switch Transformer or holds a mixture of experts."""
-    kinds = (SwitchTransformerModel, MoEFeedForward)
-    return any(isinstance(module, kinds) for module in model.modules())
+    """Whether a model, wrapped or not, is of this package (a dense one too) or holds a part of it.
+
+    By name: a model is not there yet when this file is imported behind fairseq.
+    """
+    package = f"{__name__.split('.')[0]}."
+    return any(type(module).__module__.startswith(package) for module in model.modules())
 
 
 def _report_unknown_keys() -> None:
