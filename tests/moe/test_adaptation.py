@@ -283,3 +283,19 @@ def test_an_output_that_is_no_number_does_not_stay(kind, value):
     for name, buffer in part.named_buffers():
         assert buffer.isfinite().all(), name
     assert part.predict(torch.randn(2, 3)).isfinite().all()
+
+
+def test_lines_solve_a_ridge_regression():
+    """By its normal equations, for the expert with tokens; the one without any predicts 0."""
+    lines = ExpertLines(num_experts=2, embed_dim=3, decay=0.9)
+    torch.manual_seed(0)
+    x, out = torch.randn(6, 3), torch.randn(6, 3)
+    lines.observe(x, torch.zeros(6, dtype=torch.int64), out)
+    lines.end_update()
+    lines.solve()
+    with_one = torch.cat([x, torch.ones(6, 1)], -1)
+    gram = with_one.t() @ with_one
+    ridge = ExpertLines.RIDGE * gram.diagonal().mean() * torch.eye(4)
+    expected = torch.linalg.solve(gram + ridge, with_one.t() @ out)
+    torch.testing.assert_close(lines.weight[0], expected)
+    assert not lines.predict(x)[:, 1].any()
