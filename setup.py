@@ -6,13 +6,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(
-    r'^__version__ = "(.+)"$', (ROOT / "fairseq_sparsemixer/version.py").read_text(), re.M
-).group(1)
+# Read rather than imported: building the package must not need what it depends on.
+VERSIONS = dict(
+    re.findall(r'^(\w+) = "(.+)"$', (ROOT / "fairseq_sparsemixer/version.py").read_text(), re.M)
+)
 
 setup(
     name="fairseq-sparsemixer",
-    version=VERSION,
+    version=VERSIONS["__version__"],
     description="SparseMixer mixture-of-experts translation models for fairseq",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -29,7 +30,7 @@ setup(
         "sacrebleu>=2.3",
         "sentencepiece>=0.1.99",
         "scikit-learn>=1.0",
-        "torch>=2.4",
+        f"torch>={VERSIONS['MINIMUM_TORCH']}",
         "tqdm",
     ],
     extras_require={

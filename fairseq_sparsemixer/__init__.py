@@ -49,8 +49,8 @@ class _WhenFairseqIsImported(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
-                sys.meta_path.remove(self)
                 _register()
+                sys.meta_path.remove(self)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -4,10 +4,12 @@ It applies itself when it is imported.
 """
 
 import argparse
+import copy
 import functools
 import logging
 import os
 import sys
+from collections.abc import MutableMapping
 from types import TracebackType
 from typing import Any, Optional, Type
 
@@ -23,10 +25,9 @@ from omegaconf.errors import ConfigKeyError
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
+from fairseq_sparsemixer.version import MINIMUM_TORCH
 
 logger = logging.getLogger(__name__)
-
-MINIMUM_TORCH = (1, 13)
 
 
 def apply() -> None:
@@ -35,30 +36,49 @@ def apply() -> None:
     Raises:
         UserError: for an environment in which training could not work.
     """
-    _check_environment()
+    _check_torch()
+    _name_torchrun_without_gpu()
     _allow_checkpoint_classes()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
+    _draw_differently_by_worker()
     _report_unknown_keys()
     _forget_other_runs()
     _print_user_errors_alone()
 
 
-def _check_environment() -> None:
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < MINIMUM_TORCH:
-        raise UserError(
-            f"torch {torch.__version__} is too old: install torch >= "
-            f"{'.'.join(map(str, MINIMUM_TORCH))}"
-        )
-    if "TORCHELASTIC_RUN_ID" in os.environ and not torch.cuda.is_available():
-        raise UserError(
-            "fairseq cannot be started by torchrun on a machine without a GPU: start each process "
-            "yourself with --distributed-world-size, --distributed-rank, "
-            "--distributed-init-method tcp://HOST:PORT, --distributed-no-spawn, "
-            "--distributed-backend gloo, --ddp-backend legacy_ddp and --cpu"
-        )
+def _check_torch() -> None:
+    have, least = (
+        [int(part) for part in version.split("+")[0].split(".")[:2]]
+        for version in (torch.__version__, MINIMUM_TORCH)
+    )
+    if have < least:
+        raise UserError(f"torch {torch.__version__} is too old: install torch >= {MINIMUM_TORCH}")
+
+
+def _name_torchrun_without_gpu() -> None:
+    """Refuse several workers of torchrun on a CPU, which fairseq does not know how to start.
+
+    It would divide by the number of GPUs, or train as many times alone, into one folder. When
+    it looks for its workers rather than when it is imported: other programs may use torchrun.
+    """
+    original = distributed_utils.infer_init_method
+
+    @functools.wraps(original)
+    def infer_init_method(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        workers = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.distributed_world_size)
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and cfg.distributed_init_method is None
+        if by_torchrun and workers > 1 and not cfg.tpu and not torch.cuda.is_available():
+            raise UserError(
+                "fairseq cannot be started by torchrun on a machine without a GPU: start each "
+                "process yourself with --distributed-world-size, --distributed-rank, "
+                "--distributed-init-method tcp://HOST:PORT, --distributed-no-spawn, "
+                "--distributed-backend gloo, --ddp-backend legacy_ddp and --cpu"
+            )
+        return original(cfg, *args, **kwargs)
+
+    distributed_utils.infer_init_method = infer_init_method
 
 
 def _allow_checkpoint_classes() -> None:
@@ -81,6 +101,8 @@ def _warn_of_dropped_sentences() -> None:
 
     @functools.wraps(original)
     def batch_by_size(indices: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(indices, "__len__"):
+            indices = list(indices)  # fairseq takes any iterable, once
         batches = original(indices, *args, **kwargs)
         dropped = len(indices) - sum(len(batch) for batch in batches)
         if dropped > 0:
@@ -114,8 +136,10 @@ def _mark_dummy_batches() -> None:
         ignore_grad: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if ignore_grad:
-            sample = {**sample, "is_dummy": True}
+        # Criteria and tasks of others may have samples of any kind.
+        if ignore_grad and isinstance(sample, MutableMapping):
+            sample = copy.copy(sample)
+            sample["is_dummy"] = True
         for layer in moe_layers(model):
             layer.observing = not ignore_grad
         return original(
@@ -176,6 +200,43 @@ def _warn_of_missing_balance(has_experts: bool) -> None:
         )
 
 
+WORKER_SEEDS = 1_000_003
+"""Between the seeds of two workers: more than a run has updates, which are added as well."""
+
+
+def _draw_differently_by_worker() -> None:
+    """Give each worker router noise (and dropout) of its own.
+
+    fairseq seeds all workers alike before each update, so that the first token of each, the second
+    and so on draw the same noise. On a GPU, LayerDrop draws on the CPU and goes on leaving out the
+    same layers everywhere. What is drawn follows from seed, update and worker, so a run that
+    is resumed goes on as it would have.
+    """
+    original = Trainer._set_seed
+
+    @functools.wraps(original)
+    def _set_seed(self: Any) -> None:
+        original(self)
+        rank = self.data_parallel_rank
+        if rank > 0 and _is_ours(self.model):
+            seed = self.cfg.common.seed + self.get_num_updates() + WORKER_SEEDS * rank
+            if self.cuda:
+                torch.cuda.manual_seed(seed)
+            else:
+                torch.manual_seed(seed)
+
+    Trainer._set_seed = _set_seed
+
+
+def _is_ours(model: torch.nn.Module) -> bool:
+    """Whether a model, wrapped or not, is of this package (a dense one too) or holds a part of it.
+
+    By name: a model is not there yet when this file is imported behind fairseq.
+    """
+    package = f"{__name__.split('.')[0]}."
+    return any(type(module).__module__.startswith(package) for module in model.modules())
+
+
 def _report_unknown_keys() -> None:
     """Name an unknown key of a hydra configuration in one line.
 
@@ -214,22 +275,33 @@ def _forget_other_runs() -> None:
 
 
 def _print_user_errors_alone() -> None:
-    """Print a :class:`UserError` that ends the program as one line, without its traceback."""
+    """Print a :class:`UserError` that ends the program as one line, without its traceback.
+
+    Of an error that was raised while a UserError was handled, Python prints both.
+    """
     previous = sys.excepthook
 
     def hook(
         kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]
     ) -> None:
-        cause: Optional[BaseException] = error
-        while cause is not None:
-            # fairseq's trainer wraps what goes wrong while loading a checkpoint.
-            if isinstance(cause, UserError):
-                print(f"error: {cause}", file=sys.stderr)
-                return
-            cause = cause.__cause__ or cause.__context__
-        previous(kind, error, traceback)
+        if _is_of_trainer(error) and isinstance(error.__context__, UserError):
+            error = error.__context__
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def _is_of_trainer(error: BaseException) -> bool:
+    """Whether this is fairseq's word for whatever goes wrong while a checkpoint is loaded."""
+    traceback = error.__traceback__
+    if traceback is None or type(error) is not Exception or error.__suppress_context__:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback.tb_frame.f_globals.get("__name__") == "fairseq.trainer"
 
 
 apply()

@@ -1,6 +1,15 @@
 """Rows of cells as text."""
 
+import re
 from typing import List
+
+_MARKUP = re.compile(r"[\\`*\[\]<&~]|(?<!\w)_|_(?!\w)")
+"""What Markdown may take for markup; an underscore within a word is none."""
+
+
+def escape(text: str) -> str:
+    """Text of users (names, settings, paths) for Markdown, on one line, to be shown as it is."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.splitlines()))
 
 
 def format_table(rows: List[List[str]]) -> str:
@@ -16,7 +25,11 @@ def format_table(rows: List[List[str]]) -> str:
 
 
 def markdown(rows: List[List[str]]) -> str:
-    """A Markdown table; the first row is its head, the first column is text."""
+    """A Markdown table; the first row is its head, the first column is text.
+
+    Cells may hold markup: text of users goes through :func:`escape` first.
+    """
+    rows = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
 
     def line(cells: List[str]) -> str:

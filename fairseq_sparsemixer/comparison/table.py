@@ -30,7 +30,7 @@ from fairseq_sparsemixer.files import (
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm, further_differences, read_arms
 from fairseq_sparsemixer.runs.points import number
-from fairseq_sparsemixer.tables import markdown
+from fairseq_sparsemixer.tables import escape, markdown
 
 PAPER = "fill in from the paper"
 NO_FIGURE = "-"
@@ -283,7 +283,7 @@ def table_text(table: Dict[str, Any]) -> str:
     """The table as Markdown, and below it what its columns are and what to know of its rows."""
     columns = _columns(table)
     cells = [[title for title, _ in columns]]
-    cells += [[cell(row) for _, cell in columns] for row in table["rows"]]
+    cells += [[escape(cell(row)) for _, cell in columns] for row in table["rows"]]
     legend = [
         f"baseline: {table['baseline']}; target: validation nll {table['target_nll']:.3f}, "
         "the baseline's final loss (mean over its seeds)",
@@ -294,8 +294,7 @@ def table_text(table: Dict[str, Any]) -> str:
         *table["notes"],
         f"paper: {table['paper']}",
     ]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells]
-    return "\n".join([markdown(escaped), "", *(f"- {line}" for line in legend)])
+    return "\n".join([markdown(cells), "", *(f"- {escape(line)}" for line in legend)])
 
 
 def _columns(table: Dict[str, Any]) -> List[Tuple[str, Callable[[Dict[str, Any]], str]]]:

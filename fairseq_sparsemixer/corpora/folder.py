@@ -72,8 +72,18 @@ def count_lines(path: Path) -> int:
 
 
 def write_pairs(path: Path, pairs: Sequence[SentencePair]) -> None:
-    """Write source, target, document and domain (if there is one), separated by tabs."""
-    write_lines(path, ("\t".join(pair if pair.domain else pair[:3]) for pair in pairs))
+    """Write source, target, document and domain (if there is one), separated by tabs.
+
+    What separates fields or lines becomes a space: a document may be named after somebody's file.
+    """
+    separators = str.maketrans("\t\n\r", "   ")
+    write_lines(
+        path,
+        (
+            "\t".join(field.translate(separators) for field in (pair if pair.domain else pair[:3]))
+            for pair in pairs
+        ),
+    )
 
 
 def read_pairs(path: Path) -> List[SentencePair]:

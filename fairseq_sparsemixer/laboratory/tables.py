@@ -2,7 +2,7 @@
 
 from typing import Any, Dict, Iterable, List, Optional
 
-from fairseq_sparsemixer.tables import markdown
+from fairseq_sparsemixer.tables import escape, markdown
 
 Record = Dict[str, Any]
 
@@ -38,7 +38,7 @@ def model_tables(records: List[Record]) -> str:
     for checkpoint in dict.fromkeys(r["checkpoint"] for r in records):
         of_checkpoint = [r for r in records if r["checkpoint"] == checkpoint]
         updates = of_checkpoint[0]["updates"]
-        parts += [f"{checkpoint} ({updates} updates)", "", _about_layers(of_checkpoint)]
+        parts += [f"{escape(checkpoint)} ({updates} updates)", "", _about_layers(of_checkpoint)]
         for mask in dict.fromkeys(r["mask"] for r in of_checkpoint):
             chosen = [r for r in of_checkpoint if r["mask"] == mask]
             title = "every expert may be drawn" if mask is None else f"mask of jitter-eps {mask:g}"

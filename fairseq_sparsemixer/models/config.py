@@ -188,8 +188,10 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
     """
     _check_numbers(args)
     _check_sizes(args)
-    if args.quant_noise_pq > 0:
-        raise ConfigError("--quant-noise-pq must be 0: experts do not support quantization noise")
+    # fairseq would add its noise to every other layer, and leave the experts and the router alone.
+    for flag in ("quant_noise_pq", "quant_noise_scalar"):
+        if getattr(args, flag) > 0:
+            raise ConfigError(f"{_flag(flag)} must be 0: experts do not support quantization noise")
     try:
         check_backend(args.moe_backend)
     except ValueError as error:

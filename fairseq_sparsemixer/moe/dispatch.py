@@ -13,7 +13,8 @@ from fairseq_sparsemixer.moe.backends import grouped
 from fairseq_sparsemixer.moe.backends.loop import loop
 from fairseq_sparsemixer.moe.backends.sorted import sorted_experts
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.moe.kernels import experts as triton_experts
+from fairseq_sparsemixer.moe.kernels import products
+from fairseq_sparsemixer.moe.kernels.experts import triton_experts
 from fairseq_sparsemixer.moe.routing import Routing
 from fairseq_sparsemixer.moe.slots import Observer
 
@@ -23,14 +24,14 @@ Backend = Callable[[Tensor, Routing, Experts, Optional[Tensor], Optional[Observe
 BACKENDS: Dict[str, Backend] = {
     "sorted": sorted_experts,
     "grouped": grouped.grouped,
-    "triton": triton_experts.triton_experts,
+    "triton": triton_experts,
     "loop": loop,
 }
 """The backends by name; ``"auto"`` takes the one that suits the input."""
 
 OBSTACLES: Dict[str, Callable[[torch.device, torch.dtype], Optional[str]]] = {
     "grouped": grouped.obstacle,
-    "triton": triton_experts.obstacle,
+    "triton": products.obstacle,
 }
 """(device, dtype) -> why a backend cannot serve such an input, None if it can; backends that serve
 every input are not listed."""

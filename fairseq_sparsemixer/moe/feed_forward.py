@@ -40,7 +40,8 @@ class MoEFeedForward(nn.Module):
         output_masking: probability of leaving out an expert's whole output for a token in
             training; what is kept is scaled by 1 / (1 - probability) (expert output masking of
             NLLB, arXiv 2207.04672).
-        backend: "auto" or a name in :data:`fairseq_sparsemixer.moe.dispatch.BACKENDS`.
+        backend: "auto" or a name in :data:`fairseq_sparsemixer.moe.dispatch.BACKENDS`, of the
+            experts; router and statistics have kernels for "auto" and "triton" alone.
         recompute: compute the experts' inner layers again in the backward pass instead of keeping
             them: less memory, about a sixth more products.
         options: further arguments of the router (``bias``, ``init_scale``, ...).
@@ -70,7 +71,6 @@ class MoEFeedForward(nn.Module):
         if not 0 <= output_masking < 1:
             raise ValueError(f"output_masking must be at least 0 and below 1, not {output_masking}")
         self.embed_dim = embed_dim
-        self.backend = backend
         self.output_masking = output_masking
         self.observing = True
         """Whether training batches count for the balance bias and the running means."""
@@ -82,9 +82,20 @@ class MoEFeedForward(nn.Module):
             jitter_eps=jitter_eps,
             **options,
         )
+        self.router.backend = backend
         self.experts = Experts(
             embed_dim, ffn_dim, num_experts, activation_fn, activation_dropout, recompute
         )
+
+    @property
+    def backend(self) -> str:
+        """ "auto" or a name in :data:`fairseq_sparsemixer.moe.dispatch.BACKENDS`, for all parts."""
+        return self.router.backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        check_backend(name)
+        self.router.backend = name
 
     def forward(
         self,

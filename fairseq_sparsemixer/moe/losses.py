@@ -39,7 +39,7 @@ class RoutingStatistics:
     @classmethod
     def from_routing(cls, routing: Routing) -> "RoutingStatistics":
         """The sums of one layer."""
-        if fused_router.serves(routing.logits):
+        if fused_router.serves(routing.logits, routing.backend):
             sums = cls.unpack(fused_statistics.pack(routing))
             sums.tokens, sums.entropy = sums.tokens.detach(), sums.entropy.detach()
             sums.expert_tokens = sums.expert_tokens.detach()

@@ -56,6 +56,8 @@ class Routing:
     load: Optional[Tensor] = None
     """(T, N) float32: smooth chance of being chosen, with gradient (arXiv 1701.06538, eq. 9);
     None where ``sampling_probs`` is that already."""
+    backend: str = "auto"
+    """What its sums may be formed by: see :attr:`Router.backend`."""
 
     @property
     def chosen(self) -> Tensor:
@@ -126,6 +128,10 @@ class Router(nn.Module):
     """Predicts outputs of experts that are not computed; None for routers that need none."""
     balance_bias: Optional[BalanceBias]
     """None without a ``balance_bias_rate``."""
+
+    backend = "auto"
+    """What computes it: on a GPU that the experts' Triton kernels serve, those of the router for
+    "auto" and "triton", and plain PyTorch for the name of another backend. Set by the layer."""
 
     name = ""
     """The name in :data:`ROUTERS`, set by :func:`register_router`."""
@@ -211,7 +217,14 @@ class Router(nn.Module):
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, N) float32: z = x W^T + b."""
         assert self.weight is not None
-        return project(x_TD, self.weight, self.bias)
+        return self.project(x_TD, self.weight, self.bias)
+
+    def project(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Optional[Tensor] = None) -> Tensor:
+        """(T, N) float32: x W^T + b in float32, whatever the dtypes are."""
+        if fused_router.serves(x_TD, self.backend):
+            return fused_projection.project(x_TD, weight_ND, bias_N)
+        bias_N = None if bias_N is None else bias_N.float()
+        return F.linear(x_TD.float(), weight_ND.float(), bias_N)
 
     def route(
         self,
@@ -230,6 +243,7 @@ class Router(nn.Module):
             token_ids: (T,) int64, for routers that read them (``hash``).
         """
         routing = self.select(logits.float(), Context(x, padding_mask, token_ids))
+        routing.backend = self.backend
         if padding_mask is None:
             return routing
         mask_T1 = padding_mask.unsqueeze(-1)
@@ -272,14 +286,6 @@ class Router(nn.Module):
             f"{self.embed_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"jitter_eps={self.jitter_eps}, bias={self.bias is not None}"
         )
-
-
-def project(x_TD: Tensor, weight_ND: Tensor, bias_N: Optional[Tensor] = None) -> Tensor:
-    """(T, N) float32: x W^T + b in float32, whatever the dtypes are."""
-    if fused_router.serves(x_TD):
-        return fused_projection.project(x_TD, weight_ND, bias_N)
-    bias_N = None if bias_N is None else bias_N.float()
-    return F.linear(x_TD.float(), weight_ND.float(), bias_N)
 
 
 def without_autocast(device_type: str) -> ContextManager[Any]:

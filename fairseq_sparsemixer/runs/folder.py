@@ -139,7 +139,7 @@ def _why_it_does_not_count(run: Run, scores: Optional[str]) -> str:
         return f"its last validation nll is {last.nll_loss}"
     if not run.evaluation:
         named = "" if scores is None else f" as {scores}"
-        return f"not scored{named}; `fairseq-sparsemixer evaluate {run.folder}` does it"
+        return f"not scored{named}; fairseq-sparsemixer evaluate {run.folder} does it"
     for checkpoint in run.evaluation["checkpoints"]:
         # The one name that says how far training was.
         if checkpoint["name"] == "checkpoint_last.pt" and checkpoint["updates"] < last.updates:
@@ -152,8 +152,7 @@ def _read_config(path: Path) -> Dict[str, Any]:
         # Unresolved: hydra's own interpolations have no meaning here.
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read {path} ({reason}); leave its folder out of RUN") from error
+        raise UserError(f"cannot read {path} ({error}); leave its folder out of RUN") from error
     sections = ("common", "optimization", "model")
     if not isinstance(config, dict) or any(not config.get(section) for section in sections):
         raise UserError(f"{path} is not a config of fairseq; leave its folder out of RUN")

@@ -78,7 +78,7 @@ def read_plan(path: Path) -> Plan:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the plan {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read the plan {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no plan of a study: it holds no keys such as arms and seeds")
     values = {"config": "study", "jobs": 1, "beam": 4, "overrides": [], **content}

@@ -7,6 +7,8 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
+from fairseq.distributed import utils as distributed_utils
+from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
@@ -123,6 +125,7 @@ class TranslationWithRoutingTask(TranslationTask):
         if self._path is not None:
             if self._watch is None:
                 self._check_text()
+                self._check_translation(model)
                 known = {0: points.Clock(0.0, 0.0, 0.0), **points.read_clocks(self._clocks_path)}
                 self._watch = _Stopwatch(known.get(update_num, points.Clock()))
             self._watch.start()
@@ -237,6 +240,16 @@ class TranslationWithRoutingTask(TranslationTask):
                 self._text(self.cfg.target_lang)
                 self._subwords()
 
+    def _check_translation(self, model: torch.nn.Module) -> None:
+        """Refuse what would wait for ever: only the first worker translates."""
+        translates = self.cfg.points_text and self.cfg.points_sentences > 0
+        several = distributed_utils.get_data_parallel_world_size() > 1
+        if translates and several and _is_sharded(model):
+            raise ConfigError(
+                "--points-sentences must be 0 with --ddp-backend fully_sharded: the worker that "
+                "translates would wait for the parameters of the others"
+            )
+
     def _domains(self) -> Optional[List[str]]:
         if not self.cfg.points_text:
             return None
@@ -287,6 +300,10 @@ class TranslationWithRoutingTask(TranslationTask):
 
     def _subwords(self) -> "subwords.Subwords":
         return subwords.find_subwords([Path(self.cfg.data.split(":")[0])])
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def _nll_loss(stats: Mapping[str, Any]) -> float:

@@ -80,7 +80,7 @@ def compose(configs: Path, overrides: List[str], name: str) -> Any:
     except UserError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"hydra: {' '.join(str(error).split())}") from error
+        raise UserError(f"hydra: {error}") from error
     for key in sorted(cfg.keys() - FairseqConfig.__dataclass_fields__.keys()):
         raise UserError(f"{key}: fairseq has no such group of settings")
     return cfg

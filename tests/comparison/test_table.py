@@ -144,7 +144,7 @@ def test_unfinished_and_unscored_runs_are_listed_and_not_counted(place):
     assert rows["switch-4"]["bleu_deviation"] is None
     for note in (
         "switch-4, seed 2 ({runs}/a2): unfinished, 200 of 300 updates",
-        "switch-4, seed 3 ({runs}/a3): not scored; `fairseq-sparsemixer evaluate {runs}/a3`",
+        "switch-4, seed 3 ({runs}/a3): not scored; fairseq-sparsemixer evaluate {runs}/a3",
         "hash-4, seed 1 ({runs}/b): there is no hydra_train.log",
         "topk-4, seed 1 ({runs}/c): hydra_train.log holds no validation",
         "random-4, seed 1 ({runs}/d): its last validation nll is nan",
@@ -268,3 +268,21 @@ def test_runs_of_fairseq_hydra_train(corpus, tmp_path):
         done = re.findall(r"done training in ([\d.]+) seconds", log)
         assert seconds[-1] == pytest.approx(sum(map(float, done)), abs=0.5)
         assert run["parameters"]["total"] > 1000
+
+
+def test_settings_of_any_text_break_no_table(place):
+    """Models are named after the settings in which they differ."""
+    hostile = "a|b`c`\n<img src=x>"
+    options = "model.router_options"
+    place.run("a", router="switch", seed=1, **{options: hostile})
+    place.run("b", router="switch", seed=1, **{options: "{}"})
+    place.run("c", router="switch", seed=2, scored=False, **{options: "{}"})
+    _, rows, text = place.table(baseline="switch-4,router_options={}")
+    assert f"switch-4,router_options={hostile}" in rows
+    lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert {len(line) for line in lines} == {15}
+    assert {line[0] for line in lines[2:]} == {
+        "switch-4,router_options={}",
+        "switch-4,router_options=a\\|b\\`c\\` \\<img src=x>",
+    }
+    assert not re.search(r"(?<!\\)[<`]", text)

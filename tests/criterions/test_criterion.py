@@ -150,6 +150,7 @@ def test_scope_of_the_balance_loss(balance_loss, scope, monkeypatch):
         )
 
     expected = balance_gradient(whole)
+    assert expected.abs().max() > 1e-3
     module = "fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing"
     utils = f"{module}.distributed_utils"
     sums = []
@@ -166,6 +167,95 @@ def test_scope_of_the_balance_loss(balance_loss, scope, monkeypatch):
     torch.testing.assert_close(
         sum(balance_gradient(half) for half in halves), expected, rtol=1e-4, atol=1e-5
     )
+
+
+class Workers:
+    """The workers of one batch, played one after the other: each sums what all of them have."""
+
+    def __init__(self, monkeypatch, count):
+        module = "fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing"
+        utils = f"{module}.distributed_utils"
+        self.sums, self.total = [], None
+        monkeypatch.setattr(f"{utils}.get_data_parallel_world_size", lambda: count)
+        monkeypatch.setattr(f"{utils}.get_data_parallel_group", lambda: None)
+        monkeypatch.setattr(f"{utils}.all_reduce", self.all_reduce)
+
+    def all_reduce(self, buffer, group):
+        self.sums.append(buffer.clone())
+        if self.total is not None:
+            buffer.copy_(self.total)
+
+    def losses(self, loss_of, batches):
+        """Of each worker, once all have said what they have."""
+        self.sums, self.total = [], None
+        for batch_of_worker in batches:
+            loss_of(batch_of_worker)
+        self.total = sum(self.sums)
+        return [loss_of(batch_of_worker) for batch_of_worker in batches]
+
+
+@pytest.mark.parametrize("balance_loss", ["switch", "importance"])
+def test_all_workers_together_count_a_balance_loss_once(balance_loss, monkeypatch):
+    """In value too: fairseq logs the sum over workers. Equal batches, so equal shares."""
+    model, data = deterministic_model(), sample()
+    loss_of = criterion(balance_weight=2.0, balance_loss=balance_loss)
+
+    def balance_of(batch_of_worker):
+        return (loss_of(model, batch_of_worker)[0] - plain_loss(model, batch_of_worker)).item()
+
+    alone = balance_of(data)
+    assert alone > 0.1
+    of_workers = Workers(monkeypatch, 3).losses(balance_of, [data] * 3)
+    # Three times the tokens at the same value for each of them.
+    assert sum(of_workers) == pytest.approx(3 * alone, rel=1e-4)
+
+
+def test_validation_needs_no_other_worker(monkeypatch):
+    """Whose number of batches may be another: who waited for it would wait for ever."""
+    model, data = deterministic_model(), sample()
+    workers = Workers(monkeypatch, 2)
+    criterion(balance_weight=2.0)(model.eval(), data)
+    assert not workers.sums
+    criterion(balance_weight=2.0)(model.train(), data)
+    assert len(workers.sums) == 1
+
+
+def test_the_mean_is_over_the_layers_that_ran():
+    """LayerDrop leaves out all of the encoder here."""
+    model, data = deterministic_model(encoder_layerdrop=1.0).train(), sample()
+    loss = criterion(balance_weight=0.3, z_loss_weight=0.2)(model, data)[0]
+    statistics = statistics_of(model, data)
+    assert statistics.tokens.tolist() == [0, 0, 20, 20]
+    per_layer = 0.3 * statistics.load_balance_loss + 0.2 * statistics.z_loss
+    assert per_layer[0] == 0
+    torch.testing.assert_close(loss, plain_loss(model, data) + 20 * per_layer[2:].sum() / 2)
+
+
+@pytest.mark.parametrize("settings", [{"balance_weight": 3.0}, {"z_loss_weight": 0.7}])
+def test_the_gradient_that_the_router_gets_of_its_losses(settings):
+    """By the formulas, at the last layer, which no other layer's loss goes through."""
+    model, data = deterministic_model(), sample()
+    router = model.decoder.layers[-1].moe.router
+    seen = []
+    router.register_forward_pre_hook(lambda module, args: seen.append(args))
+    loss_of = criterion(**{"balance_weight": 0.0, **settings})
+    difference = loss_of(model, data)[0] - plain_loss(model, data)
+    weights = [p for name, p in model.named_parameters() if name.endswith("router.weight")]
+    gradients = torch.autograd.grad(difference, weights)
+    assert len(gradients) == 4 and all(gradient.abs().max() > 1e-3 for gradient in gradients)
+
+    x, padding = seen[0][:2]
+    x = x[~padding].detach()
+    tokens, num_experts = len(x), router.num_experts
+    z = x @ router.weight.detach().t() + router.bias.detach()
+    p = z.softmax(-1)
+    if "balance_weight" in settings:
+        share = torch.nn.functional.one_hot(z.argmax(-1), num_experts).float().mean(0)
+        d_z = 3.0 * num_experts / tokens * p * (share - (p * share).sum(-1, keepdim=True))
+    else:
+        d_z = 0.7 * 2 / tokens * z.logsumexp(-1, keepdim=True) * p
+    expected = tokens * d_z.t() @ x / 4  # sample_size; the mean over four layers
+    torch.testing.assert_close(gradients[-1], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_dense_model_gets_the_plain_loss():
@@ -216,6 +306,17 @@ def test_logged_routing_is_right_over_batches_and_workers():
         if "loss" not in key or key.startswith(("balance_loss", "z_loss")):
             assert one_by_one[key] == pytest.approx(values[key], abs=1e-3), key
     assert not [key for key in one_by_one if key.startswith("_")]
+
+
+def test_sums_of_a_long_validation_stay_exact():
+    """float32 would not count a token after 16,777,216."""
+    log = criterion()(deterministic_model(), sample())[2]
+    key = "routing_statistics/encoder.0"
+    many, one = (torch.full_like(log[key], value) for value in (2.0**24, 1.0))
+    with metrics.aggregate(new_root=True) as aggregate:
+        for packed in (many, one):
+            LabelSmoothedCrossEntropyWithRouting.reduce_metrics([{**log, key: packed}])
+    assert aggregate[f"_{key}"].sum.tolist() == [2.0**24 + 1] * len(one)
 
 
 def test_a_layer_that_did_not_run_has_no_value():

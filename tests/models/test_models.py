@@ -27,6 +27,33 @@ def moe_layers(model):
     return [m.layer_name for m in model.modules() if isinstance(m, SwitchLayer)]
 
 
+def test_sizes_of_the_demo():
+    args = argparse.Namespace(decoder_layers=2)
+    ARCHITECTURES["switch_transformer_demo"](args)
+    for side, layers in (("encoder", 3), ("decoder", 2)):
+        sizes = (192, 768, 4, True, layers)
+        names = ("embed_dim", "ffn_embed_dim", "attention_heads", "normalize_before", "layers")
+        assert tuple(getattr(args, f"{side}_{name}") for name in names) == sizes
+
+
+def test_every_setting_of_ours_has_a_help_text():
+    for name, field in SwitchTransformerConfig.__dataclass_fields__.items():
+        if name in SwitchTransformerConfig.__annotations__:
+            assert field.metadata["help"], name
+
+
+@pytest.mark.parametrize(("side", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
+def test_a_side_that_is_not_pruned_keeps_its_layers(side, other):
+    whole, kept = build(seed=1), {f"{side}_layers_to_keep": "1"}
+    pruned = build(seed=2, **kept)
+    settings = {"_name": "switch_transformer", f"{other}_layers_to_keep": None, **kept}
+    pruned.load_state_dict(whole.state_dict(), model_cfg=OmegaConf.create(settings))
+    expected = whole.state_dict()
+    for name, value in pruned.state_dict().items():
+        source = name.replace(f"{side}.layers.0.", f"{side}.layers.1.")
+        assert torch.equal(value, expected[source]), name
+
+
 def test_experts_lie_in_layers_0_2_4_by_default():
     model = build(encoder_layers=6, decoder_layers=5)
     names = ["encoder.0", "encoder.2", "encoder.4", "decoder.0", "decoder.2", "decoder.4"]
@@ -360,6 +387,7 @@ def test_experts_are_laid_out_when_fairseq_prepares_to_translate(dtype, monkeypa
         ({"moe_every": 0}, "--moe-every must be at least 1"),
         ({"moe_offset": -1}, "--moe-offset must be at least 0"),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq must be 0"),
+        ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar must be 0"),
         ({"scale_fc": True}, "--scale-fc must be off"),
         ({"encoder_attention_heads": 3}, "must be a multiple of --encoder-attention-heads"),
         ({"encoder_ffn_embed_dim": 0}, "--encoder-ffn-embed-dim must be at least 1"),

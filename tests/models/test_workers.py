@@ -192,6 +192,24 @@ def test_what_is_learnt_without_gradient_is_resumed(toy_corpus, tmp_path):
     assert_same(actual, expected)
 
 
+@pytest.mark.slow
+def test_two_workers_resume_with_the_noise_that_each_would_have_drawn(toy_corpus, tmp_path):
+    """SparseMixer samples, and dropout draws; bit by bit, within an epoch."""
+    settings = {
+        "share_all_embeddings": True,
+        "max_tokens": 200,
+        "disable_validation": True,
+        "load_checkpoint_on_all_dp_ranks": True,
+    }
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder, updates in ((whole, 4), (stopped, 2), (stopped, 4)):
+        train_on_two_workers(
+            toy_corpus / "joined", folder, "legacy_ddp", **settings, max_update=updates
+        )
+    actual, expected = (parameters(path / "checkpoint_last.pt") for path in (stopped, whole))
+    assert_same(actual, expected)
+
+
 def test_two_workers_measure_the_whole_validation_set(toy_corpus, tmp_path):
     """A point of the task translation_with_routing: words and choices of both."""
     file = tmp_path / "points.jsonl"

@@ -1,11 +1,14 @@
 """What is learnt without a gradient, and output masking."""
 
+import math
+
 import pytest
 import torch
 from support.reference import expert_output
 from support.routers import chi_square, random_layer
 
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, RoutingStatistics, build_router
+from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
 
 BIASED = sorted(name for name, router in ROUTERS.items() if router.takes_balance_bias)
 
@@ -378,3 +381,53 @@ def test_a_dropped_output_gives_no_gradient():
     assert 0 < dropped.sum() < 40
     assert (gradient[dropped] == 0).all()
     assert (gradient[~dropped].abs().sum(-1) > 0).all()
+
+
+def test_lines_forget_at_the_rate_of_their_decay():
+    """Two updates of one expert's tokens: X'X and X'Y of the first count by the decay."""
+    decay = 0.25
+    lines = ExpertLines(num_experts=2, embed_dim=3, decay=decay)
+    torch.manual_seed(0)
+    batches = [(torch.randn(5, 3), torch.randn(5, 3)) for _ in range(2)]
+    for x, out in batches:
+        lines.observe(x, torch.zeros(5, dtype=torch.int64), out)
+        lines.end_update()
+    with_one = [torch.cat([x, torch.ones(5, 1)], -1) for x, _ in batches]
+    gram = [x.t() @ x for x in with_one]
+    cross = [x.t() @ out for x, (_, out) in zip(with_one, batches)]
+    torch.testing.assert_close(lines.gram[0], decay * gram[0] + gram[1])
+    torch.testing.assert_close(lines.cross[0], decay * cross[0] + cross[1])
+    assert not lines.gram[1].any() and not lines.cross[1].any()
+
+
+@pytest.mark.parametrize("kind", [ExpertMeans, ExpertLines])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_output_that_is_no_number_does_not_stay(kind, value):
+    """What overflows in half precision; fairseq skips that update, and goes on."""
+    part = kind(num_experts=2, embed_dim=3, decay=0.5)
+    torch.manual_seed(0)
+    for update in range(12):
+        out = torch.randn(4, 3)
+        if update == 0:
+            out[0, 0] = value
+        part.observe(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]), out)
+        part.end_update()
+    for name, buffer in part.named_buffers():
+        assert buffer.isfinite().all(), name
+    assert part.predict(torch.randn(2, 3)).isfinite().all()
+
+
+def test_lines_solve_a_ridge_regression():
+    """By its normal equations, for the expert with tokens; the one without any predicts 0."""
+    lines = ExpertLines(num_experts=2, embed_dim=3, decay=0.9)
+    torch.manual_seed(0)
+    x, out = torch.randn(6, 3), torch.randn(6, 3)
+    lines.observe(x, torch.zeros(6, dtype=torch.int64), out)
+    lines.end_update()
+    lines.solve()
+    with_one = torch.cat([x, torch.ones(6, 1)], -1)
+    gram = with_one.t() @ with_one
+    ridge = ExpertLines.RIDGE * gram.diagonal().mean() * torch.eye(4)
+    expected = torch.linalg.solve(gram + ridge, with_one.t() @ out)
+    torch.testing.assert_close(lines.weight[0], expected)
+    assert not lines.predict(x)[:, 1].any()

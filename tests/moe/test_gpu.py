@@ -128,7 +128,7 @@ def test_tf32_is_honoured(allowed):
 @pytest.mark.parametrize("router", ONE_EXPERT)
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_routers_equal_the_plain_ones(router, training, monkeypatch):
-    layer = make_layer("sorted", torch.float32, router).train(training)
+    layer = make_layer("triton", torch.float32, router).train(training)
     batch = make_batch(dtype=torch.float32)
     fused = results(layer, *batch)
     monkeypatch.setattr(fused_router, "DEVICES", ())
@@ -138,7 +138,7 @@ def test_fused_routers_equal_the_plain_ones(router, training, monkeypatch):
 @pytest.mark.parametrize("router", ROUTER_NAMES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_fused_statistics_equal_the_plain_ones(router, padded, monkeypatch):
-    layer, (x, mask) = make_layer("sorted", torch.float32, router), make_batch(5000, torch.float32)
+    layer, (x, mask) = make_layer("auto", torch.float32, router), make_batch(5000, torch.float32)
     torch.manual_seed(2)
     routing = layer.router(x, mask if padded else None)
 

@@ -26,7 +26,6 @@ from fairseq_sparsemixer.moe import (
 from fairseq_sparsemixer.moe.dispatch import BACKENDS as BACKENDS_BY_NAME
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for, dispatch
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.moe.kernels import experts as triton_experts
 from fairseq_sparsemixer.moe.kernels import products
 from fairseq_sparsemixer.moe.kernels.sorting import sort_slots
 
@@ -42,7 +41,7 @@ def usable(name):
 
 
 BACKENDS = [usable("grouped"), usable("triton")]
-needs_triton = pytest.mark.skipif(triton_experts.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(products.triton is None, reason="Triton is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -306,8 +305,8 @@ def test_autocast(backend):
 
 
 def test_auto_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(triton_experts, "kernels", type("Kernels", (), {"INTERPRETED": False}))
-    monkeypatch.setattr(triton_experts, "triton", object())
+    monkeypatch.setattr(products, "kernels", type("Kernels", (), {"INTERPRETED": False}))
+    monkeypatch.setattr(products, "triton", object())
 
     def chosen(capability, dtype):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -317,7 +316,7 @@ def test_auto_on_a_gpu(monkeypatch):
     assert chosen((7, 0), HALF) == "sorted"
     assert chosen((9, 0), torch.float64) == "sorted"
     assert backend_for(CPU, FLOAT) == "sorted"
-    monkeypatch.setattr(triton_experts, "triton", None)
+    monkeypatch.setattr(products, "triton", None)
     assert chosen((9, 0), BFLOAT) == "grouped"
     assert chosen((9, 0), HALF) == "sorted"
     assert chosen((8, 0), BFLOAT) == "sorted"
@@ -337,7 +336,7 @@ def test_what_a_backend_cannot_serve_is_refused(monkeypatch):
     )
     monkeypatch.delattr(F, "grouped_mm")
     assert "needs torch.nn.functional.grouped_mm" in message("grouped")
-    monkeypatch.setattr(triton_experts, "triton", None)
+    monkeypatch.setattr(products, "triton", None)
     assert "needs Triton (pip install" in message("triton")
 
 

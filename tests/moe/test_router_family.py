@@ -174,6 +174,14 @@ def test_hash_sends_equal_ids_to_equal_experts_and_ids_to_all():
     assert same.item() == pytest.approx(0.2, abs=0.02)
 
 
+def test_hash_is_the_same_in_every_version():
+    """What a model has learnt depends on it."""
+    expected = {0: [824515495, 1722258072, 1605816901], 7: [792170672, 1699764075, 1981034902]}
+    for seed, numbers in expected.items():
+        router = smallest("hash", num_experts=5, seed=seed)
+        assert router.hash(torch.arange(3)).tolist() == numbers
+
+
 DRAWS = 40_000
 
 

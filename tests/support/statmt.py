@@ -108,6 +108,7 @@ class Server:
         requests: (path, first byte asked for) of every request.
         ranges: whether the server knows them.
         careless: sends the rest of whatever version it has, and calls it so.
+        answers: path -> (status, headers, body) in place of a file.
     """
 
     def __init__(self):
@@ -117,6 +118,7 @@ class Server:
         self.requests = []
         self.ranges = True
         self.careless = False
+        self.answers = {}
         self.url = ""
 
     def answer(self, handler):
@@ -124,6 +126,14 @@ class Server:
         asked = handler.headers.get("Range") if self.ranges else None
         start = int(asked[len("bytes=") : -1]) if asked else 0
         self.requests.append((path, start))
+        if path in self.answers:
+            status, headers, body = self.answers[path]
+            handler.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(body)
+            return
         if path not in self.files:
             handler.send_error(404)
             return

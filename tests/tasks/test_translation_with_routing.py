@@ -1,9 +1,16 @@
 """The task under fairseq's own commands."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
+from fairseq.distributed import utils as distributed_utils
+from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from support import small_run
 
+from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.runs import points
+from fairseq_sparsemixer.tasks.translation_with_routing import TranslationWithRoutingTask
 
 
 def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
@@ -41,3 +48,23 @@ def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
     _, last = points.read_points(file)
     unknown = ("seconds", "cpu_seconds", "words", "words_per_second")
     assert [last[key] for key in unknown] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("workers", "sentences", "refused"), [(2, 200, True), (2, 0, False), (1, 200, False)]
+)
+def test_translating_with_shards_of_other_workers_is_refused(
+    workers, sentences, refused, monkeypatch
+):
+    """Before training, by all workers."""
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: workers)
+    shard = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # fairscale is not needed
+    torch.nn.Module.__init__(shard)
+    task = SimpleNamespace(cfg=SimpleNamespace(points_text="raw", points_sentences=sentences))
+    check = TranslationWithRoutingTask._check_translation
+    check(task, torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    if refused:
+        with pytest.raises(ConfigError, match="--points-sentences must be 0 with --ddp-backend"):
+            check(task, torch.nn.Sequential(shard))
+    else:
+        check(task, torch.nn.Sequential(shard))

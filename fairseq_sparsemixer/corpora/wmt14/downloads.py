@@ -26,6 +26,7 @@ ATTEMPTS = 5
 """Connections tried in a row without a byte of progress."""
 _TIMEOUT = 60  # seconds without a byte
 _BLOCK = 1 << 16
+_WHOLE, _PART = 200, 206  # what else succeeds (204: no content) is not a file
 # Not every OSError: a full disk is no reason to try again.
 _NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -190,6 +191,21 @@ def _tag_path(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.tag")
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows http to http and https, and https to https alone."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        """See urllib, which would also follow to ftp, and from https to http."""
+        allowed = ("https",) if req.type == "https" else ("http", "https")
+        if urllib.parse.urlsplit(newurl).scheme.lower() not in allowed:
+            raise urllib.error.HTTPError(
+                req.full_url, code, f"{msg}, to {newurl}, which is not followed", headers, fp
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _fetch_rest(url: str, partial: Path) -> None:
     """One connection: append what ``partial`` lacks, or begin anew where the server has to."""
     have = _size(partial)
@@ -200,24 +216,30 @@ def _fetch_rest(url: str, partial: Path) -> None:
         # Another version of the file comes whole, with status 200.
         request.add_header("If-Range", tag)
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        response = urllib.request.build_opener(_Redirects).open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing after the last byte
             raise
         if error.headers.get("Content-Range", "").endswith(f"/{have}"):
             return
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         raise ConnectionError("the file has changed on the server") from error
     with response:
         new_tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        resumed = response.status == 206
+        if response.status not in (_WHOLE, _PART):
+            raise urllib.error.HTTPError(
+                url, response.status, response.reason, response.headers, None
+            )
+        resumed = response.status == _PART
         starts_here = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if resumed and not (starts_here and new_tag in ("", tag)):
-            partial.unlink()
+            partial.unlink(missing_ok=True)
             raise ConnectionError("the server sent another part, or of another version")
         start = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        total = None if response.length is None else start + response.length
+        whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if resumed and whole.isdecimal():
+            total = int(whole)  # the server may send less than the rest
         with (
             partial.open("ab" if resumed else "wb") as file,
             tqdm(
@@ -232,6 +254,8 @@ def _fetch_rest(url: str, partial: Path) -> None:
     # http.client does not tell a broken connection from the end of the file.
     if total is not None and _size(partial) != total:
         raise ConnectionError(f"the connection broke at byte {_size(partial)} of {total}")
+    if _size(partial) == 0:
+        raise ConnectionError("the server sent an empty file")
 
 
 def _read_tag(partial: Path) -> str:

@@ -2,8 +2,6 @@
 
 Nothing waits for the device, so a layer can be captured in a CUDA graph. For ``torch.compile`` the
 kernels are operators of PyTorch.
-
-Without Triton this file can be imported, and :func:`obstacle` says what is missing.
 """
 
 from typing import Any, NamedTuple, Optional, Tuple
@@ -24,31 +22,6 @@ from fairseq_sparsemixer.moe.kernels.products import (
 from fairseq_sparsemixer.moe.kernels.sorting import sort_slots
 from fairseq_sparsemixer.moe.routing import Routing
 from fairseq_sparsemixer.moe.slots import Observer, operands, tokens_of
-
-try:
-    import triton
-
-    from fairseq_sparsemixer.moe.kernels import expert_kernels as kernels
-except ImportError:
-    triton = None
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def obstacle(device: torch.device, dtype: torch.dtype) -> Optional[str]:
-    """Why this backend cannot serve such an input, as the rest of a sentence; None if it can."""
-    if triton is None:
-        return "needs Triton (pip install 'fairseq-sparsemixer[triton]')"
-    if dtype not in DTYPES:
-        return "takes bfloat16, float16 or float32"
-    if kernels.INTERPRETED:
-        return None
-    if device.type != "cuda":
-        return "needs a GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        # Triton multiplies without tensor cores on older ones.
-        return "needs a GPU of compute capability 8.0"
-    return None
 
 
 class _Tiles(NamedTuple):

@@ -1,6 +1,7 @@
 """Products of the rows of slots that are sorted by expert, as operators of PyTorch.
 
-Sums are formed in a fixed order: the same input gives the same bits.
+Sums are formed in a fixed order: the same input gives the same bits. Without Triton this file can
+be imported, and :func:`obstacle` says what is missing.
 """
 
 from typing import Any, List, Optional, Tuple
@@ -22,10 +23,27 @@ try:
 except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 128
 """Rows and columns of a tile of the result that one program computes."""
 LEAST_DESCRIBED_SLOTS = 1024
 """With fewer, the host takes longer to describe the matrices than the device saves."""
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> Optional[str]:
+    """Why kernels cannot serve such an input, as the rest of a sentence; None if they can."""
+    if triton is None:
+        return "needs Triton (pip install 'fairseq-sparsemixer[triton]')"
+    if dtype not in DTYPES:
+        return "takes bfloat16, float16 or float32"
+    if kernels.INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return "needs a GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        # Triton multiplies without tensor cores on older ones.
+        return "needs a GPU of compute capability 8.0"
+    return None
 
 
 def tile_rows(num_slots: int, num_experts: int) -> int:

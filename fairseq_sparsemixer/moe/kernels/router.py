@@ -17,6 +17,7 @@ from fairseq_sparsemixer.moe.kernels.operators import (
     once_differentiable,
     operator,
 )
+from fairseq_sparsemixer.moe.kernels.products import obstacle
 
 try:
     import triton
@@ -29,9 +30,14 @@ DEVICES = ("cuda",)
 """Types of the devices whose tensors are served."""
 
 
-def serves(logits_TN: Tensor) -> bool:
-    """Whether logits are where these kernels run."""
-    return triton is not None and logits_TN.device.type in DEVICES
+def serves(logits_TN: Tensor, backend: str) -> bool:
+    """Whether these kernels take logits, under the layer's choice of a backend.
+
+    They do where the experts' Triton kernels run too and nothing else was asked for.
+    """
+    if backend not in ("auto", "triton") or logits_TN.device.type not in DEVICES:
+        return False
+    return obstacle(logits_TN.device, logits_TN.dtype) is None
 
 
 class FusedEstimator(NamedTuple):

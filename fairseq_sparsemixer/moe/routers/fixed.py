@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.routing import Context, Router, Routing, project, register_router
+from fairseq_sparsemixer.moe.routing import Context, Router, Routing, register_router
 
 UNREACHABLE = -1e4
 """Logit of an expert with probability 0; finite, so that 0 times it is 0."""
@@ -97,7 +97,7 @@ class RandomRouter(_FixedRouter):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, N): the fixed projection."""
-        return project(x_TD, self.projection)
+        return self.project(x_TD, self.projection)
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""

@@ -75,7 +75,8 @@ class _SparseMixerBase(Router):
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
         logits_TN = self.biased(logits_TN)
-        estimator = self.fused_estimator() if fused_router.serves(logits_TN) else None
+        fused = fused_router.serves(logits_TN, self.backend)
+        estimator = self.fused_estimator() if fused else None
         if estimator is not None:
             index_T1, gate_T1, probs_TN, masked_TN = fused_router.choose(estimator, logits_TN)
             return Routing(index_T1, gate_T1, logits_TN, probs_TN, masked_TN)

@@ -14,7 +14,6 @@ from fairseq_sparsemixer.moe.routing import (
     Router,
     Routing,
     one_hot,
-    project,
     register_router,
 )
 
@@ -55,7 +54,11 @@ class TopKRouter(Router):
         if self.training and self.jitter_eps > 0:
             eps = self.jitter_eps
             logits_TN = logits_TN * logits_TN.new_empty(logits_TN.shape).uniform_(1 - eps, 1 + eps)
-        if self.top_k == 1 and self.balance_bias is None and fused_router.serves(logits_TN):
+        if (
+            self.top_k == 1
+            and self.balance_bias is None
+            and fused_router.serves(logits_TN, self.backend)
+        ):
             index_T1, gate_T1, probs_TN, _ = fused_router.choose(ESTIMATOR, logits_TN)
             return Routing(index_T1, gate_T1, logits_TN, probs_TN, probs_TN)
         probs_TN = logits_TN.softmax(dim=-1)
@@ -144,7 +147,7 @@ class NoisyTopKRouter(Router):
             if context.x is None:
                 noise_logits_TN = torch.zeros_like(logits_TN)
             else:
-                noise_logits_TN = project(context.x, self.noise_weight)
+                noise_logits_TN = self.project(context.x, self.noise_weight)
             scale_TN = F.softplus(noise_logits_TN) + LEAST_NOISE
             noisy_TN = logits_TN + torch.randn_like(logits_TN) * scale_TN
         index_TK = noisy_TN.topk(self.top_k, dim=-1).indices

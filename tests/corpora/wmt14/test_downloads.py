@@ -1,6 +1,7 @@
 """Downloads: resumed, verified, recorded."""
 
 import json
+import urllib.request
 
 import pytest
 from support import statmt
@@ -137,3 +138,73 @@ def test_a_record_that_is_none(quick, tmp_path):
     (tmp_path / "pins.json").write_text("[1, 2]")
     with pytest.raises(UserError, match="not a record of checksums"):
         statmt.prepare(quick, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            (302, {"Location": "ftp://127.0.0.1/x"}, b""),
+            "302 Found, to ftp://127.0.0.1/x, which is",
+        ),
+        ((301, {"Location": "file:///etc/passwd"}, b""), "says 301"),
+        ((302, {"Location": statmt.TEST}, b""), "infinite loop"),  # three lines of urllib
+        ((204, {}, b""), "says 204 No Content; name a mirror"),
+        ((203, {}, b"a page of a proxy"), "says 203"),
+        ((200, {}, b""), "the server sent an empty file"),
+        ((206, {"Content-Range": "bytes 5-6/7"}, b"xy"), "the server sent another part"),
+    ],
+)
+def test_an_answer_that_is_no_file(quick, tmp_path, answer, message):
+    quick.answers[statmt.TEST] = answer
+    with pytest.raises(UserError, match=message) as caught:
+        statmt.prepare(quick, tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out" / "download" / "test-full.tgz").exists()
+    del quick.answers[statmt.TEST]
+    statmt.prepare(quick, tmp_path / "out")
+
+
+def test_a_redirect_to_another_server_is_followed(quick, tmp_path):
+    quick.files["/moved.tgz"] = quick.files[statmt.TEST]
+    quick.answers[statmt.TEST] = (302, {"Location": f"{quick.url}/moved.tgz"}, b"")
+    record = statmt.prepare(quick, tmp_path / "out")
+    assert record["source"]["test-full.tgz"]["bytes"] == len(quick.files[statmt.TEST])
+
+
+@pytest.mark.parametrize(
+    ("start", "target", "followed"),
+    [
+        ("http://a/x", "http://b/x", True),
+        ("http://a/x", "https://b/x", True),
+        ("https://a/x", "HTTPS://b/x", True),
+        ("https://a/x", "http://b/x", False),
+        ("https://a/x", "ftp://b/x", False),
+        ("http://a/x", "ftp://b/x", False),
+    ],
+)
+def test_protection_is_never_lost_by_a_redirect(start, target, followed):
+    redirects, request = downloads._Redirects(), urllib.request.Request(start)
+    if followed:
+        new = redirects.redirect_request(request, None, 302, "Found", {}, target)
+        assert new.full_url == target
+    else:
+        with pytest.raises(urllib.error.HTTPError, match="which is not followed"):
+            redirects.redirect_request(request, None, 302, "Found", {}, target)
+
+
+def test_a_server_that_sends_a_part_of_the_rest(quick, tmp_path):
+    """Without another request the file would end where that part does."""
+    content = quick.files[statmt.EUROPARL]
+    quick.break_after[statmt.EUROPARL] = [1000] + [0] * downloads.ATTEMPTS
+    with pytest.raises(UserError, match="goes on at byte 1000"):
+        statmt.prepare(quick, tmp_path / "out")
+    part = {"ETag": f'"{hash(content)}"', "Content-Range": f"bytes 1000-1499/{len(content)}"}
+    quick.answers[statmt.EUROPARL] = (206, part, content[1000:1500])
+    with pytest.raises(UserError, match="goes on at byte 0"):  # the second part is not the next
+        statmt.prepare(quick, tmp_path / "out")
+    asked = [start for path, start in quick.requests if path == statmt.EUROPARL]
+    assert 1500 in asked
+    del quick.answers[statmt.EUROPARL]
+    record = statmt.prepare(quick, tmp_path / "out")
+    assert record["source"]["training-parallel-europarl-v7.tgz"]["bytes"] == len(content)

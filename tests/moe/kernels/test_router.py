@@ -1,10 +1,14 @@
 """The routers' kernels against the same routers in plain PyTorch, with the same random numbers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fairseq_sparsemixer.moe import MoEFeedForward, build_router, load_balance_loss
+from fairseq_sparsemixer.moe.kernels import products
 from fairseq_sparsemixer.moe.kernels import router as fused_router
+from fairseq_sparsemixer.moe.kernels import statistics as fused_statistics
 
 pytestmark = pytest.mark.skipif(
     fused_router.triton is None or torch.cuda.is_available(),
@@ -136,3 +140,32 @@ def test_a_fused_layer_compiles_in_one_piece(name, fused):
 
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled), run(forward))
+
+
+@pytest.mark.parametrize("name", ["switch", "sparsemixer"])
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [("auto", True), ("triton", True), ("sorted", False), ("loop", False), ("grouped", False)],
+)
+def test_the_backend_is_that_of_router_and_statistics_too(
+    name, backend, expected, fused, monkeypatch
+):
+    routed, summed = fused(True), []
+    pack = fused_statistics.pack
+    monkeypatch.setattr(fused_statistics, "pack", lambda r: summed.append(1) or pack(r))
+    layer = MoEFeedForward(4, 6, 3, router=name, backend="loop")
+    layer.backend = backend  # as if it had been built with it
+    routing = layer.router(torch.randn(5, 4), torch.tensor([False] * 4 + [True]))
+    assert load_balance_loss(routing).isfinite()
+    assert (len(routed), len(summed)) == (expected, expected)
+    with pytest.raises(ValueError, match="unknown backend"):
+        layer.backend = "none"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
+def test_older_gpus_get_the_plain_router(capability, expected, monkeypatch):
+    """As they get another backend for the experts."""
+    logits = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    monkeypatch.setattr(products.kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fused_router.serves(logits, "auto") == expected
