@@ -29,7 +29,7 @@ setup(
         "sacrebleu>=2.3",
         "sentencepiece>=0.1.99",
         "scikit-learn>=1.0",
-        "torch>=2.4",
+        "torch>=2.6",
         "tqdm",
     ],
     extras_require={

@@ -4,6 +4,7 @@ It applies itself when it is imported.
 """
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
@@ -12,7 +13,7 @@ from types import TracebackType
 from typing import Any, Optional, Type
 
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, models
 from fairseq.data import data_utils
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
@@ -22,10 +23,11 @@ from omegaconf.errors import ConfigKeyError
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
+from fairseq_sparsemixer.runs import reading
 
 logger = logging.getLogger(__name__)
 
-MINIMUM_TORCH = (1, 13)
+MINIMUM_TORCH = (2, 6)
 
 
 def apply() -> None:
@@ -35,7 +37,7 @@ def apply() -> None:
         UserError: for an environment in which training could not work.
     """
     _check_environment()
-    _allow_checkpoint_classes()
+    _check_checkpoints()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
@@ -60,14 +62,36 @@ def _check_environment() -> None:
         )
 
 
-def _allow_checkpoint_classes() -> None:
-    """Let torch >= 2.6 load fairseq's checkpoints without giving up ``weights_only``.
+class _TorchOfCheckpoints:
+    """torch as fairseq's module of checkpoints sees it: with a ``load`` that checks."""
 
-    Checkpoints that ``fairseq-train`` wrote hold the flags as an ``argparse.Namespace``, a plain
-    record; nothing else is let in.
+    load = staticmethod(lambda file, map_location=None: reading.read(file))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _check_checkpoints() -> None:
+    """Let no checkpoint run code, in fairseq's commands and ``from_pretrained`` (:mod:`.reading`).
+
+    And let it hold no values of numpy, as metrics of --eval-bleu do: torch reads plain ones only.
     """
-    if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([argparse.Namespace])
+    # Flags are kept as a Namespace, a plain record; fairseq sends them from worker to worker.
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    checkpoint_utils.torch = _TorchOfCheckpoints()
+    build, save = models.build_model, checkpoint_utils.torch_persistent_save
+
+    @functools.wraps(build)
+    def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
+        with reading.bounded() if from_checkpoint else contextlib.nullcontext():
+            return build(cfg, task, from_checkpoint)
+
+    @functools.wraps(save)
+    def torch_persistent_save(obj: Any, *args: Any, **kwargs: Any) -> Any:
+        return save(reading.plain(obj), *args, **kwargs)
+
+    models.build_model = build_model
+    checkpoint_utils.torch_persistent_save = torch_persistent_save
 
 
 def _warn_of_dropped_sentences() -> None:
