@@ -152,7 +152,7 @@ _OPERATIONS = frozenset(
         pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
         pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.BINGET,
         pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINPERSID, pickle.GLOBAL,
-        pickle.REDUCE, pickle.BUILD,
+        pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD,
     )
 )  # fmt: skip
 """Those that torch.save writes, and torch.load reads with ``weights_only``."""
@@ -206,7 +206,14 @@ class _Unpickler(pickle._Unpickler):
             raise Damaged("is damaged: it sets the state of what has none")
         pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
 
+    def _new_object(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if kind is not argparse.Namespace or arguments:
+            raise Damaged("is damaged: it makes what no checkpoint holds")
+        self.stack.append(argparse.Namespace())
+
     dispatch[pickle.BUILD[0]] = _build
+    dispatch[pickle.NEWOBJ[0]] = _new_object
 
 
 def verify(file: BinaryIO) -> Dict[str, int]:
@@ -228,6 +235,7 @@ def verify(file: BinaryIO) -> Dict[str, int]:
 
 
 def _verify(file: BinaryIO) -> Dict[str, int]:
+    file.seek(0)
     start = file.read(4)
     total = file.seek(0, 2)
     file.seek(0)

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import re
 from enum import Enum
-from typing import Any, Dict, List, Mapping, Union, get_args, get_origin
+from typing import Any, Container, Dict, List, Mapping, Union, get_args, get_origin
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass.configs import FairseqConfig
@@ -130,7 +130,8 @@ def _check_cfg(cfg: Settings) -> None:
         elif section in PARTS:
             declared = _declared(section, _names(section, settings))
             if isinstance(settings, dict):
-                _check_settings(section, settings, declared)
+                sized = declared if section == "model" else ()
+                _check_settings(section, settings, declared, sized)
         elif isinstance(settings, dict) and section in sections:
             _check_settings(section, settings, _fields(sections[section][0].type))
         else:
@@ -140,14 +141,18 @@ def _check_cfg(cfg: Settings) -> None:
 def _check_flat(settings: Settings, section: str = "args") -> None:
     """Settings of all parts in one: the flags, of older checkpoints and older models."""
     declared: Dict[str, List[Any]] = {}
+    sized: Container[str] = ()
     for (field,) in _fields(FairseqConfig).values():
         _add(declared, _fields(field.type))
     for part in PARTS:
         names = [settings.get("arch" if part == "model" else part)]
         if part == section:
             names.append(settings.get("_name"))
-        _add(declared, _declared(part, [name for name in names if name is not None]))
-    _check_settings(section, settings, declared)
+        of_part = _declared(part, [name for name in names if name is not None])
+        if part == "model":
+            sized = of_part
+        _add(declared, of_part)
+    _check_settings(section, settings, declared, sized)
 
 
 # Names
@@ -221,7 +226,13 @@ def _transformer_fields() -> Dict[str, List[Any]]:
     return declared
 
 
-def _check_settings(section: str, settings: Settings, declared: Mapping[str, List[Any]]) -> None:
+def _check_settings(
+    section: str,
+    settings: Settings,
+    declared: Mapping[str, List[Any]],
+    sized: Container[str] = (),
+) -> None:
+    """Check each field; ``sized`` are those that decide how large a model is."""
     for key, value in settings.items():
         where = f"{section}.{key}"
         fields = declared.get(key, [])
@@ -230,15 +241,20 @@ def _check_settings(section: str, settings: Settings, declared: Mapping[str, Lis
         if not fields:
             _check_plain(where, value)
         _check_evaluated(where, str(key), value)
-        if section in ("model", "args") and fields and key not in NO_SIZE:
+        if key in sized and key not in NO_SIZE:
             _check_size(where, value)
 
 
 def _check_evaluated(where: str, key: str, value: Any) -> None:
-    evaluated = isinstance(value, (str, dict)) and EVALUATED.fullmatch(key)
-    if evaluated and not (isinstance(value, str) and NUMBERS.fullmatch(value)):
+    if isinstance(value, dict):
+        for inner, each in value.items():
+            _check_evaluated(f"{where}.{inner}", str(inner), each)
+    if not isinstance(value, (str, dict)):
+        return
+    harmless = isinstance(value, str) and NUMBERS.fullmatch(value)
+    if EVALUATED.fullmatch(key) and not harmless:
         raise Untrusted(f"has {where} = {_shown(value)}, which fairseq would evaluate as Python")
-    if PROGRAMS.get(key, value) is not value and PROGRAMS[key] == value:
+    if PROGRAMS.get(key) == value:
         raise Untrusted(f"has {where} = {_shown(value)}, for which fairseq starts programs")
 
 
@@ -253,6 +269,8 @@ def _fits(value: Any, kind: Any, default: Any) -> bool:
         return True
     if isinstance(value, str) and "${" in value:  # a reference to another field
         return value == default
+    if kind is type(None):
+        return False
     if get_origin(kind) is Union:
         return any(_fits(value, each, default) for each in get_args(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):
