@@ -4,6 +4,7 @@ It applies itself when it is imported.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import logging
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import Any, Optional, Type
 
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, models
 from fairseq.data import data_utils
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
@@ -25,6 +26,7 @@ from omegaconf.errors import ConfigKeyError
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
+from fairseq_sparsemixer.runs import reading
 from fairseq_sparsemixer.version import MINIMUM_TORCH
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def apply() -> None:
     """
     _check_torch()
     _name_torchrun_without_gpu()
-    _allow_checkpoint_classes()
+    _check_checkpoints()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
@@ -81,14 +83,36 @@ def _name_torchrun_without_gpu() -> None:
     distributed_utils.infer_init_method = infer_init_method
 
 
-def _allow_checkpoint_classes() -> None:
-    """Let torch >= 2.6 load fairseq's checkpoints without giving up ``weights_only``.
+class _TorchOfCheckpoints:
+    """torch as fairseq's module of checkpoints sees it: with a ``load`` that checks."""
 
-    Checkpoints that ``fairseq-train`` wrote hold the flags as an ``argparse.Namespace``, a plain
-    record; nothing else is let in.
+    load = staticmethod(lambda file, map_location=None: reading.read(file))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _check_checkpoints() -> None:
+    """Let no checkpoint run code, in fairseq's commands and ``from_pretrained`` (:mod:`.reading`).
+
+    And let it hold no values of numpy, as metrics of --eval-bleu do: torch reads plain ones only.
     """
-    if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([argparse.Namespace])
+    # Flags are kept as a Namespace, a plain record; fairseq sends them from worker to worker.
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    checkpoint_utils.torch = _TorchOfCheckpoints()
+    build, save = models.build_model, checkpoint_utils.torch_persistent_save
+
+    @functools.wraps(build)
+    def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
+        with reading.bounded() if from_checkpoint else contextlib.nullcontext():
+            return build(cfg, task, from_checkpoint)
+
+    @functools.wraps(save)
+    def torch_persistent_save(obj: Any, *args: Any, **kwargs: Any) -> Any:
+        return save(reading.plain(obj), *args, **kwargs)
+
+    models.build_model = build_model
+    checkpoint_utils.torch_persistent_save = torch_persistent_save
 
 
 def _warn_of_dropped_sentences() -> None:

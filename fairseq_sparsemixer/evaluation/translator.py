@@ -24,7 +24,7 @@ from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import ModelChoice
 from fairseq_sparsemixer.models.search import best_hypotheses
 from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
-from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
+from fairseq_sparsemixer.runs.checkpoints import building, load_state, num_updates
 from fairseq_sparsemixer.text.subwords import Subwords, find_subwords, not_found
 
 logger = logging.getLogger(__name__)
@@ -113,8 +113,9 @@ class Translator:
         paths = find_checkpoints(run, checkpoint)
         state = load_state(paths[0])
         cfg = state["cfg"]
-        _check_task(cfg, paths[0])
-        self.trained_on = Path(utils.split_paths(cfg.task.data)[0])
+        with building(paths[0]):
+            _check_task(cfg, paths[0])
+            self.trained_on = Path(utils.split_paths(cfg.task.data)[0])
         data_folders = [*_corpus_folders(data), self.trained_on]
         self.source_lang, self.target_lang = find_languages(
             source_lang or cfg.task.source_lang, target_lang or cfg.task.target_lang, data_folders
@@ -123,7 +124,8 @@ class Translator:
         self.dictionary_folder = find_dictionaries(folders, self.source_lang, self.target_lang)
         self.subwords = find_subwords([self.dictionary_folder, *folders])
         self.model_settings = _model_settings(cfg.model)
-        task = _build_task(cfg, self.dictionary_folder, (self.source_lang, self.target_lang))
+        with building(paths[0]):
+            task = _build_task(cfg, self.dictionary_folder, (self.source_lang, self.target_lang))
         self.checkpoints: List[CheckpointInfo] = []
         models = []
         # The first file has been read already, and each may be large.
@@ -133,7 +135,8 @@ class Translator:
             models.append(_build_model(path, state, task, self.dictionary_folder))
             averaged_from = list(state.get("averaged_from", []))
             self.checkpoints.append(CheckpointInfo(path, num_updates(state), averaged_from))
-        self._hub = _build_hub(cfg, task, models, self.subwords)
+        with building(paths[0]):
+            self._hub = _build_hub(cfg, task, models, self.subwords)
         self._hub.to(self.device, DTYPES[precision]).eval()
 
     @property
@@ -400,7 +403,8 @@ def _build_model(path: Path, state: Dict[str, Any], task: Any, folder: Path) -> 
                 f"the checkpoint {path} was trained with dictionaries of {len(embedding)} entries "
                 f"and those in {folder} have {len(dictionary)}; give the right ones with --data"
             )
-    return checkpoint_utils.load_model_ensemble([str(path)], task=task, state=state)[0][0]
+    with building(path):
+        return checkpoint_utils.load_model_ensemble([str(path)], task=task, state=state)[0][0]
 
 
 def _build_hub(

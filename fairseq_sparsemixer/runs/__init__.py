@@ -9,6 +9,8 @@
 ``logs``            fairseq's log
 ``points``          ``points.jsonl``: what is measured at each validation
 ``checkpoints``     which there are, and what one holds
+``reading``         the one way in which one is read: by ``archives`` (the file), ``vetting`` (its
+                    settings) and ``allocations`` (the size of its model)
 ``mending``         the last checkpoint, where a run was killed while it was written
 ==================  =============================================================================
 """

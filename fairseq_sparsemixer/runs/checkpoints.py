@@ -1,14 +1,14 @@
 """The checkpoints of a run: which there are, and what one holds."""
 
-import pickle
+import contextlib
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
-import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.runs.reading import CheckpointError, read
 
 EPOCH_PATTERN = re.compile(r"checkpoint(\d+)\.pt")
 UPDATE_PATTERN = re.compile(r"checkpoint_(\d+)_(\d+)\.pt")
@@ -77,34 +77,41 @@ def load_state(path: Path, to_average: bool = False) -> Dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged or not a fairseq checkpoint.
     """
+    flag = "--inputs" if to_average else "--checkpoint"
     cure = "leave it out of --inputs" if to_average else "choose another with --checkpoint"
     try:
         if to_average:
-            state = torch.load(path, map_location="cpu")
-        else:
-            state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+            return read(path, to_build=False)
+        return checkpoint_utils.load_checkpoint_to_cpu(str(path))
     except FileNotFoundError as error:
-        flag = "--inputs" if to_average else "--checkpoint"
         raise UserError(f"there is no checkpoint {path}; check {flag}") from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-        # A file of torch that fairseq did not write:
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = str(error).partition("\n")[0]
-        if not to_average:  # fairseq's own may be no more than a key
-            reason = f"{type(error).__name__}: {reason}"
+    except CheckpointError as error:
+        raise CheckpointError(path, error.refusal, cure) from error
+    except Exception as error:  # of what fairseq makes of old and of foreign settings
+        raise UserError(f"cannot read the checkpoint {path} ({_reason(error)}); {cure}") from error
+
+
+def _reason(error: Exception) -> str:
+    """In one line; fairseq's own may be no more than a key."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+@contextlib.contextmanager
+def building(path: Path) -> Iterator[None]:
+    """A context in which the task and the model of a checkpoint are built.
+
+    Raises:
+        UserError: inside, where its settings fit no task or no model.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # fairseq checks few settings: they fail wherever they are used
         raise UserError(
-            f"cannot read the checkpoint {path} ({reason}); copy it again or {cure}"
+            f"cannot build the model of the checkpoint {path} ({_reason(error)}); choose another "
+            "with --checkpoint"
         ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path} is not a checkpoint of fairseq; {cure}")
-    return state
 
 
 def num_updates(state: Dict[str, Any]) -> int:

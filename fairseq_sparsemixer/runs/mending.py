@@ -6,24 +6,25 @@ from which a run resumes) in place. Killed in between, it leaves half a file, an
 """
 
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Optional
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
+from fairseq_sparsemixer.runs.archives import Refusal, verify
 from fairseq_sparsemixer.runs.checkpoints import BEST_PATTERN, EPOCH_PATTERN, UPDATE_PATTERN
 
 LAST = "checkpoint_last.pt"
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint is whole, by its checksums."""
+    """Whether a checkpoint is whole, by its checksums; False for whatever cannot be read."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError, OSError):
+        with open(path, "rb") as file:
+            verify(file)
+    except (Refusal, OSError):
         return False
+    return True
 
 
 def mend_last(folder: Path) -> Optional[Path]:

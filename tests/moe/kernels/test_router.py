@@ -23,7 +23,7 @@ ROUTERS = [
     ("sparsemixer-1st", {}),
     ("sparsemixer", {}),
     ("sparsemixer", {"first_order_on_argmax": False, "jitter_eps": 1e9}),
-    ("sparsemixer", {"jitter_eps": 0.0}),
+    ("sparsemixer", {"jitter_eps": 1e-6}),
     ("sparsemixer", {"balance_bias_rate": 0.1}),
     ("sparsemixer-cv", {}),
     ("sparsemixer-v2", {}),
