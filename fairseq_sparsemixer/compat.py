@@ -12,13 +12,13 @@ from types import TracebackType
 from typing import Any, Optional, Type
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import data_utils
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
 from omegaconf.errors import ConfigKeyError
 
+from fairseq_sparsemixer import restarts
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
@@ -40,7 +40,7 @@ def apply() -> None:
     _mark_dummy_batches()
     _end_updates()
     _report_unknown_keys()
-    _forget_other_runs()
+    restarts.apply()
     _print_user_errors_alone()
 
 
@@ -165,22 +165,6 @@ def _report_unknown_keys() -> None:
             raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
 
     dataclass_utils.merge_with_parent = merge_with_parent
-
-
-def _forget_other_runs() -> None:
-    """Let each run of a sweep have its own best checkpoint.
-
-    fairseq keeps the best validation loss at a function. The runs of ``--multirun`` share a
-    process: a run that does not beat those before it would get no ``checkpoint_best.pt``.
-    """
-    original = checkpoint_utils.load_checkpoint
-
-    @functools.wraps(original)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        vars(checkpoint_utils.save_checkpoint).pop("best", None)
-        return original(*args, **kwargs)
-
-    checkpoint_utils.load_checkpoint = load_checkpoint
 
 
 def _print_user_errors_alone() -> None:
