@@ -193,6 +193,7 @@ def _begin_epoch(trainer: Any, iterator: Any, extra_state: Dict[str, Any]) -> No
     fairseq writes the checkpoint before it, and forgets all that was measured when it loads that.
     """
     if not trainer.cfg.checkpoint.reset_lr_scheduler:
+        trainer.lr_step(iterator.epoch - 1)  # as in that epoch; fairseq has set the next
         trainer.lr_step(iterator.epoch - 1, extra_state.get("val_loss"))
     metrics.load_state_dict(extra_state.get("metrics", {}))
     metrics.reset_meters("train")
@@ -211,6 +212,8 @@ def _why_finished(cfg: Any, trainer: Any) -> str:
     """Which limit is reached; empty if none. fairseq would look only after one more update."""
     limits = trainer.cfg.optimization
     updates, waited = trainer.get_num_updates(), _early_stopping().get("num_runs", 0)
+    if not updates:
+        return ""
     if 0 < limits.max_update <= updates:
         return f"{updates} of {limits.max_update} updates (--max-update) are made"
     if 0 < limits.stop_time_hours < trainer.cumulative_training_time() / 3600:

@@ -235,3 +235,85 @@ def test_a_run_that_is_killed_in_a_later_epoch(server, tmp_path, toy_corpus):
     data = toy_corpus / "joined"
     counts = kill_and_compare(PlainRun, server, tmp_path, data, "default-moe", ends)
     assert sum(counts.values()) == len(ends)
+
+
+def updates_of(folder):
+    return commands.load(folder / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"]
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_update": 5}, {"patience": 1, "lr": 0.0}, {"stop_time_hours": 1e-6}]
+)
+def test_a_finished_run_does_not_train_on(limit, server, tmp_path, toy_corpus):
+    run = PlainRun(server, tmp_path / "run", toy_corpus / "joined", "switch", **limit)
+    assert run.start(moments.NEVER)
+    before = run.found()
+    assert run.start(moments.NEVER)
+    assert "nothing is left to train: " in run.log.read_text()
+    assert run.log.read_text().count("done training in") == 2
+    same(run.found()["state"], before["state"])
+    assert run.found()["log"] == before["log"]
+
+
+def test_patience_is_that_of_the_whole_run(server, tmp_path, toy_corpus):
+    """No validation is better than the first: the third of them ends the run, whoever makes it."""
+    settings = {"lr": 0.0, "patience": 2, "save_interval_updates": 4}
+    run = PlainRun(server, tmp_path / "run", toy_corpus / "joined", "switch", **settings)
+    # Killed after the second validation is saved.
+    assert not run.start({"kind": "step", "count": 9, "share": 0.0})
+    assert updates_of(run.folder) == 8
+    assert run.start(moments.NEVER)
+    assert "hasn't improved for last 2 runs" in run.log.read_text()
+    assert updates_of(run.folder) == 12
+
+
+def test_a_rate_that_goes_by_validations_is_resumed(server, tmp_path, toy_corpus):
+    """From the end of an epoch, before whose checkpoint fairseq does not tell the schedule."""
+    settings = {
+        "lr_scheduler": "reduce_lr_on_plateau",
+        "warmup_updates": None,
+        "lr_shrink": 0.5,
+        "lr_threshold": 0.9,
+        "save_interval_updates": None,
+    }
+    whole, run = (
+        PlainRun(server, tmp_path / name, toy_corpus / "joined", "switch", **settings)
+        for name in ("whole", "run")
+    )
+    assert whole.start(moments.NEVER)
+    assert not run.start({"kind": "step", "count": 20, "share": 0.0})
+    assert run.start(moments.NEVER)
+    assert_equal_runs(run.found(), whole.found())
+
+
+TWO_RUNS = """
+import sys
+from fairseq_cli import train
+for name in sys.argv.pop(1).split(","):
+    arguments = [argument.replace("RUN", name) for argument in sys.argv]
+    sys.argv, kept = arguments, sys.argv
+    train.cli_main()
+    sys.argv = kept
+"""
+
+
+def test_runs_of_one_process_leave_each_other_alone(tmp_path, toy_corpus):
+    """Early stopping, TensorBoard's writers and files of the log, as in a sweep of hydra."""
+    settings = {
+        **{"lr": 0.0, "patience": 2, "max_update": 50, "save_interval_updates": 2},
+        "tensorboard_logdir": tmp_path / "RUN" / "tensorboard",
+        "log_file": tmp_path / "RUN.log",
+    }
+    arguments = commands.train_command(toy_corpus / "joined", tmp_path / "RUN", **settings)
+    script = tmp_path / "two_runs.py"
+    script.write_text(TWO_RUNS)
+    (result,) = commands.finish(commands.start(script, "first,second", *arguments))
+    commands.checked(result)
+    shown = [
+        commands.events(tmp_path / run / "tensorboard" / "valid") for run in ("first", "second")
+    ]
+    assert [step for step, _ in shown[0]["loss"]] == [2, 4, 6]
+    assert shown[0]["loss"] == shown[1]["loss"]
+    assert [updates_of(tmp_path / run) for run in ("first", "second")] == [6, 6]
+    texts = [(tmp_path / f"{run}.log").read_text() for run in ("first", "second")]
+    assert [text.count("done training in") for text in texts] == [1, 1]
