@@ -7,12 +7,14 @@ import argparse
 import contextlib
 import importlib
 import logging
+import os
 import signal
 import sys
 import warnings
 from typing import Any, Iterator, Optional, Sequence
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import cannot_write, full_disk
 from fairseq_sparsemixer.version import __version__
 
 COMMANDS = (
@@ -85,6 +87,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         with _interrupted_by_sigterm():
             args.run(args)
+            sys.stdout.flush()
     except UserError as error:
         print(f"fairseq-sparsemixer {args.command}: error: {error}", file=sys.stderr)
         return 2
@@ -92,6 +95,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # The reader (`| head`) has gone: not an error of ours.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        print(f"fairseq-sparsemixer {args.command}: error: {cannot_write(reason)}", file=sys.stderr)
+        # What is left in the buffer of stdout, which may be what is full, is tried again at exit.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         return 130

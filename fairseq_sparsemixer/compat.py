@@ -23,6 +23,7 @@ from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
+from fairseq_sparsemixer import restarts
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
@@ -40,13 +41,13 @@ def apply() -> None:
     """
     _check_torch()
     _name_torchrun_without_gpu()
-    _check_checkpoints()
+    restarts.apply()
+    _check_checkpoints()  # after it: what is written whole must be plain
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
     _draw_differently_by_worker()
     _report_unknown_keys()
-    _forget_other_runs()
     _print_user_errors_alone()
 
 
@@ -280,22 +281,6 @@ def _report_unknown_keys() -> None:
             raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
 
     dataclass_utils.merge_with_parent = merge_with_parent
-
-
-def _forget_other_runs() -> None:
-    """Let each run of a sweep have its own best checkpoint.
-
-    fairseq keeps the best validation loss at a function. The runs of ``--multirun`` share a
-    process: a run that does not beat those before it would get no ``checkpoint_best.pt``.
-    """
-    original = checkpoint_utils.load_checkpoint
-
-    @functools.wraps(original)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        vars(checkpoint_utils.save_checkpoint).pop("best", None)
-        return original(*args, **kwargs)
-
-    checkpoint_utils.load_checkpoint = load_checkpoint
 
 
 def _print_user_errors_alone() -> None:

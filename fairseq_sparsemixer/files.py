@@ -8,11 +8,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List
+from typing import Any, Iterable, Iterator, List, Optional
 
 from fairseq_sparsemixer.errors import UserError
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The last is that of a limit on the size of a file."""
+
+
+class FullDiskError(UserError):
+    """A file does not fit on its disk; what it would have replaced is still there."""
 
 
 def sha256_of(path: Path) -> str:
@@ -49,16 +54,49 @@ def iterate_lines(path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; move it there when the block ends without error."""
+    """Yield a temporary path beside ``path``; move it there when the block ends without error.
+
+    Raises:
+        FullDiskError: it does not fit on the disk.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         replace_durably(partial, path)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        raise FullDiskError(cannot_write(reason, path)) from error
     finally:
         # Only still there after an error.
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
+
+
+def full_disk(error: BaseException) -> Optional[OSError]:
+    """The error that says that a disk is full, among ``error`` and what it came from, else None.
+
+    ``torch.save`` and others go on after a write that failed, and stumble over something else.
+    """
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in NO_SPACE:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def cannot_write(reason: OSError, path: Optional[Path] = None) -> str:
+    """The message for a disk that is full."""
+    what = path or reason.filename or "the output"
+    return (
+        f"cannot write {what} ({reason.strerror}): make room there, or choose another place, and "
+        "run the same command again"
+    )
 
 
 def replace_durably(source: Path, target: Path) -> None:
@@ -98,8 +136,9 @@ def report_full_disk(folder: Path, megabytes: int, flag: str = "--output") -> It
     """Turn "no space left" inside the block into a :class:`UserError` that names ``folder``."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in NO_SPACE:
+    except Exception as error:
+        told = isinstance(error, UserError) and not isinstance(error, FullDiskError)
+        if told or full_disk(error) is None:
             raise
         raise UserError(
             f"no space left on the disk of {folder} (about {megabytes} MB are needed): make room, "

@@ -51,6 +51,15 @@ def test_experts_are_given_alike_everywhere(entry):
     assert "model.router" not in read_settings(dense)
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_batches_are_those_of_their_epoch_after_a_restart_too(entry):
+    cfg = compose(entry)
+    assert cfg.dataset.update_epoch_batch_itr is True
+    assert read_settings(OmegaConf.to_container(cfg))["dataset.update_epoch_batch_itr"] is True
+    without = OmegaConf.to_container(compose(entry, "dataset.update_epoch_batch_itr=false"))
+    assert "dataset.update_epoch_batch_itr" not in read_settings(without)
+
+
 def test_translations_of_a_point_are_as_many_as_the_task_makes_by_itself():
     assert compose("study").task.points_sentences == TranslationWithRoutingConfig.points_sentences
     assert compose("demo").task.points_sentences == 0

@@ -16,7 +16,7 @@ FLOORS = [
     ["files", "tables", "plotting"],
     ["moe"],
     ["models", "text"],
-    ["criterions"],
+    ["criterions", "restarts"],
     ["runs"],
     ["compat"],
     ["corpora"],

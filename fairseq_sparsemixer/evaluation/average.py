@@ -122,5 +122,6 @@ def _write_average(
     for key in ("ema", "ema_fp32_params"):
         newest.get("extra_state", {}).pop(key, None)
     newest["averaged_from"] = [path.name for path in paths]
-    with atomic_path(output) as partial:
-        torch.save(newest, partial)
+    # To an open file: of a path that is full torch does not tell why it could not be written.
+    with atomic_path(output) as partial, partial.open("wb") as file:
+        torch.save(newest, file)

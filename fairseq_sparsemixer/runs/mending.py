@@ -1,8 +1,8 @@
 """What a killed run leaves of its checkpoints, and how it is mended.
 
-fairseq writes the first name of a checkpoint (``checkpoint_3_2000.pt``) beside its place and moves
-it there, so it is whole or missing; it then copies it to the other names (``checkpoint_last.pt``,
-from which a run resumes) in place. Killed in between, it leaves half a file, and does not start.
+With this extension a checkpoint is whole or missing under every name (:mod:`.restarts`). fairseq
+alone, or an earlier version, copied it to ``checkpoint_last.pt``, from which a run resumes, in
+place: half a file, with which it does not start. And a disk may damage a file later.
 """
 
 import shutil
@@ -36,8 +36,9 @@ def mend_last(folder: Path) -> Optional[Path]:
     Raises:
         UserError: ``checkpoint_last.pt`` is damaged, and there is no other.
     """
-    for left_over in folder.glob("checkpoint*.pt.tmp"):
-        left_over.unlink()
+    for pattern in ("checkpoint*.pt.tmp", ".checkpoint*.pt.partial"):
+        for left_over in folder.glob(pattern):
+            left_over.unlink()
     last = folder / LAST
     if last.is_file() and is_intact(last):
         return None

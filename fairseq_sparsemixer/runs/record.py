@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import fairseq
 import hydra
@@ -26,6 +26,8 @@ _MAY_CHANGE = (
 )
 """Settings (or, with a dot, groups of them) that say where and on how many GPUs a run is trained;
 the tokens of an update, which are compared apart, stay."""
+_KEPT = "dataset.update_epoch_batch_itr"
+"""A setting that earlier configs did not make: a run goes on with the value that it has."""
 TAKE_PART = (
     "fairseq_sparsemixer",
     "python",
@@ -84,6 +86,17 @@ def check_same(folder: Path, record: Mapping[str, Any], now: Mapping[str, Any]) 
         "{folder} was trained with {key}={before}, not {now}: start it as its run.json says, or "
         "name another folder with --runs",
     )
+
+
+def kept_overrides(before: Mapping[str, Any]) -> List[str]:
+    """The overrides of hydra by which a run goes on as it was begun, though configs have changed.
+
+    Args:
+        before: its settings by group; empty for a run that is new.
+    """
+    group, _, name = _KEPT.partition(".")
+    value = before.get(group, {}).get(name)
+    return [] if value is None else [f"{_KEPT}={json.dumps(value)}"]
 
 
 def refuse_other(

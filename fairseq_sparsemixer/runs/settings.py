@@ -55,6 +55,9 @@ def read_settings(config: Dict[str, Any]) -> Dict[str, Any]:
         values = config.get(section) or {}
         sections[section] = {key: values.get(key) for key in keys}
     workers = (config.get("distributed_training") or {}).get("distributed_world_size") or 1
+    # Else it is a reference to another setting, or what fairseq does without it.
+    if (config.get("dataset") or {}).get("update_epoch_batch_itr") is True:
+        sections["dataset"]["update_epoch_batch_itr"] = True
     tokens = sections["dataset"].pop("max_tokens")
     frequencies = sections["optimization"].pop("update_freq", [1])
     size = "tokens_per_update" if tokens else "update_freq"  # batches of so many sentences

@@ -16,7 +16,7 @@ from fairseq_sparsemixer.files import read_lines, write_json
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import last_checkpoints
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
-from fairseq_sparsemixer.runs.record import refuse_other
+from fairseq_sparsemixer.runs.record import kept_overrides, refuse_other
 from fairseq_sparsemixer.study.engine import (
     Engine,
     Job,
@@ -92,12 +92,14 @@ class Demo(NamedTuple):
         overrides = [*job.run.overrides, data, *self.overrides]
         settings = {"overrides": overrides, "configs": _read_configs()}
         state = read_state(folder / STATE)
+        kept: List[str] = []
         if state:
-            _check_same(folder, state["settings"], settings)
+            kept = _check_same(folder, state["settings"], settings)
+            settings = state["settings"]
         if state.get("finished"):
             print(f"   finished before, {state['minutes']:.1f} minutes of training")
         else:
-            yield from _training(folder, self.data, settings, state.get("minutes", 0.0))
+            yield from _training(folder, self.data, settings, kept, state.get("minutes", 0.0))
         print(f"== Scoring {name} on the test set", flush=True)
         if not (folder / SCORES).is_file():
             average_checkpoints(last_checkpoints(folder, AVERAGED), folder / AVERAGE)
@@ -106,13 +108,13 @@ class Demo(NamedTuple):
 
 
 def _training(
-    folder: Path, data: Path, settings: Dict[str, Any], minutes: float
+    folder: Path, data: Path, settings: Dict[str, Any], kept: List[str], minutes: float
 ) -> Generator[Stage, None, None]:
     """Train in a process of its own, and keep the time that it took."""
     prepare_folder(folder, data / "bin")
     state = {"settings": settings, "finished": False, "minutes": minutes}
     write_json(folder / STATE, state)
-    overrides = [f"common.user_dir={quoted(PACKAGE)}", *settings["overrides"]]
+    overrides = [f"common.user_dir={quoted(PACKAGE)}", *kept, *settings["overrides"]]
     command = training_command(CONFIGS, CONFIG, folder, overrides)
     started = time.monotonic()
     try:
@@ -140,26 +142,35 @@ def _read_configs() -> Dict[str, str]:
     return {str(path.relative_to(CONFIGS)): path.read_text() for path in paths}
 
 
-def _check_same(folder: Path, before: Dict[str, Any], now: Dict[str, Any]) -> None:
-    """Refuse to go on with other settings; their configs may be laid out otherwise."""
-    if before["configs"] != now["configs"] and _composed(before) == _composed(now):
-        now = {**now, "configs": before["configs"]}
+def _check_same(folder: Path, before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+    """Refuse to go on with other settings; their configs may be laid out otherwise.
+
+    Returns:
+        The overrides of hydra by which the run goes on as it was begun.
+    """
+    kept: List[str] = []
+    if before["configs"] != now["configs"]:
+        begun = _composed(before, [])
+        kept = kept_overrides(begun or {})
+        if begun == _composed(now, kept):
+            now = {**now, "configs": before["configs"]}
     refuse_other(
         folder,
         before,
         now,
         "{folder} was trained with other settings: remove it, or name another folder with --runs",
     )
+    return kept
 
 
-def _composed(settings: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def _composed(settings: Dict[str, Any], kept: List[str]) -> Optional[Dict[str, Any]]:
     """What texts of configs come to; None where hydra refuses them."""
     with tempfile.TemporaryDirectory() as name:
         for path, text in settings["configs"].items():
             target = Path(name, path)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
-        overrides = [*settings["overrides"], "checkpoint.save_dir=."]
+        overrides = [*kept, *settings["overrides"], "checkpoint.save_dir=."]
         with contextlib.suppress(UserError):
             return resolved(compose(Path(name), overrides, CONFIG))
     return None

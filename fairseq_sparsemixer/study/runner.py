@@ -154,7 +154,7 @@ class _Study:
         run, folder = job.run, self.folder / job.run.name
         self.shown[run.name] = len(points.read_points(folder / points.FILE))
         prepare_folder(folder, self.folder / "data" / "bin")
-        # fairseq looks at max_update after an update: it would train one more.
+        # A process that finds nothing left to train takes its time to find that out.
         last = folder / LAST
         trained = last.is_file() and num_updates(load_state(last)) >= self.plan.updates
         write_json(folder / record.RECORD, self.records[run.name])

@@ -7,6 +7,7 @@ from fairseq.tasks.translation import TranslationTask
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.runs.arms import Variant, build_variant
+from fairseq_sparsemixer.runs.record import kept_overrides, read_record
 from fairseq_sparsemixer.training import resources
 from fairseq_sparsemixer.training.machine import (
     Machine,
@@ -165,6 +166,7 @@ def _overrides(request: Request, variant: Variant, machine: Machine, folder: Pat
         *variant.overrides,
         f"common.seed={request.seed}",
         *([] if given else precision_overrides(machine, request.recipe)),
+        *kept_overrides(read_record(folder).get("settings", {})),
         *request.overrides,
         f"common.user_dir={quoted(PACKAGE)}",
         f"checkpoint.save_dir={quoted(folder)}",

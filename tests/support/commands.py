@@ -71,8 +71,8 @@ HEAR_INTERRUPTIONS = "import signal; signal.signal(signal.SIGINT, signal.default
 
 
 def start(module, *arguments, prelude=None, cwd=None):
-    """Start ``python -m MODULE``, after the statements of ``prelude`` if there are any."""
-    how = ["-m", module]
+    """Start a module, or the script of a path, after the statements of ``prelude`` if any."""
+    how = [str(module)] if isinstance(module, Path) else ["-m", module]
     if prelude is not None:
         run_module = f"import runpy; runpy.run_module({module!r}, run_name='__main__')"
         how = ["-c", f"{prelude}\n{run_module}"]
