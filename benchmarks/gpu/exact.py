@@ -2,9 +2,7 @@
 
 A layer in bfloat16 cannot be held against another one in bfloat16: a unit whose sum is rounded to
 the other side of ReLU's zero is a difference of the two, whichever is right. Each is held against
-the exact result, and may be further from it by a half than its yardstick, which is computed in the
-same dtype: the backend ``loop``, whose products have their bias before they are rounded, or, for
-the one that adds it to a rounded product, this file's formula, which does that too.
+the exact result, and may be further from it by a half than the backend ``loop`` in the same dtype.
 """
 
 from typing import Dict, Mapping, Optional
@@ -16,9 +14,7 @@ from torch.nn import functional as F
 from fairseq_sparsemixer.moe.experts import Activation, Experts
 
 WEIGHTS = ("w1", "b1", "w2", "b2")
-FORMULA = "formula"
-YARDSTICKS = {"sorted": "loop", "grouped": FORMULA, "triton": "loop", "loop": "loop"}
-"""What each backend is held against; PyTorch's grouped products take no bias."""
+YARDSTICK = "loop"
 MOST = 1.5
 """So many times the yardstick's error may a backend's be,"""
 FLOOR = 1e-6
@@ -60,9 +56,9 @@ def leaf(value: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return value.detach().to(dtype, copy=True).requires_grad_()
 
 
-def weights_of(experts: Experts, dtype: torch.dtype = torch.float64) -> Dict[str, Tensor]:
+def weights_of(experts: Experts) -> Dict[str, Tensor]:
     """Copies of the parameters, as leaves."""
-    return {name: leaf(getattr(experts, name), dtype) for name in WEIGHTS}
+    return {name: leaf(getattr(experts, name)) for name in WEIGHTS}
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
@@ -74,5 +70,5 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def allowed(yardstick: float) -> float:
-    """The largest error of a backend whose yardstick has this one."""
+    """The largest error of a backend where the yardstick has this one."""
     return MOST * yardstick + FLOOR

@@ -23,6 +23,8 @@ CALLS = {"cpu": 1, "cuda": 10}
 """That are profiled."""
 SHOWN = 12
 """Kernels in a table, those that take longest."""
+LONGEST = 70
+"""Name of a kernel, of which templates make hundreds of letters."""
 Kernels = Dict[str, Tuple[float, float]]
 """Name -> microseconds and launches in one step."""
 
@@ -42,7 +44,10 @@ def profile(step: Any, device: str) -> Kernels:
     for event in profiler.key_averages():
         total = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
         if event.device_type.name.lower() == device and total > 0:
-            found[event.key] = (total / CALLS[device], event.count / CALLS[device])
+            name = event.key if len(event.key) <= LONGEST else f"{event.key[: LONGEST - 3]}..."
+            microseconds, launches = found.get(name, (0.0, 0.0))
+            microseconds += total / CALLS[device]
+            found[name] = (round(microseconds, 2), launches + event.count / CALLS[device])
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
@@ -112,8 +117,7 @@ def table(rows: List[Record]) -> str:
             title += f", {graph:.0f} us as a graph (between {graph - total:.0f})"
         cells = [["kernel", "us", "launches"]]
         for name, (microseconds, launches) in list(kernels.items())[:SHOWN]:
-            short = name if len(name) <= 70 else f"{name[:67]}..."
-            cells.append([short.replace("|", "/"), f"{microseconds:.1f}", f"{launches:g}"])
+            cells.append([name, f"{microseconds:.1f}", f"{launches:g}"])
         parts.append(f"{title}\n\n{markdown(cells)}")
     return "\n\n".join(parts)
 

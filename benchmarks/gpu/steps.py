@@ -55,7 +55,7 @@ GPU = Sizes(
     tokens=8192,
     dtypes=("bfloat16", "float16"),
     checked_dtypes=("float32", "bfloat16", "float16"),
-    backends=("sorted", "grouped", "triton"),
+    backends=("sorted", "triton"),
     batches=(32768, 4096),
     model={},
     check={},
@@ -68,7 +68,7 @@ DRY = Sizes(
     tokens=40,
     dtypes=("float32",),
     checked_dtypes=("float32",),
-    backends=("sorted", "grouped"),
+    backends=("sorted",),
     batches=(100,),
     model={
         "embed-dim": 16,

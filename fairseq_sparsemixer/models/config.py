@@ -131,7 +131,7 @@ class SwitchTransformerConfig(_FlatTransformerConfig):
     )
     moe_backend: str = dataclasses.field(
         default="auto",
-        metadata={"help": "how tokens reach their experts: auto, sorted, grouped, triton or loop"},
+        metadata={"help": "how tokens reach their experts: auto, sorted, triton or loop"},
     )
     moe_recompute: bool = dataclasses.field(
         default=False,
@@ -192,6 +192,8 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
     for flag in ("quant_noise_pq", "quant_noise_scalar"):
         if getattr(args, flag) > 0:
             raise ConfigError(f"{_flag(flag)} must be 0: experts do not support quantization noise")
+    if args.moe_backend == "grouped":  # of checkpoints that were trained when there was one
+        args.moe_backend = "auto"
     try:
         check_backend(args.moe_backend)
     except ValueError as error:

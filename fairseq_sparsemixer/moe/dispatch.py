@@ -9,7 +9,6 @@ from typing import Callable, Dict, Optional
 import torch
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.moe.backends import grouped
 from fairseq_sparsemixer.moe.backends.loop import loop
 from fairseq_sparsemixer.moe.backends.sorted import sorted_experts
 from fairseq_sparsemixer.moe.experts import Experts
@@ -23,14 +22,12 @@ Backend = Callable[[Tensor, Routing, Experts, Optional[Tensor], Optional[Observe
 
 BACKENDS: Dict[str, Backend] = {
     "sorted": sorted_experts,
-    "grouped": grouped.grouped,
     "triton": triton_experts,
     "loop": loop,
 }
 """The backends by name; ``"auto"`` takes the one that suits the input."""
 
 OBSTACLES: Dict[str, Callable[[torch.device, torch.dtype], Optional[str]]] = {
-    "grouped": grouped.obstacle,
     "triton": products.obstacle,
 }
 """(device, dtype) -> why a backend cannot serve such an input, None if it can; backends that serve
@@ -44,12 +41,9 @@ def check_backend(name: str) -> None:
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
-    """What ``"auto"`` stands for: on a GPU the first that never waits for it, else ``"sorted"``."""
-    if device.type == "cuda":
-        for name in ("triton", "grouped"):
-            if OBSTACLES[name](device, dtype) is None:
-                return name
-    return "sorted"
+    """What ``"auto"`` stands for: on a GPU the one that never waits for it, else ``"sorted"``."""
+    on_gpu = device.type == "cuda" and products.obstacle(device, dtype) is None
+    return "triton" if on_gpu else "sorted"
 
 
 def dispatch(

@@ -354,6 +354,10 @@ def test_router_settings_reach_the_router():
     assert not build().decoder.layers[2].moe.experts.recompute
 
 
+def test_a_backend_of_old_checkpoints_that_is_gone_is_auto():
+    assert build(moe_backend="grouped").decoder.layers[2].moe.backend == "auto"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_experts_are_laid_out_when_fairseq_prepares_to_translate(dtype, monkeypatch):
     monkeypatch.setattr(products, "LEAST_WEIGHTS", 0)

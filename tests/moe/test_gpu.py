@@ -67,7 +67,7 @@ def results(layer, x, mask):
     }
 
 
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "options"),
@@ -86,7 +86,7 @@ def test_all_dtypes_are_as_exact_as_their_yardstick(backend, dtype, tokens, opti
     assert_as_exact_as_its_yardstick(layer, *make_batch(tokens, dtype, layer.embed_dim), backend)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 0])
 def test_a_token_or_none_equals_the_loop(backend, dtype, tokens):
@@ -95,7 +95,7 @@ def test_a_token_or_none_equals_the_loop(backend, dtype, tokens):
     assert_all_close(actual, results(make_layer("loop", dtype), x, mask), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_router_learns_as_by_the_loop(backend, dtype):
     """Its gradient is that of a gate: a sum over outputs, none of which is near a ReLU's zero."""
@@ -165,7 +165,7 @@ def test_logits_that_are_no_numbers_choose_an_expert_all_the_same(router):
     assert y.isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("router", ROUTER_NAMES)
 def test_nothing_waits_for_the_device(backend, router):
     layer, (x, mask) = make_layer(backend, router=router, activation_dropout=0.1), make_batch()
@@ -178,7 +178,7 @@ def test_nothing_waits_for_the_device(backend, router):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("options", [{}, {"activation_dropout": 0.3, "activation_fn": "gelu"}])
 def test_a_captured_step_is_the_step(backend, options):
     """Replayed on another batch: its experts get other numbers of tokens than were captured."""
@@ -208,7 +208,7 @@ def test_a_captured_step_is_the_step(backend, options):
     assert_all_close(replayed, results(layer, other, mask), 1e-3)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("backend", ["triton"])
 def test_a_captured_step_draws_new_random_numbers(backend):
     layer = make_layer(backend, activation_dropout=0.5)
     x, mask = make_batch()
@@ -227,7 +227,7 @@ def test_a_captured_step_draws_new_random_numbers(backend):
     assert not torch.equal(first[1], routing.expert_index)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("router", ["sparsemixer", "switch", "gshard"])
 def test_compiles_in_one_piece(backend, router):
     layer, (x, mask) = make_layer(backend, router=router).eval(), make_batch()

@@ -17,19 +17,18 @@ def _with_gradients(mix, x, gate, scale, weights, upstream):
     return {"y": y, "x": x.grad, "gate": gate.grad, **scales, **gradients}
 
 
-def _by_formula(layer, x, routing, upstream, dtype):
-    gate_dtype = torch.promote_types(dtype, routing.gate.dtype)
-    weights = exact.weights_of(layer.experts, dtype)
+def _by_formula(layer, x, routing, upstream):
+    weights = exact.weights_of(layer.experts)
     scale = layer.router.output_scale
     return _with_gradients(
         lambda x, gate: exact.mixture(
             x, routing.expert_index, gate, weights, layer.experts.activation_fn
         ),
-        exact.leaf(x, dtype),
-        exact.leaf(routing.gate, gate_dtype),
-        None if scale is None else exact.leaf(scale, dtype),
+        exact.leaf(x),
+        exact.leaf(routing.gate),
+        None if scale is None else exact.leaf(scale),
         weights,
-        upstream.to(dtype),
+        upstream.double(),
     )
 
 
@@ -54,14 +53,9 @@ def errors(layer, x, padding_mask, backend):
     torch.manual_seed(2)
     routing = layer.router(x, padding_mask)
     upstream = torch.randn_like(x)
-    wanted = _by_formula(layer, x, routing, upstream, torch.float64)
+    wanted = _by_formula(layer, x, routing, upstream)
     actual = _by_backend(layer, x, routing, upstream, backend)
-    yardstick = exact.YARDSTICKS[backend]
-    other = (
-        _by_formula(layer, x, routing, upstream, x.dtype)
-        if yardstick == exact.FORMULA
-        else _by_backend(layer, x, routing, upstream, yardstick)
-    )
+    other = _by_backend(layer, x, routing, upstream, exact.YARDSTICK)
     return {
         name: (exact.error(value, wanted[name]), exact.error(other[name], wanted[name]))
         for name, value in actual.items()

@@ -27,8 +27,6 @@ def operator(like: Callable[..., Any]) -> Callable[[Function], Function]:
     """
 
     def register(function: Function) -> Function:
-        if not hasattr(torch.library, "infer_schema"):  # before PyTorch 2.5
-            return function
         if not _libraries:
             _libraries.append(torch.library.Library("fairseq_sparsemixer", "DEF"))
         library, name = _libraries[0], function.__name__

@@ -124,7 +124,7 @@ def test_logits_that_are_no_numbers_choose_an_expert_all_the_same(fused):
 def test_a_fused_layer_compiles_in_one_piece(name, fused):
     torch.manual_seed(0)
     fused(True)
-    layer = MoEFeedForward(16, 32, 3, router=name, backend="grouped").to(torch.bfloat16)
+    layer = MoEFeedForward(16, 32, 3, router=name, backend="triton").to(torch.bfloat16)
     x = torch.randn(7, 16, dtype=torch.bfloat16)
 
     def forward(x):
@@ -145,7 +145,7 @@ def test_a_fused_layer_compiles_in_one_piece(name, fused):
 @pytest.mark.parametrize("name", ["switch", "sparsemixer"])
 @pytest.mark.parametrize(
     ("backend", "expected"),
-    [("auto", True), ("triton", True), ("sorted", False), ("loop", False), ("grouped", False)],
+    [("auto", True), ("triton", True), ("sorted", False), ("loop", False)],
 )
 def test_the_backend_is_that_of_router_and_statistics_too(
     name, backend, expected, fused, monkeypatch

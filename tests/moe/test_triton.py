@@ -1,4 +1,4 @@
-"""The backends "grouped" and "triton": what they compute, and that they never wait for a device.
+"""The backend "triton": what it computes, and that it never waits for a device.
 
 Kernels run in Triton's interpreter. What only a GPU can show is in test_gpu.py.
 """
@@ -13,7 +13,6 @@ from support.float64 import assert_as_exact_as_its_yardstick
 from support.reference import assert_all_close
 from support.reference_routers import ids
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe import (
     ROUTERS,
@@ -40,7 +39,7 @@ def usable(name):
     )
 
 
-BACKENDS = [usable("grouped"), usable("triton")]
+BACKENDS = [usable("triton")]
 needs_triton = pytest.mark.skipif(products.triton is None, reason="Triton is not installed")
 
 
@@ -151,7 +150,7 @@ def test_described_tiles_are_those_of_pointers(backend, case, dtype, nan_memory,
 
 @pytest.mark.parametrize("activation_fn", ["relu", "gelu"])
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT])
-@pytest.mark.parametrize("backend", ["sorted", usable("grouped")])
+@pytest.mark.parametrize("backend", ["sorted"])
 def test_as_exact_as_its_yardstick(backend, dtype, activation_fn):
     torch.manual_seed(0)
     layer = MoEFeedForward(64, 96, 5, activation_fn=activation_fn).to(dtype)
@@ -317,9 +316,7 @@ def test_auto_on_a_gpu(monkeypatch):
     assert chosen((9, 0), torch.float64) == "sorted"
     assert backend_for(CPU, FLOAT) == "sorted"
     monkeypatch.setattr(products, "triton", None)
-    assert chosen((9, 0), BFLOAT) == "grouped"
-    assert chosen((9, 0), HALF) == "sorted"
-    assert chosen((8, 0), BFLOAT) == "sorted"
+    assert chosen((9, 0), BFLOAT) == "sorted"
 
 
 def test_what_a_backend_cannot_serve_is_refused(monkeypatch):
@@ -332,10 +329,8 @@ def test_what_a_backend_cannot_serve_is_refused(monkeypatch):
         return str(error.value)
 
     assert "takes bfloat16, float16 or float32, not torch.float64" in message(
-        "grouped", torch.float64
+        "triton", torch.float64
     )
-    monkeypatch.delattr(F, "grouped_mm")
-    assert "needs torch.nn.functional.grouped_mm" in message("grouped")
     monkeypatch.setattr(products, "triton", None)
     assert "needs Triton (pip install" in message("triton")
 
@@ -403,7 +398,7 @@ def test_no_router_waits_for_the_device(router, padded, monkeypatch):
 
     monkeypatch.setattr(torch, "tensor", copied_from_the_host)
     monkeypatch.setattr(torch.Tensor, "new_tensor", copied_from_the_host)
-    layer = layer_with(router, "grouped", activation_dropout=0.1, output_masking=0.1).to(BFLOAT)
+    layer = layer_with(router, "triton", activation_dropout=0.1, output_masking=0.1).to(BFLOAT)
     with FakeTensorMode() as mode:
         state = {name: mode.from_tensor(v) for name, v in layer.state_dict(keep_vars=True).items()}
         x = torch.randn(9, 16, dtype=BFLOAT, requires_grad=True)
@@ -428,7 +423,6 @@ def test_no_router_waits_for_the_device(router, padded, monkeypatch):
 def test_compiles_in_one_piece(backend, options):
     """Forward and backward as torch.compile sees them, on the backend that runs them unchanged."""
     torch.manual_seed(0)
-    # PyTorch's own rule for shapes of grouped_mm knows bfloat16 alone.
     layer = layer_with("sparsemixer", backend, **options).to(BFLOAT)
     x, mask = torch.randn(9, 16, dtype=BFLOAT), torch.arange(9) > 6
 
