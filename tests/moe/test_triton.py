@@ -146,6 +146,13 @@ def test_described_tiles_are_those_of_pointers(backend, case, dtype, nan_memory,
         results.append(outputs_and_gradients(backend, routing, experts, leaf, None, weight))
     assert len(described) == 12  # two matrices for each of four products and two gradients
     assert_all_close(*results, TOLERANCE[dtype])
+    # Rows of weights that lie anywhere, as a part of what a wrapper keeps in one piece.
+    flat = torch.cat([torch.zeros(1, dtype=dtype), experts.w1.detach().flatten()])
+    del experts.w1
+    experts.w1 = flat[1:].view(options["num_experts"], 40, 24).requires_grad_()
+    leaf = x.clone().requires_grad_()
+    dispatch(leaf, routing, experts, backend)
+    assert len(described) == 14
 
 
 @pytest.mark.parametrize("activation_fn", ["relu", "gelu"])

@@ -83,8 +83,10 @@ def _describe(blocks: List[Tuple[Tensor, List[int]]]) -> Optional[List[Any]]:
     first = blocks[0][0]
     if first.dtype == torch.float32 or len(first) < LEAST_DESCRIBED_SLOTS:
         return None
+    if not describable(first.device):
+        return None
     # Rows must begin at multiples of 16 bytes.
-    if any(matrix.shape[-1] % 8 for matrix, _ in blocks) or not describable(first.device):
+    if any(matrix.shape[-1] % 8 or matrix.data_ptr() % 16 for matrix, _ in blocks):
         return None
     return [
         TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
