@@ -222,7 +222,7 @@ def test_validation_needs_no_other_worker(monkeypatch):
 
 def test_the_mean_is_over_the_layers_that_ran():
     """LayerDrop leaves out all of the encoder here."""
-    model, data = deterministic_model(encoder_layerdrop=1.0).train(), sample()
+    model, data = deterministic_model(encoder_layerdrop=1.0).train(), sample(LENGTHS)
     loss = criterion(balance_weight=0.3, z_loss_weight=0.2)(model, data)[0]
     statistics = statistics_of(model, data)
     assert statistics.tokens.tolist() == [0, 0, 20, 20]
@@ -234,7 +234,7 @@ def test_the_mean_is_over_the_layers_that_ran():
 @pytest.mark.parametrize("settings", [{"balance_weight": 3.0}, {"z_loss_weight": 0.7}])
 def test_the_gradient_that_the_router_gets_of_its_losses(settings):
     """By the formulas, at the last layer, which no other layer's loss goes through."""
-    model, data = deterministic_model(), sample()
+    model, data = deterministic_model(), sample(LENGTHS)
     router = model.decoder.layers[-1].moe.router
     seen = []
     router.register_forward_pre_hook(lambda module, args: seen.append(args))
