@@ -38,3 +38,18 @@ def test_kernels_compile_for_a_gpu(tmp_path, capability):
         expected = ["wgmma"] if capability == 90 else []
         expected.append("bulk" if "descriptors" in name else "async")
         assert rows[name]["uses"] == expected, name
+
+
+def test_the_hosts_time_is_counted_without_launching(tmp_path):
+    path = tmp_path / "host.json"
+    command = [sys.executable, "-m", "benchmarks.host", "--repetitions", "2", "--output", str(path)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    dense, *experts = json.loads(path.read_text())["rows"]
+    assert dense["arm"] == "dense" and dense["forward+backward launches"] == 0
+    assert [row["arm"] for row in experts] == ["switch", "sparsemixer"]
+    for row in experts:
+        assert f"| {row['arm']} " in result.stdout
+        assert (row["forward launches"], row["forward+backward launches"]) == (6, 16)
+        assert 0 < row["forward seconds"] < row["forward+backward seconds"]

@@ -81,7 +81,7 @@ def _describe(blocks: List[Tuple[Tensor, List[int]]]) -> Optional[List[Any]]:
     float32 is left to pointers: tensor cores take its transposed tiles from registers only.
     """
     first = blocks[0][0]
-    if first.dtype == torch.float32 or len(first) < LEAST_DESCRIBED_SLOTS:
+    if first.dtype == torch.float32 or first.shape[0] < LEAST_DESCRIBED_SLOTS:
         return None
     if not describable(first.device):
         return None
@@ -116,8 +116,8 @@ def _sorted_product_like(
     sums: bool,
 ) -> Tuple[Tensor, Tensor]:
     width = _width(w, transposed)
-    shape = (len(tiles), width) if sums else (0,)
-    return a.new_empty(len(a), width), a.new_empty(shape, dtype=torch.float32)
+    shape = (tiles.shape[0], width) if sums else (0,)
+    return a.new_empty(a.shape[0], width), a.new_empty(shape, dtype=torch.float32)
 
 
 @operator(_sorted_product_like)
@@ -177,7 +177,7 @@ def _placed_product_like(
     wide: bool,
     keep: bool,
 ) -> Tuple[Tensor, Tensor]:
-    shape = (len(a), _width(w, transposed))
+    shape = (a.shape[0], _width(w, transposed))
     placed = a.new_empty(shape, dtype=torch.float32 if wide else a.dtype)
     return placed, a.new_empty(shape if keep else (0,))
 
@@ -247,28 +247,27 @@ def _run_product(
         relu: whether there is a ReLU.
     """
     a, w, transposed = product[0].contiguous(), product[1].contiguous(), product[2]
-    num_experts, width, depth = len(w), _width(w, transposed), a.shape[1]
+    num_experts, width, depth = w.shape[0], _width(w, transposed), a.shape[1]
     block_i = _depth_of_block(a.dtype)
     tile_of_w = [1, block_i, BLOCK] if transposed else [1, BLOCK, block_i]
     described = _describe([(a, [tile, block_i]), (w, tile_of_w)])
-    with torch.cuda.device_of(a):
-        kernels.product_kernel[(cdiv(width, BLOCK), len(tiles))](
-            *(described or (a, w)),
-            *tensors,
-            *(tiles, num_experts, width, depth, kept_share, 1 / (kept_share or 1)),
-            RELU=relu,
-            DESCRIBED=described is not None,
-            TRANSPOSED=transposed,
-            PRECISION=_precision(a.dtype),
-            BLOCK_S=tile,
-            BLOCK_O=BLOCK,
-            BLOCK_I=block_i,
-            num_warps=8 if tile == BLOCK else 4,
-        )
+    kernels.product_kernel[(cdiv(width, BLOCK), tiles.shape[0])](
+        *(described or (a, w)),
+        *tensors,
+        *(tiles, num_experts, width, depth, kept_share, 1 / (kept_share or 1)),
+        RELU=relu,
+        DESCRIBED=described is not None,
+        TRANSPOSED=transposed,
+        PRECISION=_precision(a.dtype),
+        BLOCK_S=tile,
+        BLOCK_O=BLOCK,
+        BLOCK_I=block_i,
+        num_warps=8 if tile == BLOCK else 4,
+    )
 
 
 def _weight_gradient_like(grad: Tensor, a: Tensor, end: Tensor) -> Tensor:
-    return grad.new_empty(len(end) - 1, grad.shape[1], a.shape[1])
+    return grad.new_empty(end.shape[0] - 1, grad.shape[1], a.shape[1])
 
 
 @operator(_weight_gradient_like)
@@ -288,22 +287,21 @@ def weight_gradient(grad: Tensor, a: Tensor, end: Tensor) -> Tensor:
     described = _describe([(grad, [block_s, BLOCK]), (a, [block_s, BLOCK])])
     if described is None:
         block_s *= 2
-    with torch.cuda.device_of(a):
-        kernels.weight_gradient_kernel[(programs, num_experts)](
-            *(grad, a, *(described or (None, None)), d_w, end, width, depth),
-            DESCRIBED=described is not None,
-            PRECISION=_precision(a.dtype),
-            BLOCK_S=block_s,
-            BLOCK_O=BLOCK,
-            BLOCK_I=BLOCK,
-            num_warps=8,
-            num_stages=5 if described else 3,
-        )
+    kernels.weight_gradient_kernel[(programs, num_experts)](
+        *(grad, a, *(described or (None, None)), d_w, end, width, depth),
+        DESCRIBED=described is not None,
+        PRECISION=_precision(a.dtype),
+        BLOCK_S=block_s,
+        BLOCK_O=BLOCK,
+        BLOCK_I=BLOCK,
+        num_warps=8,
+        num_stages=5 if described else 3,
+    )
     return d_w
 
 
 def _sum_groups_like(value: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.new_empty(len(end) - 1, value.shape[1], dtype=dtype)
+    return value.new_empty(end.shape[0] - 1, value.shape[1], dtype=dtype)
 
 
 @operator(_sum_groups_like)
@@ -317,10 +315,9 @@ def sum_groups(value: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     """
     total = _sum_groups_like(value, end, dtype)
     num_groups, width = total.shape
-    with torch.cuda.device_of(value):
-        kernels.sum_groups_kernel[(cdiv(width, 32), num_groups)](
-            *(value.contiguous(), end, total, width), BLOCK_R=64, BLOCK_X=32
-        )
+    kernels.sum_groups_kernel[(cdiv(width, 32), num_groups)](
+        *(value.contiguous(), end, total, width), BLOCK_R=64, BLOCK_X=32
+    )
     return total
 
 
@@ -349,13 +346,12 @@ def weigh_backward(
     (num_slots, width), block_s = out.shape, 64
     programs = cdiv(num_slots, block_s)
     parts = None if scale is None else gate.new_empty(programs, width, dtype=torch.float32)
-    with torch.cuda.device_of(out):
-        kernels.weigh_backward_kernel[(programs,)](
-            *(grad, out, slot, _dense(gate), _dense(scale), end, d_out, d_gate, parts),
-            *(num_slots, len(end) - 1, gate.shape[1], width, grad.stride(0), grad.stride(1)),
-            BLOCK_S=block_s,
-            BLOCK_D=min(128, next_power_of_2(width)),
-        )
+    kernels.weigh_backward_kernel[(programs,)](
+        *(grad, out, slot, _dense(gate), _dense(scale), end, d_out, d_gate, parts),
+        *(num_slots, end.shape[0] - 1, gate.shape[1], width, grad.stride(0), grad.stride(1)),
+        BLOCK_S=block_s,
+        BLOCK_D=min(128, next_power_of_2(width)),
+    )
     if parts is not None:
         d_scale.copy_(parts.sum(0))
     return d_out, d_gate, d_scale

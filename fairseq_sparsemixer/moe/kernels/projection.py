@@ -67,7 +67,7 @@ def _experts_of_block(num_experts: int) -> int:
 
 
 def _logits_of_like(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=torch.float32)
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
 @operator(_logits_of_like)
@@ -82,18 +82,17 @@ def logits_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     logits = _logits_of_like(x, weight, bias)
     (num_tokens, num_experts), width = logits.shape, x.shape[1]
     block_n = _experts_of_block(num_experts)
-    with torch.cuda.device_of(x):
-        kernels.project_kernel[(max(1, cdiv(num_tokens, BLOCK_T)), cdiv(num_experts, block_n))](
-            *(x.contiguous(), weight.contiguous(), bias, logits, num_tokens, num_experts, width),
-            BLOCK_T=BLOCK_T,
-            BLOCK_N=block_n,
-            BLOCK_D=BLOCK_D,
-        )
+    kernels.project_kernel[(max(1, cdiv(num_tokens, BLOCK_T)), cdiv(num_experts, block_n))](
+        *(x.contiguous(), weight.contiguous(), bias, logits, num_tokens, num_experts, width),
+        BLOCK_T=BLOCK_T,
+        BLOCK_N=block_n,
+        BLOCK_D=BLOCK_D,
+    )
     return logits
 
 
 def _token_gradient_like(d_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return d_logits.new_empty(len(d_logits), weight.shape[1], dtype=dtype)
+    return d_logits.new_empty(d_logits.shape[0], weight.shape[1], dtype=dtype)
 
 
 @operator(_token_gradient_like)
@@ -102,16 +101,15 @@ def token_gradient(d_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tens
     d_x = _token_gradient_like(d_logits, weight, dtype)
     num_tokens, num_experts = d_logits.shape
     width = weight.shape[1]
-    with torch.cuda.device_of(d_logits):
-        kernels.token_gradient_kernel[(max(1, cdiv(num_tokens, BLOCK_T)), cdiv(width, BLOCK_D))](
-            # Converted by the kernel, weights of 16 bits took five times as long.
-            *(d_logits.contiguous(), weight.float().contiguous(), d_x),
-            *(num_tokens, num_experts, width),
-            BLOCK_T=BLOCK_T,
-            BLOCK_N=_experts_of_block(num_experts),
-            BLOCK_D=BLOCK_D,
-            num_stages=2,
-        )
+    kernels.token_gradient_kernel[(max(1, cdiv(num_tokens, BLOCK_T)), cdiv(width, BLOCK_D))](
+        # Converted by the kernel, weights of 16 bits took five times as long.
+        *(d_logits.contiguous(), weight.float().contiguous(), d_x),
+        *(num_tokens, num_experts, width),
+        BLOCK_T=BLOCK_T,
+        BLOCK_N=_experts_of_block(num_experts),
+        BLOCK_D=BLOCK_D,
+        num_stages=2,
+    )
     return d_x
 
 
@@ -129,13 +127,12 @@ def logits_weight_gradient(d_logits: Tensor, x: Tensor) -> Tuple[Tensor, Tensor]
     parts = max(1, cdiv(num_tokens, tokens_of_part))
     # One tensor, for one sum: the weights' gradients, behind them the biases'.
     sums = d_logits.new_empty(parts, num_experts * (width + 1))
-    with torch.cuda.device_of(x):
-        kernels.weight_gradient_kernel[(parts, cdiv(num_experts, block_n), cdiv(width, BLOCK_D))](
-            *(d_logits.contiguous(), x.contiguous(), sums),
-            *(num_tokens, num_experts, width, tokens_of_part),
-            BLOCK_T=BLOCK_T,
-            BLOCK_N=block_n,
-            BLOCK_D=BLOCK_D,
-        )
+    kernels.weight_gradient_kernel[(parts, cdiv(num_experts, block_n), cdiv(width, BLOCK_D))](
+        *(d_logits.contiguous(), x.contiguous(), sums),
+        *(num_tokens, num_experts, width, tokens_of_part),
+        BLOCK_T=BLOCK_T,
+        BLOCK_N=block_n,
+        BLOCK_D=BLOCK_D,
+    )
     d_weight, d_bias = sums.sum(0).split([num_experts * width, num_experts])
     return d_weight.view(num_experts, width), d_bias.clone()

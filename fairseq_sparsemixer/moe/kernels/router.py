@@ -156,15 +156,14 @@ def route(
     index, gate, probs, masked = _route_like(logits, noise, uniform, jitter_eps)
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
-    with torch.cuda.device_of(logits):
-        kernels.route_kernel[(cdiv(num_tokens, block_t),)](
-            *(logits.contiguous(), noise, uniform, index, gate, probs),
-            None if jitter_eps is None else masked,
-            *(num_tokens, num_experts, 2 * (jitter_eps or 0.0), temperature, chance, point),
-            FULL_ON_BEST=full_on_best,
-            BLOCK_T=block_t,
-            BLOCK_N=block_n,
-        )
+    kernels.route_kernel[(cdiv(num_tokens, block_t),)](
+        *(logits.contiguous(), noise, uniform, index, gate, probs),
+        None if jitter_eps is None else masked,
+        *(num_tokens, num_experts, 2 * (jitter_eps or 0.0), temperature, chance, point),
+        FULL_ON_BEST=full_on_best,
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+    )
     return index, gate, probs, masked
 
 
@@ -187,13 +186,12 @@ def route_backward(
     d_logits = _route_backward_like(index, probs)
     (num_tokens, num_experts), is_masked = probs.shape, masked.dim() == 2
     block_t, block_n = blocks(num_experts)
-    with torch.cuda.device_of(probs):
-        kernels.route_backward_kernel[(cdiv(num_tokens, block_t),)](
-            *(index, probs, masked if is_masked else None),
-            *(None if d is None else d.contiguous() for d in (d_gate, d_probs)),
-            d_masked.contiguous() if is_masked and d_masked is not None else None,
-            *(d_logits, num_tokens, num_experts, temperature, gradient_scale),
-            BLOCK_T=block_t,
-            BLOCK_N=block_n,
-        )
+    kernels.route_backward_kernel[(cdiv(num_tokens, block_t),)](
+        *(index, probs, masked if is_masked else None),
+        *(None if d is None else d.contiguous() for d in (d_gate, d_probs)),
+        d_masked.contiguous() if is_masked and d_masked is not None else None,
+        *(d_logits, num_tokens, num_experts, temperature, gradient_scale),
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+    )
     return d_logits

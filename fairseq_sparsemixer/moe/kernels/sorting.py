@@ -36,8 +36,8 @@ def _sort_slots_like(
     expert: Tensor, num_experts: int, tile: int
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     end = expert.new_empty(num_experts + 1, dtype=torch.int32)
-    tiles = most_tiles(len(expert), num_experts, tile)
-    slot = expert.new_empty(len(expert))
+    tiles = most_tiles(expert.shape[0], num_experts, tile)
+    slot = expert.new_empty(expert.shape[0])
     return slot, end, torch.empty_like(end), end.new_empty(tiles, 3)
 
 
@@ -60,19 +60,18 @@ def sort_slots(
     """
     slot, end, tile_end, tiles = _sort_slots_like(expert, num_experts, tile)
     expert = expert.contiguous()
-    programs = max(1, cdiv(len(expert), BLOCK_S))
+    programs = max(1, cdiv(expert.shape[0], BLOCK_S))
     count = end.new_empty(programs, num_experts + 1)
-    with torch.cuda.device_of(expert):
-        kernels.count_kernel[(programs,)](
-            *(expert, count, len(expert), num_experts + 1), BLOCK_S=BLOCK_S, BLOCK_N=BLOCK_N
-        )
-        kernels.place_kernel[(programs,)](
-            *(expert, count, slot, end, tile_end, tiles),
-            *(len(expert), num_experts + 1, programs, len(tiles)),
-            TILE=tile,
-            BLOCK_S=BLOCK_S,
-            BLOCK_N=BLOCK_N,
-            BLOCK_P=32,
-            num_warps=8,
-        )
+    kernels.count_kernel[(programs,)](
+        *(expert, count, expert.shape[0], num_experts + 1), BLOCK_S=BLOCK_S, BLOCK_N=BLOCK_N
+    )
+    kernels.place_kernel[(programs,)](
+        *(expert, count, slot, end, tile_end, tiles),
+        *(expert.shape[0], num_experts + 1, programs, tiles.shape[0]),
+        TILE=tile,
+        BLOCK_S=BLOCK_S,
+        BLOCK_N=BLOCK_N,
+        BLOCK_P=32,
+        num_warps=8,
+    )
     return slot, end, tile_end, tiles

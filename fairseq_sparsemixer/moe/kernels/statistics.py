@@ -97,14 +97,13 @@ def sum_tokens(
     block_t, block_n = blocks(num_experts)
     programs = cdiv(num_tokens, block_t)
     partial = logits.new_empty(programs, 3 + 4 * num_experts)
-    with torch.cuda.device_of(logits):
-        kernels.sum_tokens_kernel[(programs,)](
-            *(_contiguous(cells) for cells in (logits, probs, sampling_probs, load)),
-            *(chosen, _contiguous(padding), partial),
-            *(num_tokens, num_experts, chosen.shape[1], *chosen.stride()),
-            BLOCK_T=block_t,
-            BLOCK_N=block_n,
-        )
+    kernels.sum_tokens_kernel[(programs,)](
+        *(_contiguous(cells) for cells in (logits, probs, sampling_probs, load)),
+        *(chosen, _contiguous(padding), partial),
+        *(num_tokens, num_experts, chosen.shape[1], *chosen.stride()),
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+    )
     return partial.sum(0)
 
 
@@ -129,15 +128,14 @@ def sum_tokens_backward(
     d_logits, d_probs, d_sampling_probs, d_load = gradients
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
-    with torch.cuda.device_of(logits):
-        kernels.sum_tokens_backward_kernel[(cdiv(num_tokens, block_t),)](
-            *(_contiguous(logits), _contiguous(padding), d_sums.contiguous(), d_logits, d_probs),
-            d_sampling_probs if has_sampling_probs else None,
-            d_load if has_load else None,
-            *(num_tokens, num_experts),
-            BLOCK_T=block_t,
-            BLOCK_N=block_n,
-        )
+    kernels.sum_tokens_backward_kernel[(cdiv(num_tokens, block_t),)](
+        *(_contiguous(logits), _contiguous(padding), d_sums.contiguous(), d_logits, d_probs),
+        d_sampling_probs if has_sampling_probs else None,
+        d_load if has_load else None,
+        *(num_tokens, num_experts),
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+    )
     return gradients
 
 

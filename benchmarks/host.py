@@ -1,0 +1,123 @@
+"""What the host takes to launch a layer with experts, beside a dense one: no GPU is needed.
+
+  python -m benchmarks.host --output host.json
+  python -m benchmarks.host --table host.json
+
+A small layer on a GPU takes the time that Python, PyTorch and Triton need to launch its kernels.
+Here the layer with its Triton kernels runs on a few tokens on the CPU, and the kernels are not
+launched: what is left is the host's part, but for Triton's own of some five microseconds a launch;
+launches are counted. The dense layer computes its few numbers. A time is the least of many samples.
+"""
+
+import argparse
+import contextlib
+import gc
+from typing import Any, Dict, Iterator, List
+
+import torch
+from torch import Tensor
+
+from benchmarks import measuring
+from benchmarks.layer import DENSE, Arm, Case, Dense, build
+from benchmarks.measuring import Record
+from fairseq_sparsemixer.moe.dispatch import OBSTACLES
+from fairseq_sparsemixer.moe.kernels import router as fused_router
+from fairseq_sparsemixer.tables import markdown
+
+TOKENS, EMBED_DIM, NUM_EXPERTS = 8, 16, 8
+CALLS = 20
+
+
+@contextlib.contextmanager
+def no_launches() -> Iterator[List[str]]:
+    """Kernels serve the CPU and are not launched; their names are listed instead.
+
+    Slots are left in their order, and expert 0 is chosen: what else kernels write is not looked at.
+    """
+    from triton.runtime.jit import JITFunction
+
+    launched: List[str] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **_: Any) -> None:
+        launched.append(self.__name__)
+        written: Dict[str, Any] = dict(zip(self.arg_names, args))
+        if self.__name__ == "place_kernel":
+            slot: Tensor = written["slot_ptr"]
+            torch.arange(len(slot), out=slot)
+        elif self.__name__ == "route_kernel":
+            written["index_ptr"].zero_()
+
+    before = JITFunction.run, fused_router.DEVICES, fused_router.obstacle, OBSTACLES["triton"]
+    JITFunction.run, fused_router.DEVICES = run, ("cpu",)
+    fused_router.obstacle = OBSTACLES["triton"] = lambda *_: None
+    try:
+        yield launched
+    finally:
+        JITFunction.run, fused_router.DEVICES, fused_router.obstacle, OBSTACLES["triton"] = before
+
+
+def measure(args: argparse.Namespace) -> Iterator[Record]:
+    """Seconds and launches of each arm."""
+    torch.set_num_threads(1)
+    rows: List[Record] = []
+    gc.disable()  # it would be counted where it happens to come
+    with no_launches() as launched:
+        for name in (DENSE, *args.router):
+            row: Record = {"arm": name}
+            for mode in ("forward+backward", "forward"):
+                case = Case(mode, TOKENS, NUM_EXPERTS, EMBED_DIM, 2 * EMBED_DIM, "float32")
+                module = Dense(EMBED_DIM, 2 * EMBED_DIM)
+                if name != DENSE:
+                    module = build(case, name, "triton")
+                arm = Arm(module)
+                x = torch.randn(TOKENS, EMBED_DIM)
+                arm.prepare(case, x.requires_grad_(mode != "forward"), torch.randn_like(x))
+                with torch.set_grad_enabled(mode != "forward"):
+                    arm.step()
+                    launched.clear()
+                    arm.step()
+                    row[f"{mode} launches"] = len(launched)
+                    samples = range(args.repetitions)
+                    seconds = [measuring.seconds_per_call(arm.step, CALLS, "cpu") for _ in samples]
+                    row[f"{mode} seconds"] = min(seconds)
+            rows.append(row)
+            yield {"rows": rows}
+    gc.enable()
+
+
+def table(rows: List[Record]) -> str:
+    """Microseconds over those of the dense layer."""
+    modes = ("forward+backward", "forward")
+    dense = rows[0]
+    cells = [
+        ["layer", *(f"{mode} {what}" for mode in modes for what in ("(us)", "/ dense", "launches"))]
+    ]
+    for row in rows:
+        cells.append([row["arm"]])
+        for mode in modes:
+            seconds, base = row[f"{mode} seconds"], dense[f"{mode} seconds"]
+            cells[-1] += [f"{1e6 * seconds:.0f}", f"{seconds / base:.1f}"]
+            cells[-1] += [str(row[f"{mode} launches"])]
+    return markdown(cells)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--router", nargs="+", default=["switch", "sparsemixer"], metavar="NAME",
+        help="default: switch sparsemixer",
+    )  # fmt: skip
+    measuring.add_arguments(parser, rounds=200)
+    return parser
+
+
+def main() -> None:
+    """Measure, print, write."""
+    measuring.run(build_parser(), measure, table)
+
+
+if __name__ == "__main__":
+    main()
