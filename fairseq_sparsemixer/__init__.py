@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from fairseq_sparsemixer.version import __version__  # noqa: F401
 
-_REGISTERED = ("compat", "models", "criterions", "tasks")
+_REGISTERED = ("compat", "models", "criterions", "tasks", "optim")
 
 
 def _register() -> None:

@@ -16,7 +16,7 @@ FLOORS = [
     ["files", "tables", "plotting"],
     ["moe"],
     ["models", "text"],
-    ["criterions", "restarts"],
+    ["criterions", "optim", "restarts"],
     ["runs"],
     ["compat"],
     ["corpora"],
@@ -130,7 +130,8 @@ def loaded_by(code):
 
 def test_user_dir_needs_no_tool():
     waiting = [
-        f"fairseq_sparsemixer.{room}" for room in ("compat", "models", "criterions", "tasks")
+        f"fairseq_sparsemixer.{room}"
+        for room in ("compat", "models", "criterions", "tasks", "optim")
     ]
     waiting += [name for name in MODULES if name.rpartition(".")[0] in waiting]
     seen = set(waiting)
