@@ -9,6 +9,7 @@ import copy
 import functools
 import logging
 import os
+import shlex
 import sys
 from collections.abc import MutableMapping
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import Any, Optional, Type
 
 import torch
 from fairseq import checkpoint_utils, models
-from fairseq.data import data_utils
+from fairseq.data import data_utils, fasta_dataset
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
@@ -43,6 +44,7 @@ def apply() -> None:
     _name_torchrun_without_gpu()
     restarts.apply()
     _check_checkpoints()  # after it: what is written whole must be plain
+    _quote_fasta_files()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
@@ -114,6 +116,25 @@ def _check_checkpoints() -> None:
 
     models.build_model = build_model
     checkpoint_utils.torch_persistent_save = torch_persistent_save
+
+
+def _quote_fasta_files() -> None:
+    """Let no name of a file run code: fairseq hands that of a FASTA file to a shell as it is.
+
+    It takes any file with this ending for one, and languages from the names in a data folder.
+    """
+    original = fasta_dataset.FastaDataset._build_index
+
+    @functools.wraps(original)
+    def _build_index(self: Any, path: str) -> Any:
+        name = fasta_dataset.fasta_file_path(path)
+        if shlex.quote(name) != name:
+            raise UserError(
+                f"fairseq cannot read the file {name!r}: give it a name of plain letters"
+            )
+        return original(self, path)
+
+    fasta_dataset.FastaDataset._build_index = _build_index
 
 
 def _warn_of_dropped_sentences() -> None:

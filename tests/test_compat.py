@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fairseq.data import data_utils
+from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
@@ -232,3 +233,13 @@ def test_the_oldest_torch_is_that_of_setup(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.13.1")
     with pytest.raises(UserError, match=f"install torch >= {compat.MINIMUM_TORCH}"):
         compat._check_torch()
+
+
+def test_the_name_of_a_fasta_file_runs_no_code(tmp_path, monkeypatch):
+    """The languages of a data folder are read from its names, one of which is a program here."""
+    monkeypatch.chdir(tmp_path)
+    name = "test.en-$(touch ran).$(touch ran)"
+    Path(f"{name}.fasta").write_text(">a\nAC\n>b\nA\n")
+    with pytest.raises(UserError, match="plain letters"):
+        data_utils.load_indexed_dataset(name, Dictionary())
+    assert not Path("ran").exists()

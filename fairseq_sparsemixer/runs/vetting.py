@@ -20,7 +20,7 @@ from typing import Any, Container, Dict, List, Mapping, Union, get_args, get_ori
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
-from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 
@@ -30,6 +30,7 @@ READ = frozenset(
     f"fairseq.{name}"
     for name in (
         "models.transformer.transformer_legacy.TransformerModel",
+        "models.transformer_align.TransformerAlignModel",
         "models.transformer_lm.TransformerLanguageModel",
         "tasks.translation.TranslationTask",
         "tasks.language_modeling.LanguageModelingTask",
@@ -212,7 +213,7 @@ def _declared(part: str, names: List[Any]) -> Dict[str, List[Any]]:
     for name in names:
         kind = _class(part, name)
         _add(declared, _fields(getattr(kind, "__dataclass", None)))
-        if part == "model" and kind.__module__.startswith("fairseq.models.transformer."):
+        if part == "model" and issubclass(kind, TransformerModelBase):
             _add(declared, _transformer_fields())
     return declared
 
@@ -337,7 +338,8 @@ def _fits(value: Any, kind: Any, default: Any) -> bool:
         return True
     if isinstance(value, str) and kind is not str and kind is not Any:
         # Older checkpoints hold lists and numbers as text.
-        return len(value) <= LONGEST_TEXT and NUMBERS.fullmatch(value) is not None
+        harmless = value in ("True", "False", "None") or NUMBERS.fullmatch(value)
+        return len(value) <= LONGEST_TEXT and bool(harmless)
     if kind in (bool, int, float):
         return isinstance(value, (bool, int, float))
     if kind is str:

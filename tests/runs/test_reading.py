@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.models import MODEL_REGISTRY
+from fairseq.models.transformer import TransformerModel
 from support import commands, hostile, hostile_commands
 
 from fairseq_sparsemixer.errors import UserError
@@ -81,6 +83,7 @@ def test_what_fairseq_itself_wrote_before_is_read(old_style, run_dir, corpus, tm
     if old_style:
         hostile._old_style(adaptive_softmax_cutoff="(4, 8)")(state)
         state["args"].adaptive_softmax_cutoff = None
+        state["args"].left_pad_source = "True"
     torch.save(state, tmp_path / NAME)
     translator = Translator(str(tmp_path / NAME), data=corpus)
     (expected,) = Translator(str(run_dir / NAME), data=corpus).translate(["the red house"])
@@ -128,6 +131,29 @@ def test_what_builds_nothing_takes_any_architecture(run_dir, tmp_path):
     assert same(state["model"], commands.load(run_dir / NAME)["model"])
     with pytest.raises(UserError, match="is not registered"):
         checkpoints.load_state(tmp_path / NAME)
+
+
+def test_settings_of_transformers_are_typed_whoever_wrote_them():
+    """A class of fairseq's transformer, or one of the user's own that is made of it."""
+
+    class Own(TransformerModel):
+        pass
+
+    settings = {"_name": "own", "encoder_layers": "1 or None"}
+    weight = archives.TensorInFile(archives._Storage(archives.STORAGES["FloatStorage"], "", 1), 0,
+                                   (1,), (1,))  # fmt: skip
+    for name, kind in (("own", Own), ("transformer_align", None)):
+        cfg = {"model": {**settings, "_name": name}, "task": {"_name": "translation"}}
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(archives.Untrusted) as caught:
+            if kind is not None:
+                patch.setitem(MODEL_REGISTRY, name, kind)
+            vetting.check({"cfg": cfg, "model": {"weight": weight}})
+        assert "model.encoder_layers" in str(caught.value)
+        cfg["model"]["encoder_layers"] = 2
+        with pytest.MonkeyPatch.context() as patch:
+            if kind is not None:
+                patch.setitem(MODEL_REGISTRY, name, kind)
+            vetting.check({"cfg": cfg, "model": {"weight": weight}})
 
 
 @pytest.mark.parametrize("old_style", [False, True])
