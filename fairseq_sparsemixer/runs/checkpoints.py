@@ -58,8 +58,9 @@ def best_checkpoints(folder: Path, count: int) -> List[Path]:
 
 def _higher_is_better(state: Dict[str, Any]) -> bool:
     """By the section of its settings, or by its flags, as fairseq wrote them before 0.10."""
-    flags = vars(state["args"]) if state.get("args") is not None else {}
-    settings = (state.get("cfg") or {}).get("checkpoint") or flags
+    settings = (state.get("cfg") or {}).get("checkpoint")
+    if state.get("args") is not None:
+        settings = vars(state["args"])
     return isinstance(settings, dict) and bool(settings.get("maximize_best_checkpoint_metric"))
 
 

@@ -102,8 +102,12 @@ def check(state: Any, to_build: bool = True) -> None:
         raise Refusal("is not a checkpoint of fairseq: it has no model")
     if not any(isinstance(value, TensorInFile) for value in state["model"].values()):
         raise Refusal("is not a checkpoint of fairseq: its model has no parameters")
-    if not all(isinstance(name, str) for name in state["model"]):
-        raise Refusal("is not a checkpoint of fairseq: a parameter has no name")
+    for name, value in state["model"].items():
+        # torch lets a module keep more of its state than tensors, under this name.
+        if not isinstance(name, str) or not (
+            isinstance(value, TensorInFile) or name.endswith("_extra_state")
+        ):
+            raise Refusal(f"is not a checkpoint of fairseq: {shown(name)} is no parameter")
     _check_history(state)
     args, cfg = state.get("args"), state.get("cfg")
     if args is None and cfg is None:
@@ -133,6 +137,8 @@ def _check_history(state: Settings) -> None:
         and all(isinstance(each.get("num_updates", 0), int) for each in history)
     ):
         raise Refusal("is not a checkpoint of fairseq: its optimizer_history is none")
+    if not isinstance(state.get("extra_state", {}), dict):
+        raise Refusal("is not a checkpoint of fairseq: its extra_state is none")
     averaged = state.get("averaged_from", [])
     if not isinstance(averaged, list) or not all(isinstance(name, str) for name in averaged):
         raise Refusal("is not a checkpoint of fairseq: its averaged_from holds no names")

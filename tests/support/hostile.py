@@ -173,6 +173,11 @@ CHANGES = {
         _old_style(scoring="shuffle(range(1,9))"),
         "which is no name",
     ),
+    "parameter that is none": (
+        lambda state: state["model"].update({"encoder.embed_tokens.weight": 5}),
+        "is no parameter",
+    ),
+    "extra state that is none": (lambda state: state.update(extra_state=5), "extra_state is none"),
     "history that is none": (lambda state: state.update(optimizer_history=5), "history is none"),
     "text in place of a number": (_with("model", dropout="much"), NOT_DECLARED),
     "a mapping in place of a number": (_with("model", encoder_layers={"a": 1}), NOT_DECLARED),
