@@ -63,6 +63,7 @@ PROGRAMS = {"dataset_impl": "fasta"}
 FILES = re.compile(r"(.*_)?embed_path|replace_unk|sentencepiece_model(_path)?|bpe_\w+|gpt2_\w+")
 """Fields that name files which are read whole when a model or its pieces are built. fairseq fetches
 those that are addresses."""
+ADDRESS = re.compile(r"\s*[A-Za-z][\w+.-]*:")
 ENDLESS = ("/dev/", "/proc/", "/sys/")
 NAME = re.compile(r"[\w.@+-]*")
 """What fairseq writes without quotes among the overrides of hydra."""
@@ -307,7 +308,7 @@ def _check_files(where: str, key: str, value: Any, fields: List[Any]) -> None:
             _check_files(f"{where}.{inner}", str(inner), each, [])
     if not isinstance(value, str) or not FILES.fullmatch(key):
         return
-    if "://" in value and value not in [field.default for field in fields]:
+    if ADDRESS.match(value) and value not in [field.default for field in fields]:
         raise Untrusted(f"has {where} = {shown(value)}, which fairseq would fetch")
     try:
         kind = os.stat(value).st_mode

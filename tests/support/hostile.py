@@ -164,7 +164,7 @@ CHANGES = {
         "no file that ends",
     ),
     "pieces from elsewhere": (
-        lambda state: state["cfg"].update(bpe=_pieces(sentencepiece_model="http://0.0.0.0/m")),
+        lambda state: state["cfg"].update(bpe=_pieces(sentencepiece_model="http:/0.0.0.0/m")),
         "would fetch",
     ),
     "words from a device": (_with("generation", replace_unk="/dev/zero"), "no file that ends"),
