@@ -9,14 +9,16 @@ import copy
 import functools
 import logging
 import os
+import shlex
 import sys
+import tarfile
 from collections.abc import MutableMapping
 from types import TracebackType
 from typing import Any, Optional, Type
 
 import torch
-from fairseq import checkpoint_utils, models
-from fairseq.data import data_utils
+from fairseq import checkpoint_utils, file_utils, models
+from fairseq.data import data_utils, fasta_dataset
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
@@ -43,6 +45,8 @@ def apply() -> None:
     _name_torchrun_without_gpu()
     restarts.apply()
     _check_checkpoints()  # after it: what is written whole must be plain
+    _quote_fasta_files()
+    _keep_archives_in_their_folder()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
@@ -114,6 +118,52 @@ def _check_checkpoints() -> None:
 
     models.build_model = build_model
     checkpoint_utils.torch_persistent_save = torch_persistent_save
+
+
+def _quote_fasta_files() -> None:
+    """Let no name of a file run code: fairseq hands that of a FASTA file to a shell as it is.
+
+    It takes any file with this ending for one, and languages from the names in a data folder.
+    """
+    original = fasta_dataset.FastaDataset._build_index
+
+    @functools.wraps(original)
+    def _build_index(self: Any, path: str) -> Any:
+        name = fasta_dataset.fasta_file_path(path)
+        if shlex.quote(name) != name:
+            raise UserError(
+                f"fairseq cannot read the file {name!r}: give it a name of plain letters"
+            )
+        return original(self, path)
+
+    fasta_dataset.FastaDataset._build_index = _build_index
+
+
+class _TarfileOfModels:
+    """tarfile as fairseq's module of files sees it: with an ``open`` that checks.
+
+    fairseq moves what the names have in common to where the archive was: a name that leaves the
+    folder would let a file be written, or moved, anywhere.
+    """
+
+    @staticmethod
+    def open(name: str, mode: Any) -> tarfile.TarFile:
+        """An archive whose members stay where they are unpacked."""
+        archive = tarfile.open(name, mode)  # noqa: SIM115 - the caller closes it
+        if hasattr(tarfile, "data_filter"):  # since 3.9.17 and 3.11.4: links stay in it too
+            archive.extraction_filter = tarfile.data_filter
+        for member in archive.getnames():
+            if os.path.isabs(member) or ".." in member.split("/"):
+                raise UserError(f"{name} would write outside of its folder ({member!r})")
+        return archive
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tarfile, name)
+
+
+def _keep_archives_in_their_folder() -> None:
+    """``from_pretrained`` unpacks archives."""
+    file_utils.tarfile = _TarfileOfModels()
 
 
 def _warn_of_dropped_sentences() -> None:

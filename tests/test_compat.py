@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fairseq.data import data_utils
+from fairseq import file_utils
+from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
@@ -232,3 +235,39 @@ def test_the_oldest_torch_is_that_of_setup(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.13.1")
     with pytest.raises(UserError, match=f"install torch >= {compat.MINIMUM_TORCH}"):
         compat._check_torch()
+
+
+def test_the_name_of_a_fasta_file_runs_no_code(tmp_path, monkeypatch):
+    """The languages of a data folder are read from its names, one of which is a program here."""
+    monkeypatch.chdir(tmp_path)
+    name = "test.en-$(touch ran).$(touch ran)"
+    Path(f"{name}.fasta").write_text(">a\nAC\n>b\nA\n")
+    with pytest.raises(UserError, match="plain letters"):
+        data_utils.load_indexed_dataset(name, Dictionary())
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["up", "absolute", "link", "good"])
+def test_an_archive_of_a_model_stays_in_its_folder(kind, tmp_path):
+    """Nothing outside is written, and nothing of the user's moved."""
+    own, packed = tmp_path / "own", tmp_path / "packed"
+    own.mkdir()
+    packed.mkdir()
+    (own / "file").write_text("own")
+    (packed / "dict.en.txt").write_text("packed")
+    name = {"up": "../../own/file", "absolute": str(own / "file")}.get(kind, "model/dict.en.txt")
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
+        if kind == "link":
+            link = tarfile.TarInfo("model")
+            link.type, link.linkname = tarfile.SYMTYPE, str(own)
+            archive.addfile(link)
+        info = archive.gettarinfo(packed / "dict.en.txt")
+        info.name = name
+        archive.addfile(info, (packed / "dict.en.txt").open("rb"))
+    if kind == "good":
+        folder = file_utils.load_archive_file(str(tmp_path / "model.tar.gz"))
+        assert Path(folder).exists()
+    else:
+        with pytest.raises((UserError, tarfile.FilterError)):
+            file_utils.load_archive_file(str(tmp_path / "model.tar.gz"))
+    assert {path.name: path.read_text() for path in own.iterdir()} == {"file": "own"}

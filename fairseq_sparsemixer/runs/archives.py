@@ -3,8 +3,9 @@
 A checkpoint is a zip archive of uncompressed records: a pickle (``data.pkl``) and the storage of
 each tensor. torch does not compare the records with the archive's checksums, and before 2.9 not
 their sizes with what the pickle says of them. Here both are compared, and the pickle is read with
-stand-ins for tensors: the few names that a checkpoint of fairseq needs are known, and every other
-is code.
+stand-ins for tensors (:mod:`.tensors` puts tensors in their place): the few names that a checkpoint
+of fairseq needs are known, and every other is code. What a pickle may make is counted: in a few
+bytes it can say "this text of 16 MB" a million times, or a mapping whose key takes years to hash.
 """
 
 import argparse
@@ -12,22 +13,40 @@ import collections
 import math
 import pickle
 import re
+import reprlib
+import struct
 import zipfile
-from typing import IO, Any, BinaryIO, ClassVar, Dict, List, NamedTuple, Tuple
+from typing import IO, Any, BinaryIO, Callable, ClassVar, Dict, List, NamedTuple, Tuple
 
 CHUNK = 1 << 20
 """Bytes that are read at once."""
 LONGEST_PICKLE = 32 << 20
 """Bytes of the pickle: that of a model of 30,000 tensors with its optimiser has some 6 MB."""
+LONGEST_DIRECTORY = 32 << 20
+"""Bytes of the archive's directory: that of 90,000 tensors has some 10 MB."""
+MOST_OBJECTS = 4_000_000
+"""That a pickle makes or remembers: that of 30,000 tensors with their optimiser has 1.5 million."""
+MOST_DIMENSIONS = 64
+LARGEST, LARGEST_KEY = 1 << 63, 1 << 60
 NUMBER = re.compile(r"[<>=|]?[biuf][1248]")
 """numpy's codes of numbers: no objects, no text, no records."""
 
+
+class StorageKind(NamedTuple):
+    """What stands for the type of a storage: torch's name of its elements, and their bytes."""
+
+    dtype: str
+    size: int
+
+
 STORAGES = {
-    "DoubleStorage": 8, "LongStorage": 8, "ComplexFloatStorage": 8, "FloatStorage": 4,
-    "IntStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "ShortStorage": 2, "CharStorage": 1,
-    "ByteStorage": 1, "BoolStorage": 1,
+    "DoubleStorage": StorageKind("float64", 8), "LongStorage": StorageKind("int64", 8),
+    "ComplexFloatStorage": StorageKind("complex64", 8), "FloatStorage": StorageKind("float32", 4),
+    "IntStorage": StorageKind("int32", 4), "HalfStorage": StorageKind("float16", 2),
+    "BFloat16Storage": StorageKind("bfloat16", 2), "ShortStorage": StorageKind("int16", 2),
+    "CharStorage": StorageKind("int8", 1), "ByteStorage": StorageKind("uint8", 1),
+    "BoolStorage": StorageKind("bool", 1),
 }  # fmt: skip
-"""Bytes of an element by the type of the storage."""
 
 
 class Refusal(Exception):
@@ -42,18 +61,66 @@ class Untrusted(Refusal):
     """It asks for what is not known to be harmless, and may be."""
 
 
-class TensorInFile(NamedTuple):
-    """What stands for a tensor: its shape, and the record that holds it with its bytes."""
+class _Shown(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if x is None or isinstance(x, (bool, float)) else f"<{type(x).__name__}>"
 
-    shape: Tuple[int, ...]
-    record: str
-    bytes_held: int
+
+_SHOWN = _Shown()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 50, 50
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, and on one line, whatever it is."""
+    text = _SHOWN.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def named(name: str) -> str:
+    """A name in a message, likewise."""
+    return ascii(name[:100])[1:-1]
+
+
+def reason(error: Exception) -> str:
+    """An error in a message, likewise."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 class _Storage(NamedTuple):
+    kind: StorageKind
     record: str
     elements: int
-    element_size: int
+
+
+class TensorInFile(NamedTuple):
+    """What stands for a tensor: where its elements are in which storage."""
+
+    storage: _Storage
+    offset: int
+    shape: Tuple[int, ...]
+    stride: Tuple[int, ...]
+
+    @property
+    def record(self) -> str:
+        """That which holds its storage."""
+        return self.storage.record
+
+    @property
+    def bytes_held(self) -> int:
+        """Those of its storage."""
+        return self.storage.elements * self.storage.kind.size
+
+    @property
+    def bytes_claimed(self) -> int:
+        """Those of its own elements."""
+        return math.prod(self.shape) * self.storage.kind.size
+
+
+def _check_sizes(*numbers: Any) -> None:
+    if len(numbers) > 2 * MOST_DIMENSIONS + 1:
+        raise Damaged("is damaged: a tensor has more dimensions than torch knows")
+    if not all(type(number) is int and 0 <= number < LARGEST for number in numbers):
+        raise Damaged("is damaged: a tensor has a size that is none")
 
 
 class NumpyType:
@@ -61,10 +128,12 @@ class NumpyType:
 
     def __init__(self, code: str, *_: Any) -> None:
         if not isinstance(code, str) or not NUMBER.fullmatch(code):
-            raise Refusal(f"holds values of numpy's type {code!r}, which are no numbers")
+            raise Refusal(f"holds values of numpy's type {shown(code)}, which are no numbers")
         self.code = code
 
     def __setstate__(self, state: Tuple[Any, ...]) -> None:
+        if state[1] not in ("<", ">", "=", "|"):
+            raise Damaged("is damaged: numpy knows no such order of bytes")
         self.code = f"{state[1]}{self.code}"
 
     def numbers(self, data: bytes) -> Any:
@@ -82,13 +151,16 @@ class NumpyArray:
 
     def __setstate__(self, state: Tuple[Any, ...]) -> None:
         _, shape, kind, by_column, data = state
+        _check_sizes(*shape)
+        if 0 in shape:  # whose lists of no elements may be many
+            return
         order = "F" if by_column else "C"
         self.values = kind.numbers(data).reshape(shape, order=order).tolist()
 
 
 def numpy_number(kind: NumpyType, data: bytes) -> Any:
     """A Python number for one of numpy."""
-    (number,) = kind.numbers(data).tolist()
+    (number,) = kind.numbers(data[:16]).tolist()
     return number
 
 
@@ -109,37 +181,58 @@ NUMPY: Dict[str, Any] = {
 
 
 def _tensor(
-    storage: _Storage, offset: int, shape: Tuple[int, ...], stride: Tuple[int, ...], *_: Any
+    storage: _Storage,
+    offset: int,
+    shape: Tuple[int, ...],
+    stride: Tuple[int, ...],
+    requires_grad: Any = None,
+    hooks: Any = None,
 ) -> TensorInFile:
     """What stands for a tensor.
 
     Raises:
-        Refusal: it claims more elements than its storage holds.
+        Damaged: it claims more elements than its storage holds.
     """
+    _check_sizes(offset, *shape, *stride)
+    if not isinstance(storage, _Storage) or len(shape) != len(stride):
+        raise Damaged("is damaged: a tensor has no storage or no shape")
     elements = math.prod(shape)
-    if min((offset, *shape, *stride), default=0) < 0 or len(shape) != len(stride):
-        raise Damaged("is damaged: a tensor has a negative size")
     last = sum((size - 1) * step for size, step in zip(shape, stride)) + offset
     if elements and max(elements, last + 1) > storage.elements:
-        raise Damaged(f"is damaged: a tensor claims more elements than {storage.record} holds")
-    return TensorInFile(tuple(shape), storage.record, storage.elements * storage.element_size)
+        name = named(storage.record)
+        raise Damaged(f"is damaged: a tensor claims more elements than {name} holds")
+    return TensorInFile(storage, offset, tuple(shape), tuple(stride))
+
+
+def _parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+def _size(numbers: Any) -> Any:
+    if not isinstance(numbers, tuple):
+        raise Damaged("is damaged: a shape is none")
+    return numbers
+
+
+def _ordered() -> Any:
+    return collections.OrderedDict()
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """How old pickles hold bytes."""
     if encoding != "latin1":
-        raise Refusal(f"holds bytes encoded as {encoding!r}, which fairseq does not write")
+        raise Refusal(f"holds bytes encoded as {shown(encoding)}, which fairseq does not write")
     return text.encode(encoding)
 
 
 _KNOWN: Dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
-    "collections.OrderedDict": collections.OrderedDict,
+    "collections.OrderedDict": _ordered,
     "_codecs.encode": _encode,
-    "torch.Size": tuple,
+    "torch.Size": _size,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    **{f"torch.{name}": size for name, size in STORAGES.items()},
+    "torch._utils._rebuild_parameter": _parameter,
+    **{f"torch.{name}": kind for name, kind in STORAGES.items()},
     **NUMPY,
 }
 
@@ -156,6 +249,20 @@ _OPERATIONS = frozenset(
     )
 )  # fmt: skip
 """Those that torch.save writes, and torch.load reads with ``weights_only``."""
+_COUNTED = (
+    pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2,
+    pickle.TUPLE3, pickle.LONG_BINPUT, pickle.BINPERSID, pickle.GLOBAL, pickle.REDUCE,
+    pickle.NEWOBJ, pickle.BUILD,
+)  # fmt: skip
+"""Those that make more than they are long."""
+
+
+def _counted(do: Callable[["_Unpickler"], None]) -> Callable[["_Unpickler"], None]:
+    def counted(self: "_Unpickler") -> None:
+        self.spend(1)
+        do(self)
+
+    return counted
 
 
 class _Unpickler(pickle._Unpickler):
@@ -170,10 +277,22 @@ class _Unpickler(pickle._Unpickler):
     }
 
     stack: List[Any]
+    pop_mark: Callable[[], List[Any]]
 
     def __init__(self, file: IO[bytes], sizes: Dict[str, int]) -> None:
         super().__init__(file)
         self._sizes = sizes
+        self._left = MOST_OBJECTS
+
+    def spend(self, objects: int) -> None:
+        """Count what is made.
+
+        Raises:
+            Refusal: it is too much.
+        """
+        self._left -= objects
+        if self._left < 0:
+            raise Refusal("holds more beside its tensors than any that fairseq writes")
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in.
@@ -183,28 +302,42 @@ class _Unpickler(pickle._Unpickler):
         """
         known = _KNOWN.get(f"{module}.{name}")
         if known is None:
-            raise Refusal(f"holds code ({module}.{name}), which is never run")
+            raise Refusal(f"holds code ({named(f'{module}.{name}')}), which is never run")
         return known
 
     def persistent_load(self, pid: Any) -> _Storage:
         """The storage of a tensor.
 
         Raises:
-            Refusal: its record is missing or of another size.
+            Damaged: its record is missing or of another size.
         """
-        _, element_size, key, _, elements = pid
+        _, kind, key, _, elements = pid
+        # Of other types one record might have several keys, and be read as often.
+        if not isinstance(kind, StorageKind) or type(key) is not str:
+            raise Damaged("is damaged: a tensor has no storage")
+        _check_sizes(elements)
         record = f"data/{key}"
-        if self._sizes.get(record) != elements * element_size:
-            raise Damaged(f"is damaged: {record} is missing or of another size")
-        return _Storage(record, elements, element_size)
+        if self._sizes.get(record) != elements * kind.size:
+            raise Damaged(f"is damaged: {named(record)} is missing or of another size")
+        return _Storage(kind, record, elements)
+
+    def _reduce(self) -> None:
+        pickle._Unpickler.dispatch[pickle.REDUCE[0]](self)  # type: ignore[arg-type]
+        if isinstance(self.stack[-1], bytes):
+            self.spend(len(self.stack[-1]) // 32)
 
     def _build(self) -> None:
-        if not isinstance(
-            self.stack[-2],
-            (argparse.Namespace, collections.OrderedDict, NumpyType, NumpyArray),
-        ):
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, (NumpyType, NumpyArray)):
+            self.spend(len(state[-1]) if isinstance(target, NumpyArray) else 1)
+            target.__setstate__(state)
+        elif type(target) in (argparse.Namespace, collections.OrderedDict):
+            self.spend(len(state))
+            if not all(type(key) is str for key in state):
+                raise Damaged("is damaged: an attribute has no name")
+            vars(target).update(state)
+        else:
             raise Damaged("is damaged: it sets the state of what has none")
-        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
 
     def _new_object(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
@@ -212,8 +345,32 @@ class _Unpickler(pickle._Unpickler):
             raise Damaged("is damaged: it makes what no checkpoint holds")
         self.stack.append(argparse.Namespace())
 
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(self.stack[-1], [key], [value])
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        self._set(self.stack[-1], items[::2], items[1::2])
+
+    def _set(self, mapping: Any, keys: List[Any], values: List[Any]) -> None:
+        for key in keys:
+            # Of tuples and of large numbers, many can be made that have one hash.
+            if not (key is None or type(key) in (str, bool, int, float)) or (
+                type(key) is int and abs(key) >= LARGEST_KEY
+            ):
+                raise Refusal(f"has a mapping with the key {shown(key)}, which fairseq never has")
+        if not isinstance(mapping, dict):
+            raise Damaged("is damaged: it sets an entry of what has none")
+        mapping.update(zip(keys, values))
+
+    dispatch[pickle.REDUCE[0]] = _reduce
     dispatch[pickle.BUILD[0]] = _build
     dispatch[pickle.NEWOBJ[0]] = _new_object
+    dispatch[pickle.SETITEM[0]] = _set_item
+    dispatch[pickle.SETITEMS[0]] = _set_items
+    for _code in _COUNTED:
+        dispatch[_code[0]] = _counted(dispatch[_code[0]])
 
 
 def verify(file: BinaryIO) -> Dict[str, int]:
@@ -230,8 +387,7 @@ def verify(file: BinaryIO) -> Dict[str, int]:
     except (Refusal, OSError):
         raise
     except Exception as error:  # zipfile, zlib, struct, codecs: each has its own
-        reason = str(error).partition("\n")[0]
-        raise Damaged(f"is damaged ({type(error).__name__}: {reason})") from error
+        raise Damaged(f"is damaged ({reason(error)})") from error
 
 
 def _verify(file: BinaryIO) -> Dict[str, int]:
@@ -246,6 +402,7 @@ def _verify(file: BinaryIO) -> Dict[str, int]:
         )
     if not start.startswith(b"PK\x03\x04"):
         raise Refusal("is not a checkpoint of fairseq")
+    _check_directory(file, total)
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         _check_records(records, total)
@@ -256,12 +413,34 @@ def _verify(file: BinaryIO) -> Dict[str, int]:
     return {record.filename.partition("/")[2]: record.file_size for record in records}
 
 
+def _check_directory(file: BinaryIO, total: int) -> None:
+    """The directory has to be the last of the file, where no reader can find another."""
+    file.seek(max(0, total - 98))
+    end = file.read()
+    directory_end = total - 22
+    if end[-22:-18] != b"PK\x05\x06" or end[-2:] != b"\0\0":
+        raise Damaged("is damaged: it does not end as an archive does")
+    size, offset = struct.unpack("<LL", end[-10:-2])
+    if end[-42:-38] == b"PK\x06\x07":  # of the large, which torch always writes
+        size, offset = struct.unpack("<QQ", end[40:56])
+        directory_end = total - 98
+    if offset + size != directory_end:
+        raise Damaged("is damaged: its directory is not where it says")
+    if size > LONGEST_DIRECTORY:
+        raise Refusal("holds more tensors than any that fairseq writes")
+
+
 def _check_records(records: List[zipfile.ZipInfo], total: int) -> None:
     names = [record.filename for record in records]
+    if any(record.orig_filename != record.filename for record in records):
+        raise Damaged("is damaged: a record has two names")
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
         raise Refusal("is a TorchScript archive, which is a program and no checkpoint of fairseq")
-    if len(set(names)) < len(names) or len({name.partition("/")[0] for name in names}) != 1:
+    # torch takes large letters for small ones.
+    if len({name.lower() for name in names}) < len(names) or (
+        len({name.partition("/")[0] for name in names}) != 1
+    ):
         raise Damaged("is damaged: two records have one name, or are in two folders")
     packed = [r for r in records if r.compress_type != zipfile.ZIP_STORED]
     if packed or sum(record.file_size for record in records) > total:
@@ -288,5 +467,4 @@ def contents(file: BinaryIO) -> Any:
         raise
     except Exception as error:
         # A pickle is a program for a small machine, and may break it in any way.
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise Damaged(f"is damaged or was not written by torch.save ({reason})") from error
+        raise Damaged(f"is damaged or was not written by torch.save ({reason(error)})") from error

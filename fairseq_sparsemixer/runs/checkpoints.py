@@ -52,9 +52,16 @@ def best_checkpoints(folder: Path, count: int) -> List[Path]:
             f"{folder} holds best checkpoints by {' and '.join(metrics)}; name the files of one "
             "metric with --inputs instead of --best"
         )
-    checkpoint_cfg = load_state(found[0][1], to_average=True)["cfg"]["checkpoint"]
-    sign = -1 if checkpoint_cfg["maximize_best_checkpoint_metric"] else 1
+    sign = -1 if _higher_is_better(load_state(found[0][1], to_average=True)) else 1
     return [path for _, path in sorted(found, key=lambda entry: sign * entry[0])[:count]]
+
+
+def _higher_is_better(state: Dict[str, Any]) -> bool:
+    """By the section of its settings, or by its flags, as fairseq wrote them before 0.10."""
+    settings = (state.get("cfg") or {}).get("checkpoint")
+    if state.get("args") is not None:
+        settings = vars(state["args"])
+    return isinstance(settings, dict) and bool(settings.get("maximize_best_checkpoint_metric"))
 
 
 def _check_count(found: int, wanted: int, flag: str, what: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.runs import allocations, archives, vetting
+from fairseq_sparsemixer.runs import allocations, archives, tensors, vetting
 from fairseq_sparsemixer.runs.allocations import Allowance
 from fairseq_sparsemixer.runs.archives import Damaged, NumpyArray, Refusal, Untrusted
 
@@ -54,7 +54,7 @@ def read(source: Union[str, Path, BinaryIO], to_build: bool = True) -> Any:
 
     Args:
         source: its path, or the open file.
-        to_build: whether it has to name a model and a task.
+        to_build: whether anything is built from it (:func:`.vetting.check`).
 
     Raises:
         CheckpointError: it is damaged, no checkpoint, holds code or asks for what may run some.
@@ -70,7 +70,8 @@ def read(source: Union[str, Path, BinaryIO], to_build: bool = True) -> Any:
             vetting.check(contents, to_build)
             _last.name = source.name
             _last.allowance = allocations.allowance(contents["model"].values())
-        elif zipfile.is_zipfile(source):
+            return tensors.fill(source, contents)
+        if zipfile.is_zipfile(source):
             archives.verify(source)
         return plain(_load(source))
     except Refusal as refusal:
@@ -91,8 +92,7 @@ def _load(file: BinaryIO) -> Any:
         name = f" ({found[1]})" if found else ""
         raise Refusal(f"holds code{name}, which is never run") from error
     except Exception as error:  # whatever its bytes lead to
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise Damaged(f"is damaged ({reason})") from error
+        raise Damaged(f"is damaged ({archives.reason(error)})") from error
 
 
 def plain(value: Any) -> Any:

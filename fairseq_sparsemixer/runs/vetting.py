@@ -9,24 +9,28 @@ may hold numbers alone. Sizes are bounded by what the file holds when the model 
 """
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import re
+import stat
 from enum import Enum
 from typing import Any, Container, Dict, List, Mapping, Union, get_args, get_origin
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
-from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 
-from fairseq_sparsemixer.runs.archives import Refusal, TensorInFile, Untrusted
+from fairseq_sparsemixer.runs.archives import Refusal, TensorInFile, Untrusted, shown
 
 READ = frozenset(
     f"fairseq.{name}"
     for name in (
         "models.transformer.transformer_legacy.TransformerModel",
+        "models.transformer_align.TransformerAlignModel",
         "models.transformer_lm.TransformerLanguageModel",
         "tasks.translation.TranslationTask",
         "tasks.language_modeling.LanguageModelingTask",
@@ -56,11 +60,20 @@ NUMBERS = re.compile(r"[-+0-9eE.,\s()\[\]]*")
 """Text that is the same evaluated or not: numbers in brackets."""
 PROGRAMS = {"dataset_impl": "fasta"}
 """Values that make fairseq start a program, in a shell."""
+FILES = re.compile(r"(.*_)?embed_path|replace_unk|sentencepiece_model(_path)?|bpe_\w+|gpt2_\w+")
+"""Fields that name files which are read whole when a model or its pieces are built. fairseq fetches
+those that are addresses."""
+ADDRESS = re.compile(r"\s*[A-Za-z][\w+.-]*:")
+ENDLESS = ("/dev/", "/proc/", "/sys/")
+NAME = re.compile(r"[\w.@+-]*")
+"""What fairseq writes without quotes among the overrides of hydra."""
 
 LARGEST_SIZE = 1 << 20
 """Of a number in the settings of a model: layers, widths, positions."""
+LARGEST_OF_TASK = {"required_seq_len_multiple": 1024, "num_batch_buckets": LARGEST_SIZE}
+"""Likewise, of numbers in the settings of a task that decide how large a batch is."""
 NO_SIZE = frozenset({"min_params_to_wrap"})
-LONGEST_TEXT, MOST_VALUES, DEEPEST = 1 << 16, 100_000, 20
+LONGEST_TEXT, MOST_TEXT, MOST_VALUES, DEEPEST = 1 << 16, 1 << 22, 100_000, 20
 
 PARTS: Dict[str, List[Mapping[str, Any]]] = {
     "model": [ARCH_MODEL_REGISTRY, MODEL_REGISTRY],
@@ -79,7 +92,8 @@ def check(state: Any, to_build: bool = True) -> None:
 
     Args:
         state: what the checkpoint holds, without its tensors.
-        to_build: whether it has to name a model and a task.
+        to_build: whether anything is built from it. If not, its settings may name what is not
+            registered, and are taken as they are: whoever builds from them checks them.
 
     Raises:
         Refusal: it is no checkpoint of fairseq.
@@ -89,35 +103,63 @@ def check(state: Any, to_build: bool = True) -> None:
         raise Refusal("is not a checkpoint of fairseq: it has no model")
     if not any(isinstance(value, TensorInFile) for value in state["model"].values()):
         raise Refusal("is not a checkpoint of fairseq: its model has no parameters")
+    for name, value in state["model"].items():
+        # torch lets a module keep more of its state than tensors, under this name.
+        if not isinstance(name, str) or not (
+            isinstance(value, TensorInFile) or name.endswith("_extra_state")
+        ):
+            raise Refusal(f"is not a checkpoint of fairseq: {shown(name)} is no parameter")
+    _check_history(state)
     args, cfg = state.get("args"), state.get("cfg")
     if args is None and cfg is None:
         raise Refusal("is not a checkpoint of fairseq: it has neither cfg nor args")
     _count([args, cfg])
+    if args is not None and not isinstance(args, argparse.Namespace):
+        raise Refusal("is not a checkpoint of fairseq: its args are no Namespace")
+    if cfg is not None and not isinstance(cfg, dict):
+        raise Refusal("is not a checkpoint of fairseq: its cfg is no mapping")
+    if not to_build:
+        return
     if args is not None:
-        if not isinstance(args, argparse.Namespace):
-            raise Refusal("is not a checkpoint of fairseq: its args are no Namespace")
         _check_flat(vars(args))
     if cfg is not None:
-        if not isinstance(cfg, dict):
-            raise Refusal("is not a checkpoint of fairseq: its cfg is no mapping")
-        for part in ("model", "task") if to_build and args is None else ():
+        for part in ("model", "task") if args is None else ():
             if not _names(part, cfg.get(part)):
                 raise Refusal(f"is not a checkpoint of fairseq: its cfg names no {part}")
         _check_cfg(cfg)
 
 
+def _check_history(state: Settings) -> None:
+    """What is said of its training has to be what fairseq and ``average`` say."""
+    history = state.get("optimizer_history")
+    if history is not None and not (
+        isinstance(history, list)
+        and all(isinstance(each, dict) for each in history)
+        and all(isinstance(each.get("num_updates", 0), int) for each in history)
+    ):
+        raise Refusal("is not a checkpoint of fairseq: its optimizer_history is none")
+    if not isinstance(state.get("extra_state", {}), dict):
+        raise Refusal("is not a checkpoint of fairseq: its extra_state is none")
+    averaged = state.get("averaged_from", [])
+    if not isinstance(averaged, list) or not all(isinstance(name, str) for name in averaged):
+        raise Refusal("is not a checkpoint of fairseq: its averaged_from holds no names")
+
+
 def _count(value: Any) -> None:
     """Refuse what holds itself, or one thing so often that a copy of it would never end."""
-    left, waiting = MOST_VALUES, [(value, 0)]
+    left, text, waiting = MOST_VALUES, MOST_TEXT, [(value, 0)]
     while waiting:
         value, depth = waiting.pop()
         if isinstance(value, argparse.Namespace):
             value = vars(value)
-        inner = list(value.values()) if isinstance(value, dict) else value
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
         if isinstance(inner, (list, tuple)):
             left -= len(inner)
-            if left < 0 or depth > DEEPEST:
-                raise Untrusted("has a configuration larger than any that fairseq writes")
+        elif isinstance(inner, (str, bytes)):
+            text -= len(inner)
+        if left < 0 or text < 0 or depth > DEEPEST:
+            raise Untrusted("has a configuration larger than any that fairseq writes")
+        if isinstance(inner, (list, tuple)):
             waiting += [(each, depth + 1) for each in inner]
 
 
@@ -152,6 +194,10 @@ def _check_flat(settings: Settings, section: str = "args") -> None:
         if part == "model":
             sized = of_part
         _add(declared, of_part)
+    for registry in REGISTRIES:
+        name = settings.get(registry)
+        if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
+            raise Untrusted(f"has {section}.{registry} = {shown(name)}, which is no name")
     _check_settings(section, settings, declared, sized)
 
 
@@ -174,7 +220,7 @@ def _declared(part: str, names: List[Any]) -> Dict[str, List[Any]]:
     for name in names:
         kind = _class(part, name)
         _add(declared, _fields(getattr(kind, "__dataclass", None)))
-        if part == "model" and kind.__module__.startswith("fairseq.models.transformer."):
+        if part == "model" and issubclass(kind, TransformerModelBase):
             _add(declared, _transformer_fields())
     return declared
 
@@ -185,7 +231,7 @@ def _class(part: str, name: Any) -> Any:
     found = [names[name] for names in PARTS[part] if isinstance(name, str) and name in names]
     if not found:
         raise Untrusted(
-            f"asks for the {what} {_shown(name)}, which is not registered: see --user-dir"
+            f"asks for the {what} {shown(name)}, which is not registered: see --user-dir"
         )
     kind = found[0]
     if kind.__module__.split(".")[0] == "fairseq" and (
@@ -196,11 +242,6 @@ def _class(part: str, name: Any) -> Any:
             "a checkpoint"
         )
     return kind
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # Values
@@ -237,10 +278,13 @@ def _check_settings(
         where = f"{section}.{key}"
         fields = declared.get(key, [])
         if fields and not any(_fits(value, field.type, field.default) for field in fields):
-            raise Untrusted(f"has {where} = {_shown(value)}, which is not of the declared type")
+            raise Untrusted(f"has {where} = {shown(value)}, which is not of the declared type")
         if not fields:
             _check_plain(where, value)
         _check_evaluated(where, str(key), value)
+        _check_files(where, str(key), value, fields)
+        if key in LARGEST_OF_TASK:
+            _check_size(where, value, LARGEST_OF_TASK[key])
         if key in sized and key not in NO_SIZE:
             _check_size(where, value)
 
@@ -253,14 +297,33 @@ def _check_evaluated(where: str, key: str, value: Any) -> None:
         return
     harmless = isinstance(value, str) and NUMBERS.fullmatch(value)
     if EVALUATED.fullmatch(key) and not harmless:
-        raise Untrusted(f"has {where} = {_shown(value)}, which fairseq would evaluate as Python")
+        raise Untrusted(f"has {where} = {shown(value)}, which fairseq would evaluate as Python")
     if PROGRAMS.get(key) == value:
-        raise Untrusted(f"has {where} = {_shown(value)}, for which fairseq starts programs")
+        raise Untrusted(f"has {where} = {shown(value)}, for which fairseq starts programs")
 
 
-def _check_size(where: str, value: Any) -> None:
-    if isinstance(value, (int, float)) and abs(value) > LARGEST_SIZE:
-        raise Untrusted(f"has {where} = {_shown(value)}, which is larger than any model")
+def _check_files(where: str, key: str, value: Any, fields: List[Any]) -> None:
+    if isinstance(value, dict):
+        for inner, each in value.items():
+            _check_files(f"{where}.{inner}", str(inner), each, [])
+    if not isinstance(value, str) or not FILES.fullmatch(key):
+        return
+    if ADDRESS.match(value) and value not in [field.default for field in fields]:
+        raise Untrusted(f"has {where} = {shown(value)}, which fairseq would fetch")
+    try:
+        kind = os.stat(value).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(kind) or os.path.realpath(value).startswith(ENDLESS):
+        raise Untrusted(f"has {where} = {shown(value)}, which is no file that ends")
+
+
+def _check_size(where: str, value: Any, largest: int = LARGEST_SIZE) -> None:
+    if isinstance(value, str) and NUMBERS.fullmatch(value):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, (int, float)) and abs(value) > largest:
+        raise Untrusted(f"has {where} = {shown(value)}, which is larger than any model")
 
 
 def _fits(value: Any, kind: Any, default: Any) -> bool:
@@ -282,7 +345,8 @@ def _fits(value: Any, kind: Any, default: Any) -> bool:
         return True
     if isinstance(value, str) and kind is not str and kind is not Any:
         # Older checkpoints hold lists and numbers as text.
-        return len(value) <= LONGEST_TEXT and NUMBERS.fullmatch(value) is not None
+        harmless = value in ("True", "False", "None") or NUMBERS.fullmatch(value)
+        return len(value) <= LONGEST_TEXT and bool(harmless)
     if kind in (bool, int, float):
         return isinstance(value, (bool, int, float))
     if kind is str:
@@ -295,7 +359,7 @@ def _fits(value: Any, kind: Any, default: Any) -> bool:
 
 def _check_plain(where: str, value: Any) -> None:
     if not _is_plain(value):
-        raise Untrusted(f"has {where} = {_shown(value)}, which is no plain value")
+        raise Untrusted(f"has {where} = {shown(value)}, which is no plain value")
 
 
 def _is_plain(value: Any) -> bool:

@@ -13,16 +13,26 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq.models import MODEL_REGISTRY
+from fairseq.models.transformer import TransformerModel
 from support import commands, hostile, hostile_commands
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.runs import allocations, archives, checkpoints, mending, reading, vetting
+from fairseq_sparsemixer.runs import (
+    allocations,
+    archives,
+    checkpoints,
+    mending,
+    reading,
+    tensors,
+    vetting,
+)
 
 NAME = "checkpoint_best.pt"
 
 
-@pytest.mark.parametrize("kind", hostile.KINDS)
+@pytest.mark.parametrize("kind", [*hostile.KINDS, *hostile.PICKLES])
 def test_hostile_checkpoints(kind, run_dir, corpus, tmp_path, monkeypatch):
     """No code runs, and what is refused is refused in one line with a cure."""
     monkeypatch.chdir(tmp_path)
@@ -73,6 +83,7 @@ def test_what_fairseq_itself_wrote_before_is_read(old_style, run_dir, corpus, tm
     if old_style:
         hostile._old_style(adaptive_softmax_cutoff="(4, 8)")(state)
         state["args"].adaptive_softmax_cutoff = None
+        state["args"].left_pad_source = "True"
     torch.save(state, tmp_path / NAME)
     translator = Translator(str(tmp_path / NAME), data=corpus)
     (expected,) = Translator(str(run_dir / NAME), data=corpus).translate(["the red house"])
@@ -111,6 +122,74 @@ def test_the_variable_of_torch_that_trusts_every_pickle_changes_nothing(run_dir,
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: cannot read the checkpoint")
     assert not (tmp_path / hostile.CANARY).exists()
+
+
+def test_what_builds_nothing_takes_any_architecture(run_dir, tmp_path):
+    """``average`` knows no --user-dir, and its output is checked by what builds from it."""
+    hostile.write("unknown architecture", run_dir / NAME, tmp_path / NAME)
+    state = checkpoints.load_state(tmp_path / NAME, to_average=True)
+    assert same(state["model"], commands.load(run_dir / NAME)["model"])
+    with pytest.raises(UserError, match="is not registered"):
+        checkpoints.load_state(tmp_path / NAME)
+
+
+def test_settings_of_transformers_are_typed_whoever_wrote_them():
+    """A class of fairseq's transformer, or one of the user's own that is made of it."""
+
+    class Own(TransformerModel):
+        pass
+
+    settings = {"_name": "own", "encoder_layers": "1 or None"}
+    weight = archives.TensorInFile(archives._Storage(archives.STORAGES["FloatStorage"], "", 1), 0,
+                                   (1,), (1,))  # fmt: skip
+    for name, kind in (("own", Own), ("transformer_align", None)):
+        cfg = {"model": {**settings, "_name": name}, "task": {"_name": "translation"}}
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(archives.Untrusted) as caught:
+            if kind is not None:
+                patch.setitem(MODEL_REGISTRY, name, kind)
+            vetting.check({"cfg": cfg, "model": {"weight": weight}})
+        assert "model.encoder_layers" in str(caught.value)
+        cfg["model"]["encoder_layers"] = 2
+        with pytest.MonkeyPatch.context() as patch:
+            if kind is not None:
+                patch.setitem(MODEL_REGISTRY, name, kind)
+            vetting.check({"cfg": cfg, "model": {"weight": weight}})
+
+
+@pytest.mark.parametrize("old_style", [False, True])
+def test_best_is_by_the_settings_of_any_version(old_style, run_dir, tmp_path):
+    state = commands.load(run_dir / NAME)
+    if old_style:
+        hostile._old_style(maximize_best_checkpoint_metric=True)(state)
+    else:
+        state["cfg"].pop("checkpoint")
+    for value in ("1.000", "2.000"):
+        torch.save(state, tmp_path / f"checkpoint.best_loss_{value}.pt")
+    (best,) = checkpoints.best_checkpoints(tmp_path, 1)
+    assert best.name == f"checkpoint.best_loss_{'2' if old_style else '1'}.000.pt"
+
+
+def test_what_is_read_is_what_torch_reads(tmp_path):
+    """Of every kind of number; views, parameters and shared storages as they were."""
+    base = torch.arange(24.0)
+    state = {
+        "numbers": [
+            torch.tensor([0, 1, 2]).to(getattr(torch, kind.dtype))
+            for kind in archives.STORAGES.values()
+        ],
+        "views": {"part": base[3:15].view(3, 4).t(), "whole": base, "wide": base[:1].expand(1)},
+        "parameter": torch.nn.Parameter(torch.ones(2, requires_grad=True)),
+        "empty": (torch.empty(0, 3), torch.tensor(1.5)),
+        "module": torch.nn.Linear(2, 2).state_dict(),
+    }
+    torch.save(state, tmp_path / NAME)
+    with open(tmp_path / NAME, "rb") as file:
+        read = tensors.fill(file, archives.contents(file))
+    assert same(read, torch.load(tmp_path / NAME, weights_only=True))
+    assert [each.dtype for each in read["numbers"]] == [each.dtype for each in state["numbers"]]
+    read["views"]["whole"][3] = 99
+    assert read["views"]["part"][0, 0] == 99
+    assert read["module"]._metadata == state["module"]._metadata
 
 
 # Sizes

@@ -7,6 +7,7 @@ import argparse
 import copy
 import io
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -81,6 +82,27 @@ def _deep(state):
     state["cfg"]["task"]["data"] = value
 
 
+def _many_texts(state):
+    state["cfg"]["common"]["seed"] = ["x" * 60_000] * 90_000
+
+
+def _same_parameters(state):
+    """3000 of a megabyte each, which are one."""
+    parameter = torch.zeros(1 << 18)
+    state["model"].update((f"parameter{number}", parameter) for number in range(3000))
+
+
+def _deep_state(state):
+    value = "x"
+    for _ in range(200):
+        value = [value]
+    state["extra_state"]["more"] = value
+
+
+def _pieces(**settings):
+    return {"_name": "sentencepiece", "sentencepiece_enable_sampling": False, **settings}
+
+
 FCONV = {"encoder_layers": EVAL, "decoder_layers": EVAL, "decoder_attention": EVAL}
 FCONV.update(encoder_embed_dim=8, decoder_embed_dim=8, decoder_out_embed_dim=8, dropout=0.1)
 NOT_PART_OF_IT = "not among those known to run no code"
@@ -133,6 +155,30 @@ CHANGES = {
     ),
     "one list many times": (_many_times, "larger than any"),
     "deep lists": (_deep, "larger than any"),
+    "one text many times": (_many_texts, "larger than any"),
+    "one parameter many times": (_same_parameters, "more often than any"),
+    "deep lists beside the settings": (_deep_state, "deeper than any"),
+    "embedding without end": (_with("model", encoder_embed_path="/dev/zero"), "no file that ends"),
+    "pieces without end": (
+        lambda state: state["cfg"].update(bpe=_pieces(sentencepiece_model="/dev/zero")),
+        "no file that ends",
+    ),
+    "pieces from elsewhere": (
+        lambda state: state["cfg"].update(bpe=_pieces(sentencepiece_model="http:/0.0.0.0/m")),
+        "would fetch",
+    ),
+    "words from a device": (_with("generation", replace_unk="/dev/zero"), "no file that ends"),
+    "10**9 tokens of padding": (_with("task", required_seq_len_multiple=10**9), "larger than any"),
+    "old arguments with a program for hydra": (
+        _old_style(scoring="shuffle(range(1,9))"),
+        "which is no name",
+    ),
+    "parameter that is none": (
+        lambda state: state["model"].update({"encoder.embed_tokens.weight": 5}),
+        "is no parameter",
+    ),
+    "extra state that is none": (lambda state: state.update(extra_state=5), "extra_state is none"),
+    "history that is none": (lambda state: state.update(optimizer_history=5), "history is none"),
     "text in place of a number": (_with("model", dropout="much"), NOT_DECLARED),
     "a mapping in place of a number": (_with("model", encoder_layers={"a": 1}), NOT_DECLARED),
     "no model in cfg": (lambda state: state["cfg"].pop("model"), "names no model"),
@@ -220,7 +266,123 @@ def _bytearray(good):
     return _rewritten(good, change)
 
 
+def _in_one_folder(path, padding):
+    """The records of an archive, its directory and what ends it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            inner = name.partition("/")[2]
+            new.writestr(zipfile.ZipInfo(f"x/{inner}"), old.read(name))
+        new.writestr(zipfile.ZipInfo("x/padding"), bytes(padding))
+        start = new.start_dir
+    return buffer.getvalue()[:start], buffer.getvalue()[start:-22], buffer.getvalue()[-22:]
+
+
+def _two_directories(good):
+    """Python's reader takes the directory before the end, torch's that which the end names."""
+    bad = Path(good).with_name("architecture_that_evaluates.pt")
+    write("architecture that evaluates", good, bad)
+    seen, directory, _ = _in_one_folder(good, 0)
+    hidden, named, end = _in_one_folder(bad, 2 * len(seen))
+    bad.unlink()
+    moved, place = bytearray(directory), 0
+    while place < len(moved):
+        (offset,) = struct.unpack("<L", moved[place + 42 : place + 46])
+        moved[place + 42 : place + 46] = struct.pack("<L", offset + len(hidden) - len(seen))
+        place += 46 + sum(struct.unpack("<HHH", moved[place + 28 : place + 34]))
+    end = end[:12] + struct.pack("<LL", len(named), len(hidden)) + end[20:]
+    return hidden + named + seen + bytes(moved) + end
+
+
+def _renamed(name):
+    """A second pickle, under a name that readers may take for that of the first."""
+
+    def make(good):
+        buffer = io.BytesIO(good.read_bytes())
+        with zipfile.ZipFile(buffer, "a") as archive:
+            folder = archive.namelist()[0].partition("/")[0]
+            archive.writestr(zipfile.ZipInfo("?"), pickle.dumps(RunsWhenUnpickled()))
+            archive.filelist[-1].filename = f"{folder}/{name}"
+        return buffer.getvalue()
+
+    return make
+
+
+# A pickle by hand.
+
+
+def _text(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def _number(number):
+    return b"\x8a\x08" + number.to_bytes(8, "little")
+
+
+def _name(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def _storage(key, kind=None, elements=1):
+    kind = kind or _name("torch", "FloatStorage")
+    return b"(" + _text("storage") + kind + key + _text("cpu") + _number(elements) + b"tQ"
+
+
+def _tensor(storage, shape):
+    return (
+        _name("torch._utils", "_rebuild_tensor_v2")
+        + b"(" + storage + b"K\0(" + shape + b"t(" + b"K\1" * shape.count(b"K") + b"t\x89NtR"
+    )  # fmt: skip
+
+
+def _pairs_of_pairs():
+    """A tuple of 2**60 texts, in 300 bytes."""
+    return _text("x") + b"".join(bytes([ord("q"), i, ord("h"), i, 0x86]) for i in range(60))
+
+
+DTYPE = _name("numpy", "dtype") + _text("f8") + b"\x85R"
+NAN = b"G" + struct.pack(">d", float("nan"))
+PICKLES = {
+    "a text times a number": (_storage(_text("0"), _text("x" * 8), 10**10), "no storage"),
+    "one record under many keys": (
+        b"(" + b"".join(_tensor(_storage(NAN), b"K\1") for _ in range(3)) + b"t", "no storage"
+    ),
+    "a shape of text": (_tensor(_storage(_text("0")), _text("K" * 9) + b"M\xff\xff"), "is none"),
+    "a shape of a million sides": (
+        _tensor(_storage(_text("0")), b"\x8a\xff" + b"\x7f" * 255 + b"q\0" + b"h\0K\1" * 10**6),
+        "more dimensions",
+    ),
+    "a type without end": (_name("numpy", "dtype") + _pairs_of_pairs() + b"\x85R", "no numbers"),
+    "a key without end": (_storage(_pairs_of_pairs()), "no storage"),
+    "a mapping that hashes without end": (b"}" + _pairs_of_pairs() + b"Ns", "mapping with the key"),
+    "a mapping of numbers with one hash": (
+        b"}(" + b"".join(_number(i * (2**61 - 1)) + b"N" for i in (1, 2, 3)) + b"u",
+        "mapping with the key",
+    ),
+    "an order without end": (DTYPE + b"(K\3" + _pairs_of_pairs() + b"NNNtb", "no such order"),
+    "lists of nothing": (
+        _name("numpy.core.multiarray", "_reconstruct") + b")R(K\1(" + _number(10**9) + b"K\0t"
+        + DTYPE + b"\x89" + _name("_codecs", "encode") + _text("") + _text("latin1")
+        + b"\x86Rtb", "has no model",
+    ),
+    "a text encoded many times": (
+        _text("x" * (1 << 20)) + b"q\0" + _name("_codecs", "encode") + b"q\1(h\1h\0"
+        + _text("latin1") + b"q\2\x86R" + b"h\1h\0h\2\x86R" * 3000 + b"t",
+        "more beside its tensors",
+    ),
+    "an attribute of millions": (
+        _name("argparse", "Namespace") + b"q\0)\x81}q\1("
+        + b"".join(_text(f"{i}") + b"N" for i in range(10_000)) + b"ub"
+        + b"h\0)\x81h\1b" * 5000, "more beside its tensors",
+    ),
+    "5 million mappings": (b"(" + b"}" * 5_000_000 + b"t", "more beside its tensors"),
+}  # fmt: skip
+"""By name: a program for the machine that reads pickles, and what the refusal says."""
+
 FILES = {
+    "two directories": (_two_directories, "directory is not where it says"),
+    "two pickles by case": (_renamed("DATA.PKL"), "two records have one name"),
+    "two pickles by end": (_renamed("data.pkl\0"), "two names|one name"),
     "pickle that runs code": (_pickled_with_code, r"holds code \(builtins?\.exec\)|__builtin__"),
     "bare pickle": (lambda good: pickle.dumps(RunsWhenUnpickled()), "is a pickle and no archive"),
     "pickle of old torch": (_legacy, "is a pickle and no archive"),
@@ -239,7 +401,17 @@ KINDS = [*CHANGES, *FILES]
 
 def write(kind, good, path):
     """Write the checkpoint of a kind to ``path``; what its refusal has to say, if refused."""
-    if kind in FILES:
+    if kind in PICKLES:
+        program, message = PICKLES[kind]
+        Path(path).write_bytes(
+            _rewritten(
+                good,
+                lambda name, data: (
+                    b"\x80\x02" + program + b"." if name.endswith("data.pkl") else data
+                ),
+            )
+        )
+    elif kind in FILES:
         make, message = FILES[kind]
         Path(path).write_bytes(make(Path(good)))
     else:
