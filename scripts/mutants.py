@@ -10,7 +10,7 @@ each mutant the tests that run its line are run, the fastest first, until one fa
 command goes on where it stopped, with the mutants of the files as they are then; of a file that
 has changed since tests.json was made, each test that runs any line counts.
 
-Tests that start other processes are not seen to run a line: with --processes, those are run as
+What a test does in other processes is not seen: with --processes, all that start some are run as
 well where no other test failed.
 """
 
@@ -356,7 +356,8 @@ def choose_tests(mutant, tests, processes):
     if processes:
         chosen = [name for name, test in tests.items() if test["processes"]]
     else:
-        chosen = [name for name in covering if not tests[name]["processes"]]
+        # Those that start processes take longer, but are better than none.
+        chosen = [name for name in covering if not tests[name]["processes"]] or covering
     total, result = 0.0, []
     for name in sorted(chosen, key=lambda name: tests[name]["seconds"]):
         total += tests[name]["seconds"]
