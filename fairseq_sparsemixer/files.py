@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Iterable, Iterator, List, Optional
 
@@ -88,6 +89,31 @@ def full_disk(error: BaseException) -> Optional[OSError]:
             return cause
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def full_disk_in(text: str) -> Optional[OSError]:
+    """The error of a disk that is full, where a program's messages tell of one, else None."""
+    for number in NO_SPACE:
+        if os.strerror(number) in text:
+            return OSError(number, os.strerror(number))
+    return None
+
+
+def check_room(folder: Path) -> None:
+    """Find out whether a few lines of text fit into a folder.
+
+    Raises:
+        FullDiskError: they do not.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        if full_disk(error) is None:
+            raise
+        raise FullDiskError(cannot_write(error, folder)) from error
 
 
 def cannot_write(reason: OSError, path: Optional[Path] = None) -> str:

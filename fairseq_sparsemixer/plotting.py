@@ -6,6 +6,8 @@ Needs matplotlib (``pip install 'fairseq-sparsemixer[report]'``).
 from pathlib import Path
 from typing import Any, Dict, List
 
+from fairseq_sparsemixer.files import atomic_path
+
 COLOURS: Dict[str, str] = {
     "black": "#000000",
     "blue": "#0072B2",
@@ -37,6 +39,7 @@ def save(figure: Any, output: Path, name: str) -> List[Path]:
     """Write a figure of matplotlib to NAME.svg and NAME.png in ``output``, and close it."""
     paths = [output / f"{name}.svg", output / f"{name}.png"]
     for path in paths:
-        figure.savefig(path, dpi=150)
+        with atomic_path(path) as partial:
+            figure.savefig(partial, dpi=150, format=path.suffix[1:])
     pyplot().close(figure)
     return paths

@@ -1,26 +1,14 @@
 """Commands that run out of space say so in one line, leave nothing half written, and go on."""
 
-import contextlib
-import resource
 import subprocess
 import sys
 
 import pytest
 import torch
+from support.full_disk import room_for
 
-from fairseq_sparsemixer import cli
+from fairseq_sparsemixer import cli, plotting
 from fairseq_sparsemixer.files import FullDiskError, atomic_path, write_lines
-
-
-@contextlib.contextmanager
-def room_for(size):
-    """No file grows over so many bytes, as on a disk with no more space."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_does_not_fit_leaves_the_file_before(tmp_path):
@@ -36,6 +24,24 @@ def test_what_does_not_fit_leaves_the_file_before(tmp_path):
         torch.save(torch.zeros(10_000), file)
     assert [each.name for each in tmp_path.iterdir()] == ["state.pt"]
     assert path.read_text() == "before\n"
+
+
+@pytest.mark.parametrize("size", [0, 3000, 12_000])
+def test_a_figure_is_whole_or_missing(size, tmp_path):
+    pyplot = pytest.importorskip("matplotlib") and plotting.pyplot()
+
+    def draw():
+        figure, axes = pyplot.subplots()
+        axes.plot(range(200), [n**2 % 7 for n in range(200)])
+        return plotting.save(figure, tmp_path, "squares")
+
+    with room_for(size), pytest.raises(FullDiskError, match=r"squares\.(svg|png) \(File too large"):
+        draw()
+    assert not list(tmp_path.glob("*.svg"))
+    svg, png = draw()
+    assert svg.read_text().endswith("</svg>\n") and png.read_bytes()[:4] == b"\x89PNG"
+    assert png.read_bytes()[-8:-4] == b"IEND"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["squares.png", "squares.svg"]
 
 
 def sentences(path, count):

@@ -13,7 +13,8 @@ PACKAGE = Path(fairseq_sparsemixer.__file__).parent
 # From the bottom up; a room imports only rooms of lower floors. "" is the package itself.
 FLOORS = [
     ["errors", "version"],
-    ["files", "tables", "plotting"],
+    ["files", "tables"],
+    ["plotting"],
     ["moe"],
     ["models", "text"],
     ["criterions", "optim", "restarts"],

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -22,8 +23,13 @@ from fairseq_sparsemixer.files import iterate_lines, replace_durably, scratch_fo
 
 _LINES_AT_ONCE = 10_000
 # Run in a scratch folder, so that the model (which stores the names of its input files) holds
-# neither a path nor anything else that differs between two machines.
-_TRAINER = "import sys, sentencepiece; sentencepiece.SentencePieceTrainer.train(sys.argv[1])"
+# neither a path nor anything else that differs between two machines. Python writes it, since
+# SentencePiece does not notice where its own file is cut off by a full disk.
+_TRAINER = """
+import json, sys, sentencepiece
+with open("spm.model", "wb") as file:
+    sentencepiece.SentencePieceTrainer.train(model_writer=file, **json.loads(sys.argv[1]))
+"""
 
 
 def build_pieces(
@@ -111,7 +117,6 @@ def _train_model(
         write_lines(scratch / "rules.tsv", _normalisation_rules())
         options = {
             "input": "text",
-            "model_prefix": "spm",
             "model_type": "bpe",
             "vocab_size": vocab_size,
             "character_coverage": character_coverage,
@@ -122,9 +127,8 @@ def _train_model(
             "pad_id": 3,
             "minloglevel": 2,
         }
-        arguments = " ".join(f"--{name}={value}" for name, value in options.items())
         try:
-            run_python(["-c", _TRAINER, arguments], cwd=scratch)
+            run_python(["-c", _TRAINER, json.dumps(options)], cwd=scratch)
         except ProgramError as error:
             raise UserError(_training_problem(str(error), vocab_size)) from error
         replace_durably(scratch / "spm.model", model_path)

@@ -1,11 +1,12 @@
 """Python programs run beside this one: pip, SentencePiece's trainer, fairseq-preprocess."""
 
-import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
+
+from fairseq_sparsemixer.files import full_disk_in
 
 
 class ProgramError(Exception):
@@ -22,7 +23,7 @@ def run_python(
     ``environment`` is added to the variables of this process.
 
     Raises:
-        OSError: with ``errno.ENOSPC`` where the program ran out of disk space.
+        OSError: one of :data:`~fairseq_sparsemixer.files.NO_SPACE`: there was no room on the disk.
         ProgramError: any other failure.
     """
     process = subprocess.run(
@@ -45,8 +46,9 @@ def run_python(
 
 def raise_full_disk(errors: str) -> None:
     """Raise the OSError of a full disk where a program's messages tell of one."""
-    if os.strerror(errno.ENOSPC) in errors:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    error = full_disk_in(errors)
+    if error is not None:
+        raise error
 
 
 def last_line(text: str) -> str:

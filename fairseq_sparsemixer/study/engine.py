@@ -18,6 +18,7 @@ from typing import (
 )
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import FullDiskError
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.mending import mend_last
 from fairseq_sparsemixer.training.process import POLL_SECONDS, Process, copy_model_files
@@ -99,6 +100,7 @@ class Engine:
             deadline: of :func:`time.monotonic`.
 
         Raises:
+            FullDiskError: there is no room for one of them, and so for none.
             BaseException: as it came, once all processes have ended.
         """
         waiting = list(runs)
@@ -126,6 +128,8 @@ class Engine:
         """Begin the next stage; whether there is one."""
         try:
             stage = next(job.work, None)
+        except FullDiskError:
+            raise
         except UserError as error:
             self._fail(job, str(error))
             return False
@@ -157,6 +161,8 @@ class Engine:
         self._at_work.remove(job)
         if status:
             job.work.close()
+            if reason is None:
+                job.process.check_disk()
             self._fail(job, reason)
 
 

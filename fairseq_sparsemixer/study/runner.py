@@ -9,7 +9,7 @@ from typing import Any, Dict, Generator, List, NamedTuple, Optional
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import report_full_disk, write_json
+from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.runs import points, record
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
@@ -29,8 +29,6 @@ from fairseq_sparsemixer.training.resources import Parameters
 from fairseq_sparsemixer.training.settings import CHECKOUT, PACKAGE, quoted, training_command
 
 SCORES = Path("evaluation", "test.json")
-LAYOUT_MEGABYTES = 200
-"""Of disk for corpus and configs, and for the checkpoints of one small model."""
 
 
 def run(
@@ -51,6 +49,7 @@ def run(
         prepare_only: only lay it out.
 
     Raises:
+        FullDiskError: there is no room on the disk; all that is finished is kept.
         UserError: the study cannot be laid out, or a run failed.
     """
     started = time.monotonic()
@@ -59,17 +58,16 @@ def run(
         raise UserError(f"{folder} holds no {PLAN}: give the folder of a study, or a plan")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is not a folder")
-    with report_full_disk(folder, LAYOUT_MEGABYTES):
-        folder.mkdir(parents=True, exist_ok=True)
-        with process.sole_user(folder, "--output") as lock:
-            content, parameters = lay_out(plan_file, folder)
-            if prepare_only:
-                runs = len(content.runs())
-                print(f"laid out: {folder}; {runs} runs to do with this folder as STUDY")
-                return
-            deadline = None if minutes is None else started + 60 * minutes
-            records = _records(content, parameters)
-            _Study(folder, content, records, jobs or content.jobs, lock).do(deadline)
+    folder.mkdir(parents=True, exist_ok=True)
+    with process.sole_user(folder, "--output") as lock:
+        content, parameters = lay_out(plan_file, folder)
+        if prepare_only:
+            runs = len(content.runs())
+            print(f"laid out: {folder}; {runs} runs to do with this folder as STUDY")
+            return
+        deadline = None if minutes is None else started + 60 * minutes
+        records = _records(content, parameters)
+        _Study(folder, content, records, jobs or content.jobs, lock).do(deadline)
 
 
 def _records(plan: Plan, parameters: Dict[str, Parameters]) -> Dict[str, Dict[str, Any]]:
@@ -121,6 +119,7 @@ class _Study:
         """Work until all is done, or the time is up.
 
         Raises:
+            FullDiskError: there is no room on the disk.
             UserError: a run failed; the others were done.
             KeyboardInterrupt: as it came, once all processes have ended.
         """

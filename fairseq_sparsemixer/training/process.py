@@ -14,7 +14,13 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path
+from fairseq_sparsemixer.files import (
+    FullDiskError,
+    atomic_path,
+    cannot_write,
+    check_room,
+    full_disk_in,
+)
 from fairseq_sparsemixer.runs.logs import line_stats
 from fairseq_sparsemixer.text import BPE_CODES, SENTENCEPIECE_MODEL
 
@@ -25,6 +31,8 @@ POLL_SECONDS = 0.2
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 """Tells the C library to keep memory that was released (docs/performance.md): on a CPU each update
 otherwise asks the system for the same gigabytes anew, page by page."""
+_LAST_BYTES = 1 << 20
+"""Of the log of a process that failed, in which the reason is looked for."""
 _HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR"
 """Begins the line that hydra prints after the reason of a failure."""
 
@@ -94,7 +102,7 @@ class Process:
         self._width = 0
         with contextlib.ExitStack() as files:
             output = None if log is None else files.enter_context(log.open("ab"))
-            self._shown = output.tell() if output else 0
+            self._begin = self._shown = output.tell() if output else 0
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -148,6 +156,23 @@ class Process:
             self._process.kill()  # started in the background it ignores SIGINT
             self._process.wait()
 
+    def check_disk(self) -> None:
+        """Of a process that failed, find out whether that is for want of room.
+
+        Raises:
+            FullDiskError: its log tells so, or has no room to tell.
+        """
+        if self.log is None:
+            return
+        with self.log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self._begin, end - _LAST_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+        reason = full_disk_in(text)
+        if reason is not None:
+            raise FullDiskError(cannot_write(reason, self.log.parent))
+        check_room(self.log.parent)
+
     def failure(self) -> UserError:
         """Why training ended early: the last line, and where the others are."""
         return UserError(f"training failed: {self.last} (all its output: {self.log})")
@@ -176,7 +201,8 @@ def run_with_progress(
         keep_open: file descriptors that it inherits.
 
     Raises:
-        UserError: the process failed; names its last line and the log.
+        FullDiskError: the process failed for want of room on the disk.
+        UserError: it failed otherwise; names its last line and the log.
         KeyboardInterrupt: as it came, once the process has ended.
     """
     environment = training_environment(os.environ if env is None else env)
@@ -191,6 +217,7 @@ def run_with_progress(
         raise
     print(flush=True)
     if process.ended():
+        process.check_disk()
         raise process.failure()
 
 

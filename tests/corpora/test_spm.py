@@ -1,8 +1,12 @@
 """SentencePiece: pieces of the text itself, and a dictionary by frequency."""
 
 import collections
+import errno
+import random
 
-from support.corpora import lines_of
+import pytest
+from support.corpora import lines_of, partial_files
+from support.full_disk import room_for
 
 from fairseq_sparsemixer import files
 from fairseq_sparsemixer.corpora import spm
@@ -52,3 +56,18 @@ def test_sentencepiece_gets_the_longest_line(tmp_path):
     assert spm._join(texts, tmp_path / "joined") == len("a long line\n")
     joined = texts[0].read_bytes() + texts[1].read_bytes()
     assert (tmp_path / "joined").read_bytes() == joined
+
+
+def test_a_model_that_does_not_fit_is_not_taken(tmp_path):
+    """SentencePiece itself ends as if it had written all of it."""
+    letters = random.Random(0)
+    words = ["".join(letters.choices("abcdefghijklmnop", k=8)) for _ in range(150)]
+    for split in ("train", "valid", "test"):
+        for language in ("en", "de"):
+            files.write_lines(tmp_path / "raw" / f"{split}.{language}", words)
+    with room_for(5000), pytest.raises(OSError) as caught:
+        spm.build_pieces(tmp_path, ("en", "de"), 700)
+    assert caught.value.errno == errno.EFBIG
+    assert not (tmp_path / "spm" / "spm.model").exists() and not partial_files(tmp_path)
+    spm.build_pieces(tmp_path, ("en", "de"), 700)
+    assert (tmp_path / "spm" / "spm.model").stat().st_size > 5000

@@ -10,6 +10,7 @@ from fairseq.models.transformer import TransformerModelBase
 from support.models import Task, batch, build
 
 from fairseq_sparsemixer.models.layers import routing_statistics
+from fairseq_sparsemixer.models.switch_transformer import SwitchTransformerEncoder
 from fairseq_sparsemixer.moe import MoEFeedForward
 
 
@@ -91,6 +92,23 @@ def test_two_forwards_before_one_backward_under_activation_checkpointing(router)
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     torch.testing.assert_close(gradients(checkpoint_activations=True), gradients())
+
+
+def test_encoder_puts_out_what_its_feed_forward_networks_do_where_it_is_asked_to():
+    """As fairseq's data2vec asks its encoder: of layers with experts and of dense ones."""
+    model = build().eval()
+    embeddings = model.encoder.embed_tokens
+    encoder = SwitchTransformerEncoder(model.cfg, Task().source_dictionary, embeddings, True).eval()
+    seen = [[] for _ in encoder.layers]
+    for layer, outputs in zip(encoder.layers, seen):
+        last = layer.moe if hasattr(layer, "moe") else layer.fc2
+        last.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output))
+    found = encoder(batch()["src_tokens"], return_all_hiddens=True)["fc_results"]
+    assert [hasattr(layer, "moe") for layer in encoder.layers] == [True, False, True]
+    for result, (output,) in zip(found, seen):
+        assert torch.equal(result, output[0] if isinstance(output, tuple) else output)
+    # Without being asked, as any encoder of fairseq.
+    assert model.encoder(batch()["src_tokens"], return_all_hiddens=True)["fc_results"] == [None] * 3
 
 
 def test_torchscript_of_a_model_without_experts():

@@ -428,6 +428,32 @@ def test_renormalised_gates_sum_to_one(z, seed, training):
         torch.testing.assert_close(gate.sum(-1), torch.ones(len(z)))
 
 
+def test_expert_choice_takes_the_first_of_tokens_that_it_likes_as_much():
+    """On every machine, though sorting may leave the order of equals open."""
+    chosen = build_router("expert-choice", embed_dim=6, num_experts=4).route(torch.zeros(200, 4))
+    for expert in range(4):
+        assert chosen.expert_index.eq(expert).any(-1).nonzero()[:, 0].tolist() == list(range(50))
+
+
+def test_expert_choice_gives_all_the_same_load_however_little_they_are_liked():
+    """A probability may be 0 in float32; padding alone is never taken."""
+    z = torch.tensor([0.0, -200.0]).expand(6, 2)
+    padding = torch.tensor([False, True, False, False, True, False])
+    routing = build_router("expert-choice", embed_dim=6, num_experts=2).route(z, padding)
+    assert not routing.probs[:, 1].any()
+    assert [routing.expert_index.eq(expert).sum() for expert in range(2)] == [2, 2]
+    assert (routing.expert_index[padding] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["straight-through", "reinmax"])
+def test_dense_routers_list_the_experts_that_were_not_chosen_in_their_order(name):
+    """On every machine: outputs of all experts are summed up in it, equal to the last bit."""
+    torch.manual_seed(0)
+    index = build_router(name, embed_dim=6, num_experts=40).train().route(torch.randn(50, 40))
+    for chosen, *others in index.expert_index.tolist():
+        assert others == [expert for expert in range(40) if expert != chosen]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_ties_and_extreme_logits_give_finite_gates_and_gradients(name, training):

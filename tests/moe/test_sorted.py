@@ -67,6 +67,21 @@ def test_gradient_is_that_of_finite_differences(case, top_k, activation, recompu
     assert torch.autograd.gradcheck(run, inputs, check_undefined_grad=False)
 
 
+def test_rows_of_an_expert_stay_in_the_order_of_the_tokens():
+    """On every machine: gradients of the weights are sums over them, equal to the last bit."""
+    torch.manual_seed(0)
+    x, index = torch.randn(200, 3), torch.randint(-1, 4, (200, 2))
+    seen = []
+    dispatch(
+        x, routing_for(index, torch.rand(200, 2), 4), Experts(3, 5, 4), "sorted",
+        observe=lambda *each: seen.append(each),
+    )  # fmt: skip
+    rows, experts = (torch.cat([each[i] for each in seen]) for i in range(2))
+    for expert in range(4):
+        slots = index.eq(expert).nonzero()[:, 0]
+        assert torch.equal(rows[experts == expert], x[slots])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_experts,embed_dim,ffn_dim", [(3, 17, 29), (5, 32, 64), (1, 8, 8)])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -265,9 +280,10 @@ def test_inference_weights_serve_only_where_they_fit():
         changed, _ = layer(x)
         assert layer.experts.packed is None
         assert torch.equal(layer(x)[0], changed)
-    layer.prepare_for_inference()
-    layer.train()  # optimizers may write where torch does not count
-    assert layer.experts.packed is None
+    for module in (layer, layer.experts):
+        layer.eval().prepare_for_inference()
+        module.train()  # optimizers may write where torch does not count
+        assert layer.experts.packed is None and layer.experts.training
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from support.full_disk import room_for
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import FullDiskError
 from fairseq_sparsemixer.training import process
 
 
@@ -53,3 +55,22 @@ def test_lines_are_shown_when_they_are_whole(tmp_path, monkeypatch):
     started.show_progress()
     assert seen == ["one two", "three"]
     assert (started.ended(), started.last) == (0, "three")
+
+
+TOLD = "open('checkpoint', 'wb').write(bytes(200_000))"
+UNTOLD = "for _ in range(20): print('update ' * 1000)"
+"""Its log has no room left to tell of it."""
+
+
+@pytest.mark.parametrize("code", [TOLD, UNTOLD])
+def test_a_process_that_runs_out_of_space(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, log = [sys.executable, "-c", code], tmp_path / "log"
+    with room_for(50_000), pytest.raises(FullDiskError, match=r"write .*File too large"):
+        process.run_with_progress(command, log)
+    process.run_with_progress(command, log)
+    # Of the start that failed, not of one before it.
+    command[-1] = "import sys; sys.exit('some other fault')"
+    with pytest.raises(UserError, match="training failed: some other fault") as caught:
+        process.run_with_progress(command, log)
+    assert not isinstance(caught.value, FullDiskError)
