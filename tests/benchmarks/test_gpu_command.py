@@ -76,10 +76,10 @@ def test_the_whole_dry_run(tmp_path):
     result = commands.run("benchmarks.gpu", "--dry-run", "--output", tmp_path / "new", cwd=ROOT)
     found = Results(tmp_path / "new")
     assert {name.split()[0] for name in found.steps} == {
-        *("machine", "checks", "kernels", "layer", "train", "generate")
+        *("machine", "checks", "kernels", "layer", "train", "generate", "operators")
     }
     assert all(map(found.done, found.steps))
-    for head in ("Checks", "Layers", "Kernels", "Training", "Decoding"):
+    for head in ("Checks", "Layers", "Kernels", "Operators", "Training", "Decoding"):
         assert f"\n## {head}" in result.stdout
 
 
@@ -89,8 +89,10 @@ def test_timed_steps_have_the_machine_to_themselves(tmp_path):
     kinds = list(dict.fromkeys(step.name.split()[0] for step in plan))
     assert kinds == [
         *("machine", "checks", "compile", "kernels", "layer"),
-        *("train", "generate", "tests", "study"),
+        *("train", "generate", "operators", "tests", "study"),
     ]
+    (sweep,) = steps.plan(steps.GPU, tmp_path, only=["sweep"])
+    assert sweep.timed and sweep.command[-1] == "--settings"
     stages = steps.stages(plan)
     assert [step for stage in stages for step in stage] == plan
     assert all(len(stage) == 1 for stage in stages for step in stage if step.timed)
