@@ -84,14 +84,15 @@ def choose(folder: Path, plan: Plan, machine: Machine) -> Choice:
     configs = (folder / "configs").resolve()
     overrides = _by_machine(configs, plan, machine) if begun is None else begun
     cfg = compose(configs, [*overrides, "checkpoint.save_dir=."], plan.config)
-    batch = f"{cfg.dataset.max_tokens:,} tokens" if cfg.dataset.max_tokens else "a batch"
-    if cfg.optimization.update_freq[0] > 1:
-        batch += f" x {cfg.optimization.update_freq[0]}"
+    tokens, times = cfg.dataset.max_tokens, cfg.optimization.update_freq[0]
+    batch = f"{tokens:,} tokens" if tokens else "the batch of the config"
+    if times > 1:
+        batch += f" x {times}"
     where = "as it was begun" if begun is not None else machine.gpus[0] if machine.gpus else "CPU"
     return Choice(
         overrides,
         f"precision and batch ({where}), where the plan does not say: "
-        f"{precision_of(cfg.common)}, {batch} an update",
+        f"{precision_of(cfg.common)}, {batch} in an update",
     )
 
 

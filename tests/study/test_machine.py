@@ -41,9 +41,9 @@ def laid_out(tmp_path):
 @pytest.mark.parametrize(
     ("machine", "overrides", "text"),
     [
-        (gpus(2), BF16, r"\(NVIDIA A100-SXM4-80GB\), .*: bf16, 16,384 tokens an update"),
-        (OLD_GPU, FP16, r"\(Tesla V100\), .*: fp16, 16,384 tokens an update"),
-        (CPU, ["common.fp16=false"], r"\(CPU\), .*: fp32, 800 tokens an update"),
+        (gpus(2), BF16, r"\(NVIDIA A100-SXM4-80GB\), .*: bf16, 16,384 tokens in an update"),
+        (OLD_GPU, FP16, r"\(Tesla V100\), .*: fp16, 16,384 tokens in an update"),
+        (CPU, ["common.fp16=false"], r"\(CPU\), .*: fp32, 800 tokens in an update"),
     ],
 )
 def test_the_machine_chooses_for_all_runs_alike(laid_out, machine, overrides, text):
@@ -57,7 +57,7 @@ def test_a_config_with_larger_batches_keeps_them(laid_out):
     plan = laid_out(config="wmt14", overrides=[])
     choice = choose(laid_out.folder, plan, gpus(1))
     assert choice.overrides == BF16[:2]
-    assert choice.text.endswith(": bf16, 8,192 tokens x 16 an update")
+    assert choice.text.endswith(": bf16, 8,192 tokens x 16 in an update")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_study_measures_in_bf16(prepared, tmp_path):
     more = {"overrides": [*TINY, "common.bf16=true"], "updates": 30, "arms": arms}
     plan = write_plan(tmp_path / "plan.yaml", prepared, **more)
     output = study(plan, "--output", tmp_path / "study")
-    line = "precision and batch (CPU), where the plan does not say: fp32, 800 tokens an update"
+    line = "precision and batch (CPU), where the plan does not say: fp32, 800 tokens in an update"
     assert line in output
     folder = tmp_path / "study" / "switch-2-seed1"
     (point,) = lines_of(folder)
