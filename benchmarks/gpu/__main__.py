@@ -6,10 +6,12 @@
 
 In this order: what the machine is and the most that it does; whether every backend computes the
 right numbers, without waiting and in CUDA graphs; which kernels take the time; layers with experts
-beside dense ones; fairseq's training and search; and, side by side, the marked tests, torch.compile
-and a study that `fairseq-sparsemixer study PLAN --output STUDY --prepare-only` laid out, which has
-what is left of the time. A step that does not fit is left out; what the others found is in
-results.json at every moment, their output in log.txt, and the tables in summary.md.
+beside dense ones; fairseq's training and search; the layers' operators one by one; and, side by
+side, the marked tests, torch.compile and a study that `fairseq-sparsemixer study PLAN --output
+STUDY --prepare-only` laid out, which has what is left of the time. With `--only sweep`, and not
+else, the kernels are launched with other tiles, warps and stages, too. A step that does not fit is
+left out; what the others found is in results.json at every moment, their output in log.txt, and the
+tables in summary.md.
 """
 
 import argparse
@@ -37,6 +39,8 @@ KINDS = (
     steps.LAYER,
     steps.TRAIN,
     steps.GENERATE,
+    steps.OPERATORS,
+    steps.SWEEP,
     steps.TESTS,
     steps.STUDY,
 )

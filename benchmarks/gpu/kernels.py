@@ -122,7 +122,8 @@ def table(rows: List[Record]) -> str:
     return "\n\n".join(parts)
 
 
-def _layer(text: str) -> List[int]:
+def sizes_of(text: str) -> List[int]:
+    """The numbers of ``D,F,N``."""
     embed_dim, ffn_dim, num_experts = map(int, text.split(","))
     return [embed_dim, ffn_dim, num_experts]
 
@@ -133,7 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--layer", nargs="+", type=_layer, metavar="D,F,N", default=[[512, 2048, 8]]
+        "--layer", nargs="+", type=sizes_of, metavar="D,F,N", default=[[512, 2048, 8]]
     )
     parser.add_argument("--tokens", type=int, default=8192, help="default: %(default)s")
     parser.add_argument("--dtype", nargs="+", metavar="DTYPE", default=["bfloat16"])

@@ -10,7 +10,7 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 MACHINE, CHECKS, KERNELS, LAYER = "machine", "checks", "kernels", "layer"
 TRAIN, GENERATE, TESTS, STUDY = "train", "generate", "tests", "study"
-COMPILE = "compile"
+COMPILE, OPERATORS, SWEEP = "compile", "operators", "sweep"
 STUDY_SECONDS = 60
 """The least that a study is begun for: its trainings take half of it to start."""
 
@@ -159,14 +159,19 @@ def plan(sizes: Sizes, study: Optional[Path], only: Sequence[str] = ()) -> List[
         only: the first words of the names of those that are wanted; all where there is none.
     """
     flags = {"tokens": sizes.tokens, "dtype": sizes.dtypes[0]}
-    profile = _command("benchmarks.gpu.kernels", sizes.device, "--layer", *sizes.profiled, **flags)
+    layers = ("--layer", *sizes.profiled)
+    profile = _command("benchmarks.gpu.kernels", sizes.device, *layers, **flags)
+    operators = _command("benchmarks.gpu.sweep", sizes.device, *layers, **flags)
     steps = [
         Step(MACHINE, _command("benchmarks.gpu.ceilings", sizes.device), seconds=12),
         *_checks(sizes),
         Step(KERNELS, profile, seconds=25),
         *_layers(sizes),
         *_models(sizes),
+        Step(OPERATORS, operators, seconds=15),
     ]
+    if SWEEP in only:  # for those who change kernels
+        steps.append(Step(SWEEP, (*operators, "--settings"), seconds=60))
     if sizes.device == "cuda":
         command = _command("benchmarks.gpu.tests", None)
         steps.append(Step(TESTS, command, seconds=80, timed=False))

@@ -3,7 +3,7 @@
 from typing import Dict, List, Tuple
 
 from benchmarks import layer, measuring
-from benchmarks.gpu import ceilings, checks, kernels
+from benchmarks.gpu import ceilings, checks, kernels, sweep
 from benchmarks.gpu.results import DONE, Results
 from benchmarks.gpu.steps import (
     CHECKS,
@@ -11,7 +11,9 @@ from benchmarks.gpu.steps import (
     KERNELS,
     LAYER,
     MACHINE,
+    OPERATORS,
     STUDY,
+    SWEEP,
     TESTS,
     TRAIN,
 )
@@ -41,6 +43,10 @@ def headline(step: str, result: Record) -> str:
             f"{row['arm']} {row['tokens'] / measuring.quartiles(row['seconds'])[1]:.0f} tokens/s"
             for row in rows
         )
+    if kind in (OPERATORS, SWEEP):
+        tried = [row for row in rows if "setting" in row]
+        failed = f", {sum('failed' in row for row in tried)} of them failed" if tried else ""
+        return f"{len(rows) - len(tried)} operators, {len(tried)} other launches{failed}"
     if kind == TESTS and result:
         return _counts(result)
     if kind == STUDY and result:
@@ -167,6 +173,8 @@ def summary(results: Results) -> str:
         ("Layers (eager, graph replay)", LAYER, _layers),
         ("Kernels of forward + backward", KERNELS, kernels.table),
         ("Decoding", GENERATE, _decodings),
+        ("Operators", OPERATORS, sweep.table),
+        ("Kernels launched in other ways", SWEEP, sweep.table),
     )
     for title, kind, table in tables:
         rows = rows_of(kind)

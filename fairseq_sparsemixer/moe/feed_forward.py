@@ -1,6 +1,5 @@
 """The layer that takes the place of a transformer's feed-forward network."""
 
-import dataclasses
 import functools
 import logging
 from typing import Any, Iterator, Optional, Tuple, Union
@@ -121,8 +120,7 @@ class MoEFeedForward(nn.Module):
         router = self.router
         routing = router(x, padding_mask, token_ids)
         if self.output_masking > 0:
-            gate = F.dropout(routing.gate, self.output_masking, self.training)
-            routing = dataclasses.replace(routing, gate=gate)
+            routing.gate = F.dropout(routing.gate, self.output_masking, self.training)
         # Under fairseq's activation checkpointing the forward runs twice, once without gradient.
         learning = self.observing and self.training and torch.is_grad_enabled()
         means, bias = router.expert_means, router.balance_bias

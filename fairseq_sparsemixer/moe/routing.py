@@ -247,14 +247,13 @@ class Router(nn.Module):
         if padding_mask is None:
             return routing
         mask_T1 = padding_mask.unsqueeze(-1)
-        means = routing.mean_gate
-        return dataclasses.replace(
-            routing,
-            expert_index=routing.expert_index.masked_fill(mask_T1, -1),
-            gate=routing.gate.masked_fill(mask_T1, 0.0),
-            mean_gate=None if means is None else means.masked_fill(mask_T1, 0.0),
-            padding_mask=padding_mask,
-        )
+        # Set, not replaced: torch.compile of torch 2.6 does not know dataclasses.replace.
+        routing.expert_index = routing.expert_index.masked_fill(mask_T1, -1)
+        routing.gate = routing.gate.masked_fill(mask_T1, 0.0)
+        if routing.mean_gate is not None:
+            routing.mean_gate = routing.mean_gate.masked_fill(mask_T1, 0.0)
+        routing.padding_mask = padding_mask
+        return routing
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """Choose experts for every row of float32 logits; :meth:`route` takes padding out."""

@@ -23,8 +23,10 @@ from fairseq_sparsemixer.study.engine import (
     scoring_command,
 )
 from fairseq_sparsemixer.study.layout import PLAN, STATE, lay_out, made_with
+from fairseq_sparsemixer.study.machine import KEY, Choice, choose
 from fairseq_sparsemixer.study.plan import Plan
 from fairseq_sparsemixer.training import process
+from fairseq_sparsemixer.training.machine import find_machine
 from fairseq_sparsemixer.training.resources import Parameters
 from fairseq_sparsemixer.training.settings import CHECKOUT, PACKAGE, quoted, training_command
 
@@ -67,7 +69,12 @@ def run(
             return
         deadline = None if minutes is None else started + 60 * minutes
         records = _records(content, parameters)
-        _Study(folder, content, records, jobs or content.jobs, lock).do(deadline)
+        machine = find_machine(1)
+        choice = choose(folder, content, machine)
+        study = _Study(folder, content, choice, records, jobs or content.jobs, lock)
+        for each in study.waiting:
+            choice.check(each, folder, machine)
+        study.do(deadline)
 
 
 def _records(plan: Plan, parameters: Dict[str, Parameters]) -> Dict[str, Dict[str, Any]]:
@@ -75,7 +82,7 @@ def _records(plan: Plan, parameters: Dict[str, Parameters]) -> Dict[str, Dict[st
     shared = {
         "versions": record.versions(),
         "git": record.git_state(CHECKOUT),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())][:1],
+        "gpus": find_machine(1).gpus[:1],
     }
     return {
         f"{name}-seed{seed}": {
@@ -100,12 +107,14 @@ class _Study:
         self,
         folder: Path,
         plan: Plan,
+        choice: Choice,
         records: Dict[str, Dict[str, Any]],
         jobs: int,
         lock: List[int],
     ) -> None:
         self.folder = folder
         self.plan = plan
+        self.choice = choice
         self.records = records
         self.lock = lock
         self.waiting = [run for run in plan.runs() if not self._finished(run)]
@@ -125,6 +134,8 @@ class _Study:
         """
         total = len(self.plan.runs())
         print(f"{total} runs, {self.done} of them finished before", flush=True)
+        if self.waiting:
+            print(self.choice.text, flush=True)
         engine = Engine(
             self._work,
             self._show_points,
@@ -156,8 +167,14 @@ class _Study:
         # A process that finds nothing left to train takes its time to find that out.
         last = folder / LAST
         trained = last.is_file() and num_updates(load_state(last)) >= self.plan.updates
-        write_json(folder / record.RECORD, self.records[run.name])
-        state = {"finished_updates": 0, **read_state(folder / STATE), **made_with(self.plan, run)}
+        taken = {"overrides": [*self.choice.of(run), *run.overrides]}
+        write_json(folder / record.RECORD, {**self.records[run.name], **taken})
+        state = {
+            "finished_updates": 0,
+            **read_state(folder / STATE),
+            **made_with(self.plan, run),
+            KEY: self.choice.overrides,
+        }
         write_json(folder / STATE, state)
         environment = self._environment(job.slot)
         if not trained:
@@ -193,6 +210,7 @@ class _Study:
             f"optimization.max_update={self.plan.updates}",
             f"dataset.validate_interval_updates={every}",
             f"checkpoint.save_interval_updates={every}",
+            *self.choice.of(run),
             *run.overrides,
         ]
         return training_command(Path("configs"), self.plan.config, Path(run.name), overrides)

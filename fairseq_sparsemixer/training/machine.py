@@ -1,7 +1,7 @@
 """The GPUs and nodes to train on, and what a training process is told of them."""
 
 import os
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 
@@ -61,13 +61,22 @@ def find_machine(nodes: int) -> Machine:
     return machine._replace(nodes=nodes, rank=int(rank), master=(address, port))
 
 
-def precision_overrides(machine: Machine, recipe: str) -> List[str]:
+PRECISION = frozenset(("common.fp16", "common.bf16", "common.amp", "common.cpu"))
+"""Settings that are chosen by the machine, unless one of them is given."""
+
+
+def precision_overrides(machine: Machine, recipe: Optional[str] = None) -> List[str]:
     """Overrides: bf16 where the GPU has it, fp16 elsewhere and in the released recipe."""
     if not machine.gpus:
         return ["common.cpu=true", "common.fp16=false"]
     if machine.bf16 and recipe != "released":
         return ["common.bf16=true", "common.fp16=false"]
-    return []
+    return ["common.fp16=true"]
+
+
+def precision_of(common: Mapping[str, Any]) -> str:
+    """``fp16``, ``bf16`` or ``fp32``, of fairseq's settings of that name."""
+    return "fp16" if common["fp16"] else "bf16" if common["bf16"] else "fp32"
 
 
 def launcher(machine: Machine) -> List[str]:

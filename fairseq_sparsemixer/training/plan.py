@@ -10,9 +10,11 @@ from fairseq_sparsemixer.runs.arms import Variant, build_variant
 from fairseq_sparsemixer.runs.record import kept_overrides, read_record
 from fairseq_sparsemixer.training import resources
 from fairseq_sparsemixer.training.machine import (
+    PRECISION,
     Machine,
     find_machine,
     launcher,
+    precision_of,
     precision_overrides,
 )
 from fairseq_sparsemixer.training.settings import (
@@ -41,8 +43,6 @@ _FLAGS = {
     "distributed_training.distributed_world_size": "CUDA_VISIBLE_DEVICES and --nodes",
 }
 """Settings that the command makes itself, and what decides them."""
-_PRECISION = {"common.fp16", "common.bf16", "common.amp", "common.cpu"}
-"""Settings that are chosen by the machine, unless one of them is given."""
 
 
 class Request(NamedTuple):
@@ -115,8 +115,7 @@ class Launch(NamedTuple):
     @property
     def precision(self) -> str:
         """``fp16``, ``bf16`` or ``fp32``."""
-        common = self.settings["common"]
-        return "fp16" if common["fp16"] else "bf16" if common["bf16"] else "fp32"
+        return precision_of(self.settings["common"])
 
 
 def plan_launch(request: Request) -> Launch:
@@ -157,7 +156,7 @@ def plan_launch(request: Request) -> Launch:
 
 
 def _overrides(request: Request, variant: Variant, machine: Machine, folder: Path) -> List[str]:
-    given = overridden(request.overrides) & _PRECISION
+    given = overridden(request.overrides) & PRECISION
     return [
         f"model={request.model}",
         f"data={'wmt14_en_de_moses' if request.pipeline == 'moses' else 'wmt14_en_de'}",

@@ -120,6 +120,7 @@ def test_outputs_and_gradients_are_those_of_the_loop(backend, case, dtype, nan_m
     assert_all_close(actual, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.skipif(products.TensorDescriptor is None, reason="Triton before 3.4 has none")
 @pytest.mark.parametrize("backend", [usable("triton")])
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
 @pytest.mark.parametrize("case", ["mixed", "two of five", "gelu", "one expert of three"])
@@ -429,6 +430,8 @@ def test_no_router_waits_for_the_device(router, padded, monkeypatch):
 )
 def test_compiles_in_one_piece(backend, options):
     """Forward and backward as torch.compile sees them, on the backend that runs them unchanged."""
+    if "activation_fn" in options and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 cannot compile a backward function that calls torch.func.vjp")
     torch.manual_seed(0)
     layer = layer_with("sparsemixer", backend, **options).to(BFLOAT)
     x, mask = torch.randn(9, 16, dtype=BFLOAT), torch.arange(9) > 6

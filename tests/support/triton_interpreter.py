@@ -18,15 +18,23 @@ except ImportError:
     triton = None
 
 
-def mend() -> None:
-    """Two errors of the interpreter: the first of Triton 3.6, the second also of 3.7."""
-    patch_tensor = interpreter._patch_lang_tensor
-    create_dot = interpreter.InterpreterBuilder.create_dot
+OLD = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)
 
-    def patch_tensor_with_index(tensor, scope):
-        patch_tensor(tensor, scope)
+
+def mend() -> None:
+    """Errors of the interpreter: of Triton up to 3.6, up to 3.2, and also of 3.7."""
+    patch_tensor = interpreter._patch_lang_tensor
+    builder = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def patch_tensor_with_index(tensor, *scope):  # Triton before 3.6 gives no scope
+        patch_tensor(tensor, *scope)
+        set_attr = scope[0].set_attr if scope else setattr
         # It calls int() on arrays of one cell, which numpy 2.4 refuses.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        if OLD:
+            # Its transposed tensor forgets that it has a shape.
+            set_attr(tensor, "T", property(triton.language.trans))
 
     def create_dot_of_numbers(self, a, b, *rest):
         # It multiplies the bits of bfloat16, which numpy does not have, as integers.
@@ -35,7 +43,16 @@ def mend() -> None:
         return create_dot(self, a, b, *rest)
 
     interpreter._patch_lang_tensor = patch_tensor_with_index
-    interpreter.InterpreterBuilder.create_dot = create_dot_of_numbers
+    builder.create_dot = create_dot_of_numbers
+    if OLD:
+        create_masked_store = builder.create_masked_store
+
+        def create_masked_store_of_type(self, ptrs, value, *rest):
+            # Its sums of int32 are int64, which it would write over the cells behind, too.
+            value.data = value.data.astype(interpreter._get_np_dtype(ptrs.get_element_ty()))
+            return create_masked_store(self, ptrs, value, *rest)
+
+        builder.create_masked_store = create_masked_store_of_type
 
 
 if triton is not None and "TRITON_INTERPRET" in os.environ:

@@ -46,8 +46,8 @@ def test_a_machine_without_gpus_is_one_worker(monkeypatch):
 
 def test_precision_is_that_of_the_machine(monkeypatch):
     assert "common.bf16=true" in precision_overrides(gpus(1), "recommended")
-    assert precision_overrides(gpus(1), "released") == []
-    assert precision_overrides(Machine(["Tesla T4"], False), "recommended") == []
+    assert precision_overrides(gpus(1), "released") == ["common.fp16=true"]
+    assert precision_overrides(Machine(["Tesla T4"], False), "recommended") == ["common.fp16=true"]
     assert "common.cpu=true" in precision_overrides(Machine([], False), "released")
     assert plan_for(gpus(1), monkeypatch, "--recipe", "released").precision == "fp16"
     assert plan_for(gpus(1), monkeypatch, "common.fp16=false").precision == "fp32"

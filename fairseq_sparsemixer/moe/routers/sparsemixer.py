@@ -119,14 +119,20 @@ class _SparseMixerBase(Router):
     def fused_estimator(self) -> Optional[fused_router.FusedEstimator]:
         """What :meth:`select` computes, for the kernels that do the same; None for what has none.
 
-        A subclass that changes :meth:`evaluation_point` changes this too.
+        A subclass that changes :meth:`evaluation_point` changes :meth:`fused_points` too.
         """
         if self.top_k > 1:
             return None
-        estimator = fused_router.FusedEstimator(self.jitter_eps, self.temperature)
         if not self.training:
-            return estimator
-        return estimator._replace(sampled=True, gradient_scale=self.gradient_scale)
+            return fused_router.FusedEstimator(self.jitter_eps, self.temperature)
+        points, full_on_best = self.fused_points()
+        return fused_router.FusedEstimator(
+            self.jitter_eps, self.temperature, True, points, full_on_best, self.gradient_scale
+        )
+
+    def fused_points(self) -> Tuple[Tuple[float, float], bool]:
+        """``points`` and ``full_on_best`` of the fused estimator, for :meth:`evaluation_point`."""
+        return (1.0, 1.0), False
 
 
 class _TwoPoints(_SparseMixerBase):
@@ -152,14 +158,9 @@ class _TwoPoints(_SparseMixerBase):
         """(T, 1) or (): m where it is not 1."""
         return gate_T1.new_full((), self.point)
 
-    def fused_estimator(self) -> Optional[fused_router.FusedEstimator]:
+    def fused_points(self) -> Tuple[Tuple[float, float], bool]:
         """See :class:`_SparseMixerBase`."""
-        estimator = super().fused_estimator()
-        if estimator is None or not self.training:
-            return estimator
-        return estimator._replace(
-            points=(self.chance_of_full, self.point), full_on_best=self.first_order_on_argmax
-        )
+        return (self.chance_of_full, self.point), self.first_order_on_argmax
 
 
 @register_router("sparsemixer-1st")
