@@ -28,7 +28,7 @@ def table_of(folder):
 def interrupted(tmp_path_factory):
     """A dry run that was interrupted while its second step was at work."""
     folder = tmp_path_factory.mktemp("gpu") / "results"
-    process = start("--dry-run", "--minutes", 2, "--output", folder, "--only", *KINDS)
+    process = start("--dry-run", "--minutes", 10, "--output", folder, "--only", *KINDS)
     lines = []
     while not lines or not lines[-1].startswith("machine: done"):
         lines.append(process.stdout.readline())
@@ -53,7 +53,7 @@ def test_what_was_found_before_an_interruption_is_kept(interrupted):
 
 def test_a_second_start_does_what_is_missing(interrupted):
     (first,) = commands.finish(
-        start("--dry-run", "--minutes", 2, "--output", interrupted, "--only", *KINDS)
+        start("--dry-run", "--minutes", 10, "--output", interrupted, "--only", *KINDS)
     )
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("1 of 3 steps were done before\n2 steps, about ")
