@@ -103,8 +103,7 @@ def _hand_to_all_workers() -> None:
     fairseq pickles it, and torch lets no more in than from a file: not fairseq's stand-in for a
     tensor, which is a number, nor the settings, of which every worker has its own.
     """
-    if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([distributed_utils._TensorPlaceholder])
+    torch.serialization.add_safe_globals([distributed_utils._TensorPlaceholder])
     original = distributed_utils.broadcast_object
 
     @functools.wraps(original)

@@ -4,7 +4,7 @@ The time of small layers is that which the host takes to launch them, so what it
 """
 
 import functools
-from typing import Any, Callable, List, TypeVar, cast
+from typing import Any, Callable, List, Optional, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def operator(like: Callable[..., Any]) -> Callable[[Function], Function]:
     The device of its first argument is the current one while it runs.
 
     The operator, which is for any device, is called by ``torch.compile`` and for tensors that stand
-    for others (FakeTensor); else the function itself, for it takes a tenth of the time.
+    for others (FakeTensor); else the function itself, which saves some two microseconds.
 
     Args:
         like: takes the same arguments, the first of them a tensor, and returns tensors of the same
@@ -57,8 +57,13 @@ def operator(like: Callable[..., Any]) -> Callable[[Function], Function]:
 
 
 def cdiv(number: int, divisor: int) -> int:
-    """The quotient rounded up; a hundredth of the time of Triton's own."""
+    """The quotient rounded up; Triton's own takes 25 times as long."""
     return -(-number // divisor)
+
+
+def contiguous(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    """As kernels take it; None for None."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def next_power_of_2(number: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.kernels.operators import cdiv, next_power_of_2, operator
+from fairseq_sparsemixer.moe.kernels.operators import cdiv, contiguous, next_power_of_2, operator
 
 try:
     import triton
@@ -94,10 +94,6 @@ def _describe(blocks: List[Tuple[Tensor, List[int]]]) -> Optional[List[Any]]:
     ]
 
 
-def _dense(value: Optional[Tensor]) -> Optional[Tensor]:
-    return None if value is None else value.contiguous()
-
-
 def _width(w: Tensor, transposed: bool) -> int:
     return w.shape[2] if transposed else w.shape[1]
 
@@ -155,7 +151,7 @@ def sorted_product(
     )
     _run_product(
         (a, w, transposed),
-        (_dense(bias), seed, _dense(active), out, tile_sums if sums else None, *4 * [None]),
+        (contiguous(bias), seed, contiguous(active), out, tile_sums if sums else None, *4 * [None]),
         tiles,
         tile,
         kept_share,
@@ -219,7 +215,7 @@ def placed_product(
     kept = out if keep else None
     _run_product(
         (a, w, transposed),
-        (_dense(bias), None, None, kept, None, placed, slot, _dense(gate), _dense(scale)),
+        (contiguous(bias), None, None, kept, None, placed, slot, *map(contiguous, (gate, scale))),
         tiles,
         tile,
         kept_share=1.0,
@@ -347,7 +343,7 @@ def weigh_backward(
     programs = cdiv(num_slots, block_s)
     parts = None if scale is None else gate.new_empty(programs, width, dtype=torch.float32)
     kernels.weigh_backward_kernel[(programs,)](
-        *(grad, out, slot, _dense(gate), _dense(scale), end, d_out, d_gate, parts),
+        *(grad, out, slot, contiguous(gate), contiguous(scale), end, d_out, d_gate, parts),
         *(num_slots, end.shape[0] - 1, gate.shape[1], width, grad.stride(0), grad.stride(1)),
         BLOCK_S=block_s,
         BLOCK_D=min(128, next_power_of_2(width)),

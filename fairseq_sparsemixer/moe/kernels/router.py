@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fairseq_sparsemixer.moe.kernels.operators import (
     cdiv,
+    contiguous,
     next_power_of_2,
     once_differentiable,
     operator,
@@ -188,8 +189,8 @@ def route_backward(
     block_t, block_n = blocks(num_experts)
     kernels.route_backward_kernel[(cdiv(num_tokens, block_t),)](
         *(index, probs, masked if is_masked else None),
-        *(None if d is None else d.contiguous() for d in (d_gate, d_probs)),
-        d_masked.contiguous() if is_masked and d_masked is not None else None,
+        *(contiguous(d_gate), contiguous(d_probs)),
+        contiguous(d_masked) if is_masked else None,
         *(d_logits, num_tokens, num_experts, temperature, gradient_scale),
         BLOCK_T=block_t,
         BLOCK_N=block_n,

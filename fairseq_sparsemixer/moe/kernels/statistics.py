@@ -10,7 +10,12 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.kernels.operators import cdiv, once_differentiable, operator
+from fairseq_sparsemixer.moe.kernels.operators import (
+    cdiv,
+    contiguous,
+    once_differentiable,
+    operator,
+)
 from fairseq_sparsemixer.moe.kernels.router import blocks
 from fairseq_sparsemixer.moe.routing import Routing
 
@@ -98,8 +103,8 @@ def sum_tokens(
     programs = cdiv(num_tokens, block_t)
     partial = logits.new_empty(programs, 3 + 4 * num_experts)
     kernels.sum_tokens_kernel[(programs,)](
-        *(_contiguous(cells) for cells in (logits, probs, sampling_probs, load)),
-        *(chosen, _contiguous(padding), partial),
+        *(contiguous(cells) for cells in (logits, probs, sampling_probs, load)),
+        *(chosen, contiguous(padding), partial),
         *(num_tokens, num_experts, chosen.shape[1], *chosen.stride()),
         BLOCK_T=block_t,
         BLOCK_N=block_n,
@@ -129,7 +134,7 @@ def sum_tokens_backward(
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
     kernels.sum_tokens_backward_kernel[(cdiv(num_tokens, block_t),)](
-        *(_contiguous(logits), _contiguous(padding), d_sums.contiguous(), d_logits, d_probs),
+        *(contiguous(logits), contiguous(padding), d_sums.contiguous(), d_logits, d_probs),
         d_sampling_probs if has_sampling_probs else None,
         d_load if has_load else None,
         *(num_tokens, num_experts),
@@ -137,7 +142,3 @@ def sum_tokens_backward(
         BLOCK_N=block_n,
     )
     return gradients
-
-
-def _contiguous(tensor: Optional[Tensor]) -> Optional[Tensor]:
-    return None if tensor is None else tensor.contiguous()
