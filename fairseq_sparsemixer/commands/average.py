@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import List, Optional
 
+from fairseq_sparsemixer.commands.flags import add_trust_argument
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import check_writable
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the best N of those that fairseq's --keep-best-checkpoints wrote",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="where to write")
+    add_trust_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Flags that several sub-commands share."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="half precision, on a GPU")
     precision.add_argument("--bf16", action="store_true", help="bfloat16, on a GPU")
+    add_trust_argument(parser)
     return choice
 
 
@@ -80,4 +82,23 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="which evaluation to take where a run has several, such as test.checkpoint_best for "
         "RUN/evaluation/test.checkpoint_best.json",
+    )
+
+
+class _Trust(argparse.Action):
+    """Says so in the environment, which reaches the processes that a command starts."""
+
+    def __call__(self, *_: Any) -> None:
+        from fairseq_sparsemixer.runs import reading
+
+        os.environ[reading.TRUST] = "1"
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-checkpoints``."""
+    parser.add_argument(
+        "--trust-checkpoints",
+        nargs=0,
+        action=_Trust,
+        help="read checkpoints whose settings are refused; code in their pickle is still never run",
     )

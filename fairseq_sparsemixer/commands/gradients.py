@@ -13,6 +13,7 @@ gradients.json, tables and figures; stopped, the same command goes on where it w
 import argparse
 from pathlib import Path
 
+from fairseq_sparsemixer.commands.flags import add_trust_argument
 from fairseq_sparsemixer.errors import UserError
 
 HELP = "measure the routers' gradients against the exact ones"
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where results go (default: RUN_DIR/gradients, or gradients)",
     )
+    add_trust_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

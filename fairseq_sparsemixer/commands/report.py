@@ -17,7 +17,7 @@ dense one, else the first, of those with a run that is finished and scored.
 import argparse
 from pathlib import Path
 
-from fairseq_sparsemixer.commands.flags import add_run_arguments
+from fairseq_sparsemixer.commands.flags import add_run_arguments, add_trust_argument
 from fairseq_sparsemixer.errors import UserError
 
 HELP = "one HTML page: curves, scores, what each expert takes, translations"
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REPORT.html",
         help="the page; figures go to the folder REPORT_figures beside it",
     )
+    add_trust_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ the last checkpoint, and without losing a point. `fairseq-sparsemixer report` sh
 import argparse
 from pathlib import Path
 
+from fairseq_sparsemixer.commands.flags import add_trust_argument
 from fairseq_sparsemixer.errors import UserError
 
 HELP = "train and score arms x seeds as a plan names them, stoppable at any time"
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prepare-only", action="store_true", help="only make the folder, to be carried elsewhere"
     )
+    add_trust_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,6 +15,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fairseq_sparsemixer.commands.flags import add_trust_argument
+
 if TYPE_CHECKING:
     from fairseq_sparsemixer.training.plan import Request
 
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the sub-command."""
     _add_what(parser)
     _add_where(parser)
+    add_trust_argument(parser)
     parser.add_argument(
         "overrides",
         nargs="*",

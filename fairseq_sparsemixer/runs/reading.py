@@ -1,7 +1,7 @@
 """The one way in which a checkpoint is read: no code of it runs, and nothing damaged is taken.
 
-Set :data:`TRUST` for a file whose configuration is refused although it is known to be harmless;
-code in its pickle is never run.
+``--trust-checkpoints`` of our commands, or :data:`TRUST` for those of fairseq, is for a file whose
+configuration is refused although it is known to be harmless; code in its pickle is never run.
 """
 
 import contextlib
@@ -38,7 +38,10 @@ class CheckpointError(UserError):
 
     def __init__(self, path: Any, refusal: Refusal, cure: Optional[str] = None) -> None:
         self.refusal = refusal
-        cures = {Damaged: "copy it again", Untrusted: f"set {TRUST}=1 if you trust it"}
+        cures = {
+            Damaged: "copy it again",
+            Untrusted: f"if you trust it, give --trust-checkpoints (fairseq's commands: {TRUST}=1)",
+        }
         own = cures.get(type(refusal), "")
         ending = " or ".join(filter(None, (own, cure))) or "give another"
         super().__init__(f"cannot read the checkpoint {path}: it {refusal}; {ending}")

@@ -17,6 +17,7 @@ from fairseq.models import MODEL_REGISTRY
 from fairseq.models.transformer import TransformerModel
 from support import commands, hostile, hostile_commands
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.runs import (
@@ -103,6 +104,32 @@ def test_who_trusts_a_file_may_say_so(run_dir, tmp_path, monkeypatch):
     hostile.write("half of it", run_dir / NAME, path)
     with pytest.raises(UserError):
         checkpoints.load_state(path)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_flag_says_so_too(trusted, run_dir, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(reading.TRUST, "")
+    path = tmp_path / NAME
+    hostile.write_field(run_dir / NAME, path, "distributed_training", "distributed_port", "x")
+    text = corpus / "raw" / "test.en"
+    flags = ["--data", str(corpus), "--input", str(text), "--beam", "1"]
+    status = cli.main(["translate", str(path), *flags, *trusted * ["--trust-checkpoints"]])
+    printed = capsys.readouterr()
+    if trusted:
+        assert status == 0
+        assert len(printed.out.splitlines()) == len(text.read_text().splitlines())
+    else:
+        assert status == 2
+        assert "; if you trust it, give --trust-checkpoints (fair" in printed.err
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "average", "evaluate", "report", "translate", "study", "gradients"]
+)
+def test_every_command_that_reads_checkpoints_takes_the_flag(command):
+    parser = cli.build_parser()
+    (commands_of,) = parser._subparsers._group_actions
+    assert "--trust-checkpoints" in commands_of.choices[command]._option_string_actions
 
 
 def test_the_variable_of_torch_that_trusts_every_pickle_changes_nothing(run_dir, tmp_path):
