@@ -92,13 +92,13 @@ class PlainRun:
         return not any(statuses)
 
     def found(self):
-        """What a run comes to: the names of its files, the last checkpoint, the log, and more."""
+        """Names of files, the last checkpoint, the log, random state after the last update."""
         state = commands.load(self.folder / "checkpoint_last.pt")
         return {
             "files": sorted(path.name for path in self.folder.glob("*.pt*")),
             "state": state,
             "log": logged(self.log.read_text()),
-            "random": {path.name: path.read_text() for path in self.folder.glob("random.*")},
+            "random": {path.name: path.read_text() for path in self.folder.glob("random.[0-9]")},
         }
 
 

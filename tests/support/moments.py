@@ -4,7 +4,6 @@ By audit events, so that nothing of the code under test is named: reading a file
 opening one to be written, and moving one are events of Python's own.
 """
 
-import atexit
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ def draw(rng):
 
 
 def install(variable):
-    """Wait for the moment of the environment; at the end write the state of random numbers."""
+    """Wait for the moment of the environment; write the state of random numbers at each update."""
     told = os.environ.get(variable)
     if told:
         _Moment(**json.loads(told)).wait()
@@ -46,7 +45,6 @@ class _Moment:
 
     def wait(self):
         sys.addaudithook(self.hear)
-        atexit.register(self.write_random_state)
 
     def hear(self, event, arguments):
         if not self.patched and hasattr(sys.modules.get("fairseq.trainer"), "Trainer"):
@@ -69,7 +67,10 @@ class _Moment:
     def timed(self, kind, method):
         def call(*arguments, **more):
             self.begin(kind, lambda: threading.Timer(0.02 * self.share, self.kill).start())
-            return method(*arguments, **more)
+            result = method(*arguments, **more)
+            if kind == "step":
+                self.write_random_state()
+            return result
 
         return call
 
@@ -100,5 +101,6 @@ class _Moment:
 
         states = [torch.get_rng_state().numpy().tobytes(), repr(np.random.get_state()).encode()]
         rank = dict(zip(sys.argv, sys.argv[1:])).get("--distributed-rank", "0")
-        with open(f"{self.random_file}.{rank}", "w") as file:
+        with open(f"{self.random_file}.{rank}.partial", "w") as file:
             json.dump([hashlib.sha256(state).hexdigest() for state in states], file)
+        os.replace(file.name, f"{self.random_file}.{rank}")
