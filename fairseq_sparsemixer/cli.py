@@ -28,6 +28,7 @@ COMMANDS = (
     "study",
     "gradients",
     "demo",
+    "check",
 )
 
 

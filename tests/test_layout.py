@@ -25,13 +25,14 @@ FLOORS = [
     ["tasks"],
     [""],
     ["comparison", "training"],
-    ["study"],
+    ["study", "installation"],
     ["report", "laboratory"],
     ["commands"],
     ["cli"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TOOLS = {"corpora", "evaluation", "comparison", "training", "study", "report", "laboratory"}
+TOOLS = {"corpora", "evaluation", "comparison", "training", "study", "installation", "report"}
+TOOLS.add("laboratory")
 
 
 def module_name(path):
