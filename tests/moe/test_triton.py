@@ -269,6 +269,22 @@ def test_dropout_leaves_its_share_and_scales_it_up(backend):
     assert (product(torch.tensor([7]), kept_share=0.0) == 0).all()
 
 
+@pytest.mark.parametrize("backend", [usable("triton")])
+def test_dropout_draws_for_each_unit_of_each_slot(backend):
+    """No two units are dropped together under 20 seeds, wherever they lie in two by two tiles."""
+    expert = torch.tensor(3 * [0] + 4 * [1])
+    a, w = torch.ones(7, 1), torch.ones(2, 20, 1)
+    *_, tiles = sort_slots(expert, 2, 16)
+    kept = [
+        products.sorted_product(
+            a, w, False, None, torch.tensor([seed]), None, tiles, 16, 0.5, True, False
+        )[0]
+        for seed in range(20)
+    ]
+    units = torch.stack(kept).gt(0).flatten(1).t().tolist()
+    assert len({tuple(unit) for unit in units}) == 7 * 20
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("prediction", ["mean", "linear"])
 def test_running_means_are_those_of_the_loop(backend, prediction, nan_memory):
