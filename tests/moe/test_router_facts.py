@@ -103,18 +103,14 @@ def test_the_balance_loss_that_a_router_needs():
     }
 
 
-def test_what_a_layer_is_without_being_asked():
-    """Everything that docs/configuration.md says of the defaults, but for the router."""
-    layer = MoEFeedForward(6, 10, 4)
-    router = layer.router
-    assert (router.name, router.top_k, router.jitter_eps) == ("sparsemixer", 1, 0.1)
-    assert (router.init_scale, router.balance_bias, router.bias.shape) == (1.0, None, (4,))
-    assert (layer.experts.activation_dropout, layer.output_masking) == (0.0, 0.0)
-    assert (layer.backend, layer.experts.recompute, layer.observing) == ("auto", False, True)
-    assert layer.experts.activation_fn is torch.nn.functional.relu
-    assert (router.quadrature, router.first_order_on_argmax) == ("midpoint", True)
-    alone = build_router("switch", embed_dim=6, num_experts=4)
-    assert (alone.top_k, alone.jitter_eps, alone.backend) == (1, 0.1, "auto")
+def test_what_a_router_is_without_being_asked():
+    """What is no flag; for those see tests/models/test_defaults.py."""
+    assert MoEFeedForward(6, 10, 4).observing
+    for name in ("sparsemixer", "sparsemixer-cv"):
+        router = build_router(name, embed_dim=6, num_experts=4)
+        assert (router.quadrature, router.first_order_on_argmax) == ("midpoint", True)
     for name in ("default-moe", "sparsemixer-cv"):
         means = build_router(name, embed_dim=6, num_experts=4).expert_means
         assert (type(means).__name__, means.decay) == ("ExpertMeans", 0.99)
+    assert not build_router("topk", embed_dim=6, num_experts=4, top_k=2).renormalise
+    assert build_router("hash", embed_dim=6, num_experts=4).seed == 0

@@ -296,9 +296,14 @@ def test_running_means_are_those_of_the_loop(backend, prediction, nan_memory):
         layer = MoEFeedForward(
             6, 10, 3, router="sparsemixer-cv", prediction=prediction, backend=name
         )
-        layer(x, mask)
+        _, routing = layer(x, mask)
         sums.append(layer.router.expert_means.sums())
     torch.testing.assert_close(*sums)
+    # Who calls a backend may observe without a gradient, too.
+    layer.router.drop_update()
+    with torch.no_grad():
+        dispatch(x, routing, layer.experts, backend, layer.router.expert_means.observe)
+    torch.testing.assert_close(layer.router.expert_means.sums(), sums[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
