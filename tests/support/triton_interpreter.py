@@ -55,6 +55,49 @@ def mend() -> None:
         builder.create_masked_store = create_masked_store_of_type
 
 
+def extent(tensor):
+    """The addresses of a tensor's first byte and behind its last."""
+    start = tensor.data_ptr()
+    cells = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return start, start + (cells * tensor.element_size() if tensor.numel() else 0)
+
+
+def stay_within_tensors():
+    """Let kernels fail that read or write beside the tensors that they are given.
+
+    On a GPU that is memory of others; here, too, whatever lies there would be taken.
+    """
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    given = []
+
+    def call_with(self, *args, **kwargs):
+        values = [getattr(value, "base", value) for value in (*args, *kwargs.values())]
+        given[:] = [extent(value) for value in values if isinstance(value, torch.Tensor)]
+        return call(self, *args, **kwargs)
+
+    def check(pointers, mask):
+        taken = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        address = pointers.data[taken].astype(np.int64)
+        end = address + pointers.get_element_ty().primitive_bitwidth // 8
+        inside = np.zeros(address.shape, dtype=bool)
+        for first, last in given:
+            inside |= (address >= first) & (end <= last)
+        assert inside.all(), "a kernel leaves the tensors that it is given"
+
+    def load_within(self, pointers, mask, *rest, **named):
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest, **named)
+
+    def store_within(self, pointers, value, mask, *rest, **named):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **named)
+
+    builder.create_masked_load, builder.create_masked_store = load_within, store_within
+    executor.__call__ = call_with
+
+
 if triton is not None and "TRITON_INTERPRET" in os.environ:
     mend()
+    stay_within_tensors()
 np.seterr(divide="ignore", invalid="ignore")  # inf and NaN are numbers here as on a GPU
