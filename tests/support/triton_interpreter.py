@@ -65,7 +65,8 @@ def extent(tensor):
 def stay_within_tensors():
     """Let kernels fail that read or write beside the tensors that they are given.
 
-    On a GPU that is memory of others; here, too, whatever lies there would be taken.
+    On a GPU that is memory of others; here, too, whatever lies there would be taken. Where a mask
+    takes a cell out and nothing is said of it, it is not 0 but what no sum survives.
     """
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
@@ -85,9 +86,15 @@ def stay_within_tensors():
             inside |= (address >= first) & (end <= last)
         assert inside.all(), "a kernel leaves the tensors that it is given"
 
-    def load_within(self, pointers, mask, *rest, **named):
+    def load_within(self, pointers, mask, other, *rest, **named):
         check(pointers, mask)
-        return load(self, pointers, mask, *rest, **named)
+        if other is None and pointers.data.size > 1:  # of a single cell it forgets a 0
+            dtype = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty()))
+            anything = np.full(pointers.data.size * dtype.itemsize, 255, np.uint8).view(dtype)
+            other = interpreter.TensorHandle(
+                anything.reshape(pointers.data.shape), pointers.get_element_ty()
+            )
+        return load(self, pointers, mask, other, *rest, **named)
 
     def store_within(self, pointers, value, mask, *rest, **named):
         check(pointers, mask)
