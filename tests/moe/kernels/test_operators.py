@@ -132,3 +132,11 @@ def test_results_are_what_compilers_are_told(name):
     operator = getattr(torch.ops.fairseq_sparsemixer, name.split()[0]).default
     given = tuple(laid_out(arguments(name), torch.clone))
     torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_programs_work_on_few_logits_whatever_the_number_of_experts(monkeypatch):
+    monkeypatch.setattr(router, "CELLS", 2048)
+    for experts in (1, 3, 64, 100, 2048, 5000):
+        rows, columns = router.blocks(experts)
+        assert columns >= experts and rows >= 1
+        assert rows * columns == max(2048, columns)
