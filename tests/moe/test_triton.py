@@ -22,6 +22,7 @@ from fairseq_sparsemixer.moe import (
     load_balance_loss,
     z_loss,
 )
+from fairseq_sparsemixer.moe.adaptation import ExpertMeans
 from fairseq_sparsemixer.moe.dispatch import BACKENDS as BACKENDS_BY_NAME
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for, dispatch
 from fairseq_sparsemixer.moe.experts import Experts
@@ -296,14 +297,24 @@ def test_running_means_are_those_of_the_loop(backend, prediction, nan_memory):
         layer = MoEFeedForward(
             6, 10, 3, router="sparsemixer-cv", prediction=prediction, backend=name
         )
-        _, routing = layer(x, mask)
+        layer(x, mask)
         sums.append(layer.router.expert_means.sums())
     torch.testing.assert_close(*sums)
-    # Who calls a backend may observe without a gradient, too.
-    layer.router.drop_update()
-    with torch.no_grad():
-        dispatch(x, routing, layer.experts, backend, layer.router.expert_means.observe)
-    torch.testing.assert_close(layer.router.expert_means.sums(), sums[0])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sorted"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_who_calls_a_backend_may_observe_without_a_gradient(backend, tokens):
+    torch.manual_seed(0)
+    experts, routing, x = Experts(6, 10, 3), random_routing(tokens, 3), torch.randn(tokens, 6)
+    sums = []
+    for name in (backend, "loop"):
+        means = ExpertMeans(3, 6, 0.9)
+        with torch.no_grad():
+            dispatch(x, routing, experts, name, means.observe)
+        sums.append(means.sums())
+    assert sums[0][0].sum() == tokens
+    torch.testing.assert_close(*sums)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
