@@ -38,7 +38,7 @@ def arguments(name):
     noise, uniform = torch.rand(TOKENS, EXPERTS), torch.rand(TOKENS, 1)
     index = torch.randint(EXPERTS, (TOKENS, 1))
     return {
-        "logits_of": (x, weight, bias.tensor),
+        "logits_of": (x, weight, bias),
         "token_gradient": (logits, weight, torch.bfloat16),
         "logits_weight_gradient": (logits, x),
         "route": (logits, noise, uniform, 0.1, 1.0, 0.5, 0.5, True),
