@@ -6,9 +6,10 @@
 A seeded sample of mutations of moe/, criterions/ and models/ is tried in a copy of the checkout
 below FOLDER, where everything else is kept too: which lines each test runs (tests.json: ten
 minutes, and some more where tests have changed), and a line for each mutant in results.jsonl. For
-each mutant the tests that run its line are run, the fastest first, until one fails. The same
-command goes on where it stopped, with the mutants of the files as they are then; of a file that
-has changed since tests.json was made, each test that runs any line counts.
+each mutant the tests that run its line are run, the fastest first, until one fails; cases that only
+the mutant has are run too, and one that it does not have is no failure. The same command goes on
+where it stopped, with the mutants of the files as they are then; of a file that has changed since
+tests.json was made, each test that runs any line counts.
 
 What a test does in other processes is not seen: with --processes, all that start some are run as
 well where no other test failed.
@@ -36,6 +37,8 @@ TESTS = (*FOLDERS, "tasks", "evaluation", "laboratory")
 """Of tests: beam search, teacher forcing and watched routing are run by the rooms above."""
 SECONDS = 60
 """Of tests, as long as they take without a mutant; more are left out."""
+NO_TESTS = 5
+"""What pytest ends with where no test is left."""
 AS_HERE = ("-o", "addopts=--import-mode=importlib")
 """Named tests, whatever their marks."""
 
@@ -178,6 +181,7 @@ class Recorder:
         self.prefixes = tuple(str(tree / PACKAGE / folder) + os.sep for folder in FOLDERS)
         self.start = len(str(tree)) + 1
         self.tests = {}
+        self.cases = {}
         self.shared = set()
         self.started = 0
         original = subprocess.Popen.__init__
@@ -204,6 +208,7 @@ class Recorder:
 
     def pytest_collection_modifyitems(self, items):
         """Tests that look at what a process made for all of them count as having started it."""
+        self.cases = by_file([item.nodeid for item in items])
         self.shared = {item.nodeid for item in items if "shared" in item.fixturenames}
 
     def pytest_runtest_logstart(self, nodeid, location):
@@ -225,6 +230,30 @@ class Recorder:
                 "processes": self.started > 0 or nodeid in self.shared,
                 "lines": {name: sorted(lines) for name, lines in self.lines.items()},
             }
+
+
+class Chosen:
+    """A plugin of pytest: runs the named tests, in that order, and those not among ``cases``."""
+
+    def __init__(self, names, cases):
+        self.files = list(by_file(names))
+        self.order = {name: number for number, name in enumerate(names)}
+        self.others = {case for name in self.files for case in cases[name]} - self.order.keys()
+
+    def pytest_collection_modifyitems(self, items):
+        """What a test is tried on may depend on the code, and so on the mutant."""
+        items[:] = sorted(
+            (item for item in items if item.nodeid not in self.others),
+            key=lambda item: self.order.get(item.nodeid, len(self.order)),
+        )
+
+
+def by_file(names):
+    """The names of tests, by the file that they are in."""
+    result = {}
+    for name in names:
+        result.setdefault(name.split("::")[0], []).append(name)
+    return result
 
 
 def run_tests(arguments, log, seconds, plugin=None, then=None):
@@ -293,31 +322,28 @@ def digest_of(paths):
 
 
 def map_tests(folder):
-    """The tests of TESTS, by name; of files that have not changed as they were."""
+    """Tests that pass, by name, as they were where nothing has changed; all cases, by file."""
     tree, path = folder / "tree", folder / "tests.json"
-    files = {
-        file.relative_to(tree).as_posix(): digest_of([file])
-        for name in TESTS
-        for file in sorted((tree / "tests" / name).rglob("test_*.py"))
-    }
+    found = folder / "found.json"
+    recorder = Recorder(tree)
+    collect = ["--collect-only", *(f"tests/{name}" for name in TESTS)]
+    log = folder / "map.log"
+    if run_tests(collect, log, 600, recorder, lambda: found.write_text(json.dumps(recorder.cases))):
+        sys.exit(f"the tests cannot be collected: see {log}")
+    cases = json.loads(found.read_text())
+    files = {name: [digest_of([tree / name]), sorted(names)] for name, names in cases.items()}
     known = {"code": {}, "files": {}, "tests": {}}
     if path.is_file():
         known = json.loads(path.read_text())
     else:
         known["code"] = code_of(tree)
-    new = [name for name, digest in files.items() if known["files"].get(name) != digest]
+    new = [name for name, file in files.items() if known["files"].get(name) != file]
     if new:
-        recorder = Recorder(tree)
-        found = folder / "found.json"
         status = run_tests(
-            new,
-            folder / "map.log",
-            7200,
-            recorder,
-            lambda: found.write_text(json.dumps(recorder.tests)),
+            new, log, 7200, recorder, lambda: found.write_text(json.dumps(recorder.tests))
         )
         if status not in (0, 1):
-            sys.exit(f"the tests end with {status}: see {folder / 'map.log'}")
+            sys.exit(f"the tests end with {status}: see {log}")
         kept = {
             name: test
             for name, test in known["tests"].items()
@@ -331,7 +357,7 @@ def map_tests(folder):
             for test in known["tests"].values():
                 if name in test["lines"]:
                     test["lines"][name] = None  # any
-    return known["tests"]
+    return known["tests"], cases
 
 
 def code_of(tree):
@@ -367,7 +393,7 @@ def choose_tests(mutant, tests, processes):
     return result, total
 
 
-def try_mutant(mutant, tests, folder, processes):
+def try_mutant(mutant, tests, cases, folder, processes):
     """What became of it: the line of the results."""
     target = folder / "tree" / mutant["file"]
     original = target.read_text(encoding="utf-8")
@@ -380,8 +406,9 @@ def try_mutant(mutant, tests, folder, processes):
             run += len(chosen)
             if chosen:
                 log = folder / "mutant.log"
-                code = run_tests(["-x", *AS_HERE, *chosen], log, 60 + 6 * seconds)
-                if code != 0:
+                plugin = Chosen(chosen, cases)
+                code = run_tests(["-x", *AS_HERE, *plugin.files], log, 60 + 6 * seconds, plugin)
+                if code not in (0, NO_TESTS):
                     verdict = "timeout" if code is None else "killed"
                     break
     finally:
@@ -414,9 +441,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     copy_checkout(folder / "tree")
     enter(folder / "tree")
-    tests = map_tests(folder)
-    some = [name for name, test in tests.items() if not test["processes"]][::20]
-    if run_tests([*AS_HERE, *some], folder / "mutant.log", 600) != 0:
+    tests, cases = map_tests(folder)
+    some = Chosen([name for name, test in tests.items() if not test["processes"]][::20], cases)
+    if run_tests([*AS_HERE, *some.files], folder / "mutant.log", 600, some) != 0:
         sys.exit(f"tests fail without a mutant: see {folder / 'mutant.log'}")
     sample = [mutant for mutant in all_mutants(folder / "tree") if args.only in mutant["file"]]
     random.Random(args.seed).shuffle(sample)
@@ -430,7 +457,7 @@ def main():
         before = known.get(mutant["key"])
         if before and not (args.again and before["verdict"] in ("survived", "no test")):
             continue
-        result = try_mutant(mutant, tests, folder, args.processes)
+        result = try_mutant(mutant, tests, cases, folder, args.processes)
         known[mutant["key"]] = result
         with results.open("a") as file:
             file.write(json.dumps(result) + "\n")

@@ -366,3 +366,15 @@ def test_sentence_average_weights_by_sentences():
     assert sample_size == len(LENGTHS)
     balance = statistics_of(model, data).load_balance_loss.mean()
     torch.testing.assert_close(loss, plain_loss(model, data) + sample_size * balance)
+
+
+def test_losses_of_single_words_are_fairseqs():
+    """reduce=False, by which fairseq scores words; no routing loss belongs to one of them."""
+    model, data = deterministic_model().eval(), sample(LENGTHS)
+    loss, _, logs = criterion(balance_weight=3.0)(model, data, reduce=False)
+    plain = LabelSmoothedCrossEntropyCriterion(TargetTask(), False, 0.1)
+    expected = plain(model, data, reduce=False)[0]
+    assert loss.numel() == data["target"].numel()
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(logs["loss"], loss)
+    assert [key for key in logs if key.startswith("routing_statistics/")]

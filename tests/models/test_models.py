@@ -417,6 +417,10 @@ def test_checkpoint_of_another_shape():
         build().load_state_dict(build(num_experts=8).state_dict())
     with pytest.raises(ConfigError, match=r"it has no encoder.layers.0.moe.router.weight"):
         build().load_state_dict(build(encoder_moe_layers="1").state_dict())
+    with pytest.raises(ConfigError, match=r"the model has no encoder.layers.2.self_attn"):
+        build(encoder_layers=2).load_state_dict(build().state_dict())
+    with pytest.raises(ConfigError, match=r"the model has no encoder.layers.0.moe.router.bias"):
+        build(no_router_bias=True).load_state_dict(build().state_dict())
 
 
 def test_config_defaults_are_those_of_fairseq():

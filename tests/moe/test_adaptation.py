@@ -431,3 +431,17 @@ def test_lines_solve_a_ridge_regression():
     expected = torch.linalg.solve(gram + ridge, with_one.t() @ out)
     torch.testing.assert_close(lines.weight[0], expected)
     assert not lines.predict(x)[:, 1].any()
+
+
+def test_lines_are_solved_at_every_tenth_update():
+    lines = ExpertLines(num_experts=2, embed_dim=3, decay=0.9)
+    torch.manual_seed(0)
+    solved = []
+    for update in range(1, 21):
+        before = lines.weight.clone()
+        lines.observe(torch.randn(5, 3), torch.tensor([0, 0, 1, 1, 1]), torch.randn(5, 3))
+        lines.end_update()
+        assert lines.updates == update
+        if not torch.equal(lines.weight, before):
+            solved.append(update)
+    assert solved == [10, 20]

@@ -401,23 +401,26 @@ def test_gradient_memory_is_as_asked_for(shape, dtype):
 
 
 def test_gradient_memory_is_used_again_once_nobody_has_it():
-    recycler = Recycler()
     like = torch.empty(LARGE)
 
-    def place_after(hold):
-        """Where the next memory lies, with something of the last still held."""
+    def is_used_again(hold):
+        """Whether the next memory is the last, something of which is still held."""
+        recycler = Recycler()  # with no other memory to choose
         first = recycler.empty_like(like)
         place, held = first.data_ptr(), hold(first)
         del first
-        second = recycler.empty_like(like)
-        assert held is None or second.data_ptr() != place
-        return second.data_ptr() == place
+        again = recycler.empty_like(like).data_ptr() == place
+        del held
+        return again
 
-    assert place_after(lambda value: None)
-    assert not place_after(lambda value: value[1:])
-    assert not place_after(lambda value: value.detach())
-    assert not place_after(lambda value: value.numpy())
-    assert not place_after(lambda value: value.untyped_storage())
+    assert is_used_again(lambda value: None)
+    assert not is_used_again(lambda value: value)
+    assert not is_used_again(lambda value: value[1:])
+    assert not is_used_again(lambda value: value.detach())
+    assert not is_used_again(lambda value: value.numpy())
+    assert not is_used_again(lambda value: value.untyped_storage())
+    recycler = Recycler()
+    recycler.empty_like(like)
     recycler.empty_like(torch.empty(4, HUGE_PAGE))  # fits nothing: what is unused is given back
     assert len(recycler._blocks) == 1
 

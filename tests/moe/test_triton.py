@@ -22,6 +22,7 @@ from fairseq_sparsemixer.moe import (
     load_balance_loss,
     z_loss,
 )
+from fairseq_sparsemixer.moe.adaptation import ExpertMeans
 from fairseq_sparsemixer.moe.dispatch import BACKENDS as BACKENDS_BY_NAME
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES, backend_for, dispatch
 from fairseq_sparsemixer.moe.experts import Experts
@@ -269,6 +270,22 @@ def test_dropout_leaves_its_share_and_scales_it_up(backend):
     assert (product(torch.tensor([7]), kept_share=0.0) == 0).all()
 
 
+@pytest.mark.parametrize("backend", [usable("triton")])
+def test_dropout_draws_for_each_unit_of_each_slot(backend):
+    """No two units are dropped together under 20 seeds, wherever they lie in two by two tiles."""
+    expert = torch.tensor(3 * [0] + 4 * [1])
+    a, w = torch.ones(7, 1), torch.ones(2, 20, 1)
+    *_, tiles = sort_slots(expert, 2, 16)
+    kept = [
+        products.sorted_product(
+            a, w, False, None, torch.tensor([seed]), None, tiles, 16, 0.5, True, False
+        )[0]
+        for seed in range(20)
+    ]
+    units = torch.stack(kept).gt(0).flatten(1).t().tolist()
+    assert len({tuple(unit) for unit in units}) == 7 * 20
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("prediction", ["mean", "linear"])
 def test_running_means_are_those_of_the_loop(backend, prediction, nan_memory):
@@ -282,6 +299,21 @@ def test_running_means_are_those_of_the_loop(backend, prediction, nan_memory):
         )
         layer(x, mask)
         sums.append(layer.router.expert_means.sums())
+    torch.testing.assert_close(*sums)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sorted"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_who_calls_a_backend_may_observe_without_a_gradient(backend, tokens):
+    torch.manual_seed(0)
+    experts, routing, x = Experts(6, 10, 3), random_routing(tokens, 3), torch.randn(tokens, 6)
+    sums = []
+    for name in (backend, "loop"):
+        means = ExpertMeans(3, 6, 0.9)
+        with torch.no_grad():
+            dispatch(x, routing, experts, name, means.observe)
+        sums.append(means.sums())
+    assert sums[0][0].sum() == tokens
     torch.testing.assert_close(*sums)
 
 

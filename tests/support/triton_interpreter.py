@@ -55,6 +55,56 @@ def mend() -> None:
         builder.create_masked_store = create_masked_store_of_type
 
 
+def extent(tensor):
+    """The addresses of a tensor's first byte and behind its last."""
+    start = tensor.data_ptr()
+    cells = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return start, start + (cells * tensor.element_size() if tensor.numel() else 0)
+
+
+def stay_within_tensors():
+    """Let kernels fail that read or write beside the tensors that they are given.
+
+    On a GPU that is memory of others; here, too, whatever lies there would be taken. Where a mask
+    takes a cell out and nothing is said of it, it is not 0 but what no sum survives.
+    """
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    given = []
+
+    def call_with(self, *args, **kwargs):
+        values = [getattr(value, "base", value) for value in (*args, *kwargs.values())]
+        given[:] = [extent(value) for value in values if isinstance(value, torch.Tensor)]
+        return call(self, *args, **kwargs)
+
+    def check(pointers, mask):
+        taken = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        address = pointers.data[taken].astype(np.int64)
+        end = address + pointers.get_element_ty().primitive_bitwidth // 8
+        inside = np.zeros(address.shape, dtype=bool)
+        for first, last in given:
+            inside |= (address >= first) & (end <= last)
+        assert inside.all(), "a kernel leaves the tensors that it is given"
+
+    def load_within(self, pointers, mask, other, *rest, **named):
+        check(pointers, mask)
+        if other is None and pointers.data.size > 1:  # of a single cell it forgets a 0
+            dtype = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty()))
+            anything = np.full(pointers.data.size * dtype.itemsize, 255, np.uint8).view(dtype)
+            other = interpreter.TensorHandle(
+                anything.reshape(pointers.data.shape), pointers.get_element_ty()
+            )
+        return load(self, pointers, mask, other, *rest, **named)
+
+    def store_within(self, pointers, value, mask, *rest, **named):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **named)
+
+    builder.create_masked_load, builder.create_masked_store = load_within, store_within
+    executor.__call__ = call_with
+
+
 if triton is not None and "TRITON_INTERPRET" in os.environ:
     mend()
+    stay_within_tensors()
 np.seterr(divide="ignore", invalid="ignore")  # inf and NaN are numbers here as on a GPU

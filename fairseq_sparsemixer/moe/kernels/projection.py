@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fairseq_sparsemixer.moe.kernels.operators import (
     cdiv,
+    contiguous,
     next_power_of_2,
     once_differentiable,
     operator,
@@ -83,7 +84,8 @@ def logits_of(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     (num_tokens, num_experts), width = logits.shape, x.shape[1]
     block_n = _experts_of_block(num_experts)
     kernels.project_kernel[(max(1, cdiv(num_tokens, BLOCK_T)), cdiv(num_experts, block_n))](
-        *(x.contiguous(), weight.contiguous(), bias, logits, num_tokens, num_experts, width),
+        *(x.contiguous(), weight.contiguous(), contiguous(bias), logits),
+        *(num_tokens, num_experts, width),
         BLOCK_T=BLOCK_T,
         BLOCK_N=block_n,
         BLOCK_D=BLOCK_D,
