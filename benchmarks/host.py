@@ -7,6 +7,8 @@ A small layer on a GPU takes the time that Python, PyTorch and Triton need to la
 Here the layer with its Triton kernels runs on a few tokens on the CPU, and the kernels are not
 launched: what is left is the host's part, but for Triton's own of some five microseconds a launch;
 launches are counted. The dense layer computes its few numbers. A time is the least of many samples.
+``with losses`` is a layer as a model is trained: the sums that the routing losses are made from are
+formed too, and have a gradient.
 """
 
 import argparse
@@ -20,11 +22,14 @@ from torch import Tensor
 from benchmarks import measuring
 from benchmarks.layer import DENSE, Arm, Case, Dense, build
 from benchmarks.measuring import Record
+from fairseq_sparsemixer.moe import RoutingStatistics
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES
 from fairseq_sparsemixer.moe.kernels import router as fused_router
 from fairseq_sparsemixer.tables import markdown
 
 TOKENS, EMBED_DIM, NUM_EXPERTS = 8, 16, 8
+WITH_LOSSES = ", with losses"
+"""Ends the name of an arm whose routing losses are trained too."""
 CALLS = 4
 """Few, so that some samples come between what else the machine has to do."""
 
@@ -60,20 +65,33 @@ def no_launches() -> Iterator[List[str]]:
         OBSTACLES["triton"] = of_experts
 
 
+class WithLosses(Arm):
+    """A layer that hands out the sums of its routing, as in a model."""
+
+    upstream_of_sums = torch.ones(3 + 4 * NUM_EXPERTS)
+
+    def _train(self, x: Tensor, upstream: Tensor) -> None:
+        for tensor in (x, *self.weights):
+            tensor.grad = None
+        y, routing = self.module(x)
+        sums = RoutingStatistics.packed(routing)
+        torch.autograd.backward((y, sums), (upstream, self.upstream_of_sums))
+
+
 def measure(args: argparse.Namespace) -> Iterator[Record]:
     """Seconds and launches of each arm."""
     torch.set_num_threads(1)
     rows: List[Record] = []
     gc.disable()  # it would be counted where it happens to come
     with no_launches() as launched:
-        for name in (DENSE, *args.router):
+        for name in (DENSE, *(r + ending for r in args.router for ending in ("", WITH_LOSSES))):
             row: Record = {"arm": name}
             for mode in ("forward+backward", "forward"):
                 case = Case(mode, TOKENS, NUM_EXPERTS, EMBED_DIM, 2 * EMBED_DIM, "float32")
                 module = Dense(EMBED_DIM, 2 * EMBED_DIM)
                 if name != DENSE:
-                    module = build(case, name, "triton")
-                arm = Arm(module)
+                    module = build(case, name.removesuffix(WITH_LOSSES), "triton")
+                arm = (WithLosses if name.endswith(WITH_LOSSES) else Arm)(module)
                 x = torch.randn(TOKENS, EMBED_DIM)
                 arm.prepare(case, x.requires_grad_(mode != "forward"), torch.randn_like(x))
                 with torch.set_grad_enabled(mode != "forward"):

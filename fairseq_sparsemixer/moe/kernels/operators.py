@@ -8,6 +8,7 @@ from typing import Any, Callable, List, Optional, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,13 +45,14 @@ def operator(like: Callable[..., Any]) -> Callable[[Function], Function]:
         registered = getattr(torch.ops.fairseq_sparsemixer, name).default
 
         @functools.wraps(function)
-        def call(first: Tensor, *args: Any, **named: Any) -> Any:
-            if type(first) is not Tensor or torch.compiler.is_compiling():
-                return registered(first, *args, **named)
+        def call(*args: Any) -> Any:
+            first = args[0]
+            if type(first) is not Tensor or is_compiling():
+                return registered(*args)
             # Triton launches on the current device.
             if first.is_cuda and first.get_device() != torch.cuda.current_device():
-                return on_its_device(first, *args, **named)
-            return function(first, *args, **named)
+                return on_its_device(*args)
+            return function(*args)
 
         return cast(Function, call)
 

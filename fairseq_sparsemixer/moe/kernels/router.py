@@ -109,8 +109,8 @@ class _Choice(torch.autograd.Function):
         masked_TN = masked[0] if masked else None
         d_logits_TN = route_backward(
             *(index_T1, probs_TN, masked_TN, d_gate_T1, d_probs_TN, d_masked_TN),
-            temperature=estimator.temperature,
-            gradient_scale=estimator.gradient_scale,
+            estimator.temperature,
+            estimator.gradient_scale,
         )
         return None, d_logits_TN, None, None
 
