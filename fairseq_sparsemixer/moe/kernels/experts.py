@@ -96,7 +96,7 @@ def triton_experts(
     """(T, D); see :func:`fairseq_sparsemixer.moe.dispatch.dispatch`."""
     tiles = _Tiles.of(routing, experts.num_experts)
     x_TD, *weights = operands(x_TD, experts)
-    inner = _Inner.of(experts, x_TD, len(tiles.slot_S))
+    inner = _Inner.of(experts, x_TD, tiles.slot_S.shape[0])
     # Read for the gradients of gate and scale, and by the observer.
     keep_out = torch.is_grad_enabled() or observe is not None
     y_TD, x_SD, out_SD = _Mixture.apply(

@@ -64,7 +64,7 @@ def choose(estimator: FusedEstimator, logits_TN: Tensor) -> Tuple[Tensor, Tensor
     if estimator.sampled:
         noise_TN = torch.empty_like(logits_TN, memory_format=torch.contiguous_format).exponential_()
         if estimator.points != (1.0, 1.0):
-            uniform_T1 = logits_TN.new_empty(len(logits_TN), 1).uniform_()
+            uniform_T1 = logits_TN.new_empty(logits_TN.shape[0], 1).uniform_()
     index_T1, gate_T1, probs_TN, *masked = _Choice.apply(estimator, logits_TN, noise_TN, uniform_T1)
     return index_T1, gate_T1, probs_TN, masked[0] if masked else probs_TN
 
