@@ -7,12 +7,14 @@ A small layer on a GPU takes the time that Python, PyTorch and Triton need to la
 Here the layer with its Triton kernels runs on a few tokens on the CPU, and the kernels are not
 launched: what is left is the host's part, but for Triton's own of some five microseconds a launch;
 launches are counted. The dense layer computes its few numbers. A time is the least of many samples.
+``with losses`` is a layer as a model is trained: the sums that the routing losses are made from are
+formed too, and have a gradient.
 """
 
 import argparse
 import contextlib
 import gc
-from typing import Any, Dict, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import torch
 from torch import Tensor
@@ -20,40 +22,60 @@ from torch import Tensor
 from benchmarks import measuring
 from benchmarks.layer import DENSE, Arm, Case, Dense, build
 from benchmarks.measuring import Record
+from fairseq_sparsemixer.moe import RoutingStatistics
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES
 from fairseq_sparsemixer.moe.kernels import router as fused_router
 from fairseq_sparsemixer.tables import markdown
 
 TOKENS, EMBED_DIM, NUM_EXPERTS = 8, 16, 8
-CALLS = 20
+WITH_LOSSES = ", with losses"
+"""Ends the name of an arm whose routing losses are trained too."""
+CALLS = 4
+"""Few, so that some samples come between what else the machine has to do."""
 
 
 @contextlib.contextmanager
 def no_launches() -> Iterator[List[str]]:
     """Kernels serve the CPU and are not launched; their names are listed instead.
 
-    Slots are left in their order, and expert 0 is chosen: what else kernels write is not looked at.
+    Of what kernels write, the slots alone are looked at: all are 0.
     """
     from triton.runtime.jit import JITFunction
 
     launched: List[str] = []
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **_: Any) -> None:
-        launched.append(self.__name__)
-        written: Dict[str, Any] = dict(zip(self.arg_names, args))
-        if self.__name__ == "place_kernel":
-            slot: Tensor = written["slot_ptr"]
-            torch.arange(len(slot), out=slot)
-        elif self.__name__ == "route_kernel":
-            written["index_ptr"].zero_()
+    def launch(kernel: Any, grid: Any) -> Callable[..., Any]:
+        launched.append(kernel.__name__)
+        return place if kernel.__name__ == "place_kernel" else ignore
 
-    before = JITFunction.run, fused_router.DEVICES, fused_router.obstacle, OBSTACLES["triton"]
-    JITFunction.run, fused_router.DEVICES = run, ("cpu",)
+    def place(expert: Tensor, count: Tensor, slot: Tensor, *_: Any, **constants: Any) -> None:
+        slot.zero_()
+
+    def ignore(*_: Any, **constants: Any) -> None:
+        pass
+
+    before = JITFunction.__getitem__, fused_router.DEVICES, fused_router.obstacle
+    of_experts = OBSTACLES["triton"]
+    JITFunction.__getitem__, fused_router.DEVICES = launch, ("cpu",)
     fused_router.obstacle = OBSTACLES["triton"] = lambda *_: None
     try:
         yield launched
     finally:
-        JITFunction.run, fused_router.DEVICES, fused_router.obstacle, OBSTACLES["triton"] = before
+        JITFunction.__getitem__, fused_router.DEVICES, fused_router.obstacle = before
+        OBSTACLES["triton"] = of_experts
+
+
+class WithLosses(Arm):
+    """A layer that hands out the sums of its routing, as in a model."""
+
+    upstream_of_sums = torch.ones(3 + 4 * NUM_EXPERTS)
+
+    def _train(self, x: Tensor, upstream: Tensor) -> None:
+        for tensor in (x, *self.weights):
+            tensor.grad = None
+        y, routing = self.module(x)
+        sums = RoutingStatistics.packed(routing)
+        torch.autograd.backward((y, sums), (upstream, self.upstream_of_sums))
 
 
 def measure(args: argparse.Namespace) -> Iterator[Record]:
@@ -62,14 +84,14 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
     rows: List[Record] = []
     gc.disable()  # it would be counted where it happens to come
     with no_launches() as launched:
-        for name in (DENSE, *args.router):
+        for name in (DENSE, *(r + ending for r in args.router for ending in ("", WITH_LOSSES))):
             row: Record = {"arm": name}
             for mode in ("forward+backward", "forward"):
                 case = Case(mode, TOKENS, NUM_EXPERTS, EMBED_DIM, 2 * EMBED_DIM, "float32")
                 module = Dense(EMBED_DIM, 2 * EMBED_DIM)
                 if name != DENSE:
-                    module = build(case, name, "triton")
-                arm = Arm(module)
+                    module = build(case, name.removesuffix(WITH_LOSSES), "triton")
+                arm = (WithLosses if name.endswith(WITH_LOSSES) else Arm)(module)
                 x = torch.randn(TOKENS, EMBED_DIM)
                 arm.prepare(case, x.requires_grad_(mode != "forward"), torch.randn_like(x))
                 with torch.set_grad_enabled(mode != "forward"):
@@ -110,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--router", nargs="+", default=["switch", "sparsemixer"], metavar="NAME",
         help="default: switch sparsemixer",
     )  # fmt: skip
-    measuring.add_arguments(parser, rounds=200)
+    measuring.add_arguments(parser, rounds=1000)
     return parser
 
 

@@ -151,7 +151,7 @@ def _signature(launch: Launch) -> Tuple[Dict[str, str], Dict[Tuple[int], List[Li
             signature[name] = f"tensordesc<bf16[{shape}]>"
         elif name.endswith("_ptr"):
             kinds = [kind for kind, names in POINTERS.items() if name in names]
-            is_float = of_router and name in ("w_ptr", "bias_ptr", "sum_ptr")
+            is_float = of_router and name in ("w_ptr", "bias_ptr", "d_w_ptr")
             signature[name] = "*fp32" if is_float else kinds[0] if kinds else "*bf16"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"

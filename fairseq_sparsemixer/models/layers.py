@@ -57,7 +57,7 @@ class _LayerCall(Call):
         mask = self._padding_mask  # (batch, length)
         y, routing = self.moe(x, None if mask is None else mask.t(), self._token_ids)
         if self._with_statistics:
-            self._sums = RoutingStatistics.from_routing(routing).pack()
+            self._sums = RoutingStatistics.packed(routing)
         return y
 
     def beside(self, outputs: Any) -> Tuple:

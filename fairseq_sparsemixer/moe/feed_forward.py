@@ -12,7 +12,7 @@ from fairseq_sparsemixer.moe.adaptation import AllReduce
 from fairseq_sparsemixer.moe.backends.products import PackedWeights, has_bfloat16, obstacle
 from fairseq_sparsemixer.moe.dispatch import check_backend, dispatch
 from fairseq_sparsemixer.moe.experts import Activation, Experts
-from fairseq_sparsemixer.moe.routing import Routing, build_router
+from fairseq_sparsemixer.moe.routing import Routing, build_router, rows
 
 logger = logging.getLogger(__name__)
 
@@ -125,17 +125,17 @@ class MoEFeedForward(nn.Module):
         learning = self.observing and self.training and torch.is_grad_enabled()
         means, bias = router.expert_means, router.balance_bias
         observe = means.observe if learning and means is not None else None
-        x_TD = x.reshape(-1, self.embed_dim)
+        x_TD = rows(x)
         scale_D = router.output_scale
         if means is None or routing.mean_gate is None:
-            y_TD = dispatch(x_TD, routing, self.experts, self.backend, observe, scale_D)
+            y_TD = dispatch(x_TD, routing, self.experts, router.backend, observe, scale_D)
         else:
-            y_TD = dispatch(x_TD, routing, self.experts, self.backend, observe)
+            y_TD = dispatch(x_TD, routing, self.experts, router.backend, observe)
             y_TD = means.add(y_TD, routing.mean_gate, x_TD)
             y_TD = y_TD if scale_D is None else y_TD * scale_D.to(y_TD.dtype)
         if learning and bias is not None:
             bias.observe(routing.chosen)
-        return y_TD.view(x.shape), routing
+        return y_TD if x.dim() == 2 else y_TD.view(x.shape), routing
 
     def prepare_for_inference(self, dtype: torch.dtype = torch.float32) -> None:
         """Lay the experts' weights out for decoding on a CPU; elsewhere this changes nothing.

@@ -63,6 +63,14 @@ class RoutingStatistics:
             load=(load_TN * keep_T1).sum(0),
         )
 
+    @classmethod
+    def packed(cls, routing: Routing) -> Tensor:
+        """(3 + 4N,) float32: the sums of one layer as :meth:`pack` has them, from one operator
+        where kernels form them."""
+        if fused_router.serves(routing.logits, routing.backend):
+            return fused_statistics.pack(routing)
+        return cls.from_routing(routing).pack()
+
     def pack(self) -> Tensor:
         """(..., 3 + 4N) float32: all of it as one tensor, undone by :meth:`unpack`."""
         scalars = torch.stack([self.tokens, self.squared_logsumexp, self.entropy], dim=-1)

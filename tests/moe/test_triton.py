@@ -348,7 +348,7 @@ def test_auto_on_a_gpu(monkeypatch):
     monkeypatch.setattr(products, "triton", object())
 
     def chosen(capability, dtype):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(products, "capability", lambda device: capability)
         return backend_for(CUDA, dtype)
 
     assert {chosen(c, d) for c in ((8, 0), (9, 0)) for d in (HALF, BFLOAT, FLOAT)} == {"triton"}

@@ -4,7 +4,7 @@ Nothing waits for the device, so a layer can be captured in a CUDA graph. For ``
 kernels are operators of PyTorch.
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -42,9 +42,9 @@ class _Tiles(NamedTuple):
     @classmethod
     def of(cls, routing: Routing, num_experts: int) -> "_Tiles":
         """Sort the slots of one layer."""
-        expert_S = routing.expert_index.reshape(-1)
-        tile = tile_rows(len(expert_S), num_experts)
-        return cls(*sort_slots(expert_S, num_experts, tile), tile, routing.expert_index.shape[1])
+        index_TK = routing.expert_index
+        tile = tile_rows(index_TK.numel(), num_experts)
+        return cls(*sort_slots(index_TK, num_experts, tile), tile, index_TK.shape[1])
 
     def product(
         self,
@@ -57,7 +57,7 @@ class _Tiles(NamedTuple):
         kept_share: float = 1.0,
         relu: bool = False,
         sums: bool = False,
-    ) -> Tuple[Tensor, Tensor]:
+    ) -> List[Tensor]:
         """See :func:`sorted_product`."""
         tiles = (self.tiles, self.tile)
         return sorted_product(
@@ -73,17 +73,17 @@ class _Tiles(NamedTuple):
         gate: Optional[Tensor] = None,
         scale: Optional[Tensor] = None,
         keep: bool = False,
-    ) -> Tuple[Tensor, Tensor]:
-        """(T, O) and out; see :func:`placed_product`."""
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """(T, O) and, if kept, out; see :func:`placed_product`."""
         tiles = (self.tiles, self.tile)
         # Sums of several experts are formed in float32.
         wide = self.top_k > 1
-        y_SO, out_SO = placed_product(
+        y_SO, *out = placed_product(
             a_SI, w, transposed, bias, self.slot_S, gate, scale, *tiles, wide, keep
         )
         if wide:
             y_SO = y_SO.unflatten(0, (-1, self.top_k)).sum(1).to(a_SI.dtype)
-        return y_SO, out_SO
+        return y_SO, out[0] if keep else None
 
 
 def triton_experts(
@@ -96,7 +96,7 @@ def triton_experts(
     """(T, D); see :func:`fairseq_sparsemixer.moe.dispatch.dispatch`."""
     tiles = _Tiles.of(routing, experts.num_experts)
     x_TD, *weights = operands(x_TD, experts)
-    inner = _Inner.of(experts, x_TD, len(tiles.slot_S))
+    inner = _Inner.of(experts, x_TD, tiles.slot_S.shape[0])
     # Read for the gradients of gate and scale, and by the observer.
     keep_out = torch.is_grad_enabled() or observe is not None
     y_TD, x_SD, out_SD = _Mixture.apply(
@@ -164,7 +164,7 @@ class _Inner:
                 sums=True,
             )
             return inner_SF, d_SF, sum_groups(sums, tiles.tile_end, d_SF.dtype)
-        d_SF, _ = tiles.product(d_out_SD, w2, transposed=True)
+        (d_SF,) = tiles.product(d_out_SD, w2, transposed=True)
         after_SF, to_inner = torch.func.vjp(self.activate, inner_SF)  # type: ignore[misc]
         d_SF = to_inner(d_SF)[0]
         return after_SF, d_SF, sum_groups(d_SF, tiles.end, d_SF.dtype)
@@ -173,7 +173,7 @@ class _Inner:
 class _Mixture(torch.autograd.Function):
     """The mixture (T, D); without gradient, the sorted x and the experts' outputs before the gate.
 
-    Both are (S, D).
+    Both are (S, D), the second is None unless it is kept.
     """
 
     @staticmethod
@@ -190,7 +190,7 @@ class _Mixture(torch.autograd.Function):
         b1: Tensor,
         w2: Tensor,
         b2: Tensor,
-    ) -> Tuple[Tensor, Tensor, Tensor]:
+    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         # A copy costs less than three products that gather.
         x_SD = x_TD.index_select(0, tokens_of(tiles.slot_S, tiles.top_k))
         inner_SF = inner.product(x_SD, w1, b1, tiles)
@@ -200,7 +200,7 @@ class _Mixture(torch.autograd.Function):
         ctx.inner, ctx.tiles = inner, tiles
         kept_SF = None if recompute else inner_SF
         ctx.save_for_backward(kept_SF, out_SD, gate_TK, scale_D, x_SD, w1, b1, w2)
-        ctx.mark_non_differentiable(x_SD, out_SD)
+        ctx.mark_non_differentiable(*((x_SD, out_SD) if keep_out else (x_SD,)))
         ctx.set_materialize_grads(False)
         return y_TD, x_SD, out_SD
 
@@ -209,7 +209,7 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor, *_: Any) -> Any:  # type: ignore[override]
         inner, tiles = ctx.inner, ctx.tiles
         inner_SF, out_SD, gate_TK, scale_D, x_SD, w1, b1, w2 = ctx.saved_tensors
-        d_out_SD, d_gate_TK, d_scale_D = weigh_backward(
+        d_out_SD, d_gate_TK, *d_scale = weigh_backward(
             grad_TD, out_SD, tiles.slot_S, gate_TK, scale_D, tiles.end
         )
         if inner_SF is None:
@@ -218,7 +218,7 @@ class _Mixture(torch.autograd.Function):
         d_x_TD, _ = tiles.placed(d_inner_SF, w1, transposed=True)
         return (
             *(None, None, None, None, d_gate_TK),
-            None if scale_D is None else d_scale_D,
+            d_scale[0] if d_scale else None,
             d_x_TD,
             weight_gradient(d_inner_SF, x_SD, tiles.end),
             d_b1,

@@ -8,6 +8,7 @@ from typing import Any, Callable, List, Optional, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,10 +35,7 @@ def operator(like: Callable[..., Any]) -> Callable[[Function], Function]:
         library, name = _libraries[0], function.__name__
 
         def on_its_device(first: Tensor, *args: Any, **named: Any) -> Any:
-            # Triton launches on the current device.
-            if not first.is_cuda or first.get_device() == torch.cuda.current_device():
-                return function(first, *args, **named)
-            with torch.cuda.device(first.device):
+            with torch.cuda.device_of(first):
                 return function(first, *args, **named)
 
         schema = torch.library.infer_schema(function, mutates_args=())
@@ -47,9 +45,14 @@ def operator(like: Callable[..., Any]) -> Callable[[Function], Function]:
         registered = getattr(torch.ops.fairseq_sparsemixer, name).default
 
         @functools.wraps(function)
-        def call(first: Tensor, *args: Any, **named: Any) -> Any:
-            plain = type(first) is Tensor and not torch.compiler.is_compiling()
-            return (on_its_device if plain else registered)(first, *args, **named)
+        def call(*args: Any) -> Any:
+            first = args[0]
+            if type(first) is not Tensor or is_compiling():
+                return registered(*args)
+            # Triton launches on the current device.
+            if first.is_cuda and first.get_device() != torch.cuda.current_device():
+                return on_its_device(*args)
+            return function(*args)
 
         return cast(Function, call)
 
@@ -80,7 +83,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        if not torch.compiler.is_compiling():
             raise RuntimeError(
                 "a gradient of the experts cannot be differentiated again: use backend 'loop', on "
                 "a CPU"

@@ -4,6 +4,7 @@ Sums are formed in a fixed order: the same input gives the same bits. Without Tr
 be imported, and :func:`obstacle` says what is missing.
 """
 
+import functools
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -30,6 +31,10 @@ LEAST_DESCRIBED_SLOTS = 1024
 """With fewer, the host takes longer to describe the matrices than the device saves."""
 
 
+capability = functools.cache(torch.cuda.get_device_capability)
+"""(major, minor) of a device; PyTorch takes over a microsecond to say it again."""
+
+
 def obstacle(device: torch.device, dtype: torch.dtype) -> Optional[str]:
     """Why kernels cannot serve such an input, as the rest of a sentence; None if they can."""
     if triton is None:
@@ -40,7 +45,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> Optional[str]:
         return None
     if device.type != "cuda":
         return "needs a GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if capability(device) < (8, 0):
         # Triton multiplies without tensor cores on older ones.
         return "needs a GPU of compute capability 8.0"
     return None
@@ -51,46 +56,48 @@ def tile_rows(num_slots: int, num_experts: int) -> int:
     return min(BLOCK, max(16, next_power_of_2(cdiv(num_slots, num_experts))))
 
 
-def _depth_of_block(dtype: torch.dtype) -> int:
+def _depth_of_block(matrix: Tensor) -> int:
     """How many terms of its sums are fetched at a time: 128 bytes of a row."""
-    return 8 * 128 // torch.finfo(dtype).bits
+    return 128 // matrix.element_size()
+
+
+_MATMUL = torch.backends.cuda.matmul
+# The newer of PyTorch's two names for this reads what either has set, the older refuses to.
+_PRECISION = "fp32_precision" if hasattr(_MATMUL, "fp32_precision") else "allow_tf32"
 
 
 def _precision(dtype: torch.dtype) -> str:
     """Whether float32 may be multiplied as TF32, as PyTorch's own products are told."""
     if dtype != torch.float32:
         return "ieee"
-    matmul = torch.backends.cuda.matmul
-    # The newer of PyTorch's two names for this reads what either has set, the older refuses to.
-    tf32 = (
-        matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    )
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if getattr(_MATMUL, _PRECISION) in ("tf32", True) else "ieee"
 
 
 def describable(device: torch.device) -> bool:
     """Whether a device has the engine that fetches described tiles."""
     if TensorDescriptor is None or device.type != "cuda":
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
 
 
-def _describe(blocks: List[Tuple[Tensor, List[int]]]) -> Optional[List[Any]]:
+def _describe(
+    first: Tensor, first_block: List[int], second: Tensor, second_block: List[int]
+) -> Optional[List[Any]]:
     """The descriptors of contiguous matrices for tiles of some shapes; None where they are no use.
 
     float32 is left to pointers: tensor cores take its transposed tiles from registers only.
     """
-    first = blocks[0][0]
     if first.dtype == torch.float32 or first.shape[0] < LEAST_DESCRIBED_SLOTS:
         return None
     if not describable(first.device):
         return None
+    matrices = ((first, first_block), (second, second_block))
     # Rows must begin at multiples of 16 bytes.
-    if any(matrix.shape[-1] % 8 or matrix.data_ptr() % 16 for matrix, _ in blocks):
+    if any(matrix.shape[-1] % 8 or matrix.data_ptr() % 16 for matrix, _ in matrices):
         return None
     return [
         TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
-        for matrix, block in blocks
+        for matrix, block in matrices
     ]
 
 
@@ -110,10 +117,10 @@ def _sorted_product_like(
     kept_share: Any,
     relu: Any,
     sums: bool,
-) -> Tuple[Tensor, Tensor]:
+) -> List[Tensor]:
     width = _width(w, transposed)
-    shape = (tiles.shape[0], width) if sums else (0,)
-    return a.new_empty(a.shape[0], width), a.new_empty(shape, dtype=torch.float32)
+    out = a.new_empty(a.shape[0], width)
+    return [out, out.new_empty(tiles.shape[0], width, dtype=torch.float32)] if sums else [out]
 
 
 @operator(_sorted_product_like)
@@ -129,7 +136,7 @@ def sorted_product(
     kept_share: float,
     relu: bool,
     sums: bool,
-) -> Tuple[Tensor, Tensor]:
+) -> List[Tensor]:
     """(S, O): f(a_s w_i^T + bias_i) for each slot s and its expert i; 0 for slots without one.
 
     Args:
@@ -144,20 +151,16 @@ def sorted_product(
         tile: rows of a tile.
         kept_share: of the dropout.
         relu: whether f has a ReLU, before the dropout.
-        sums: whether the second result, (tiles, O) float32, has the sums of the tiles' rows.
+        sums: whether there is a second result, (tiles, O) float32, the sums of the tiles' rows.
     """
-    out, tile_sums = _sorted_product_like(
+    results = _sorted_product_like(
         a, w, transposed, bias, seed, active, tiles, tile, kept_share, relu, sums
     )
-    _run_product(
-        (a, w, transposed),
-        (contiguous(bias), seed, contiguous(active), out, tile_sums if sums else None, *4 * [None]),
-        tiles,
-        tile,
-        kept_share,
-        relu,
-    )
-    return out, tile_sums
+    out, tile_sums = results if sums else (*results, None)
+    nowhere = (None, None, None, None)
+    tensors = (contiguous(bias), seed, contiguous(active), out, tile_sums, *nowhere)
+    _run_product(a, w, transposed, tensors, tiles, tile, kept_share, relu)
+    return results
 
 
 def _placed_product_like(
@@ -172,10 +175,10 @@ def _placed_product_like(
     tile: Any,
     wide: bool,
     keep: bool,
-) -> Tuple[Tensor, Tensor]:
+) -> List[Tensor]:
     shape = (a.shape[0], _width(w, transposed))
-    placed = a.new_empty(shape, dtype=torch.float32 if wide else a.dtype)
-    return placed, a.new_empty(shape if keep else (0,))
+    placed = a.new_empty(shape, dtype=torch.float32) if wide else a.new_empty(shape)
+    return [placed, a.new_empty(shape)] if keep else [placed]
 
 
 @operator(_placed_product_like)
@@ -191,10 +194,8 @@ def placed_product(
     tile: int,
     wide: bool,
     keep: bool,
-) -> Tuple[Tensor, Tensor]:
-    """(S, O) twice: gate_s scale (a_s w_i^T + bias_i) where the slots come from, and out.
-
-    ``out`` is a_s w_i^T + bias_i in the order of the experts, and has no cell unless ``keep``.
+) -> List[Tensor]:
+    """(S, O): gate_s scale (a_s w_i^T + bias_i) where the slots come from.
 
     Args:
         a: (S, I), sorted by expert.
@@ -207,25 +208,22 @@ def placed_product(
         tiles: (tiles, 3); see :func:`~fairseq_sparsemixer.moe.kernels.sorting.sort_slots`.
         tile: rows of a tile.
         wide: float32 for the first result, in place of the dtype of ``a``.
-        keep: whether the second has cells.
+        keep: whether there is a second, (S, O): a_s w_i^T + bias_i in the order of the experts.
     """
-    placed, out = _placed_product_like(
+    results = _placed_product_like(
         a, w, transposed, bias, slot, gate, scale, tiles, tile, wide, keep
     )
-    kept = out if keep else None
-    _run_product(
-        (a, w, transposed),
-        (contiguous(bias), None, None, kept, None, placed, slot, *map(contiguous, (gate, scale))),
-        tiles,
-        tile,
-        kept_share=1.0,
-        relu=False,
-    )
-    return placed, out
+    placed, out = results if keep else (*results, None)
+    weights = (contiguous(gate), contiguous(scale))
+    tensors = (contiguous(bias), None, None, out, None, placed, slot, *weights)
+    _run_product(a, w, transposed, tensors, tiles, tile, 1.0, False)
+    return results
 
 
 def _run_product(
-    product: Tuple[Tensor, Tensor, bool],
+    a: Tensor,
+    w: Tensor,
+    transposed: bool,
     tensors: Tuple[Optional[Tensor], ...],
     tiles: Tensor,
     tile: int,
@@ -235,18 +233,22 @@ def _run_product(
     """Launch the kernel.
 
     Args:
-        product: a, w and whether w is transposed.
+        a: (S, I).
+        w: (N, O, I), or (N, I, O) if ``transposed``.
+        transposed: whether it is.
         tensors: the kernel's arguments from ``bias_ptr`` to ``scale_ptr``.
         tiles: (tiles, 3).
         tile: rows of a tile.
         kept_share: of the dropout.
         relu: whether there is a ReLU.
     """
-    a, w, transposed = product[0].contiguous(), product[1].contiguous(), product[2]
-    num_experts, width, depth = w.shape[0], _width(w, transposed), a.shape[1]
-    block_i = _depth_of_block(a.dtype)
-    tile_of_w = [1, block_i, BLOCK] if transposed else [1, BLOCK, block_i]
-    described = _describe([(a, [tile, block_i]), (w, tile_of_w)])
+    a, w = a.contiguous(), w.contiguous()
+    num_experts, width, depth = w.shape
+    block_i = _depth_of_block(a)
+    tile_of_w = [1, BLOCK, block_i]
+    if transposed:
+        width, depth, tile_of_w = depth, width, [1, block_i, BLOCK]
+    described = _describe(a, [tile, block_i], w, tile_of_w)
     kernels.product_kernel[(cdiv(width, BLOCK), tiles.shape[0])](
         *(described or (a, w)),
         *tensors,
@@ -279,8 +281,8 @@ def weight_gradient(grad: Tensor, a: Tensor, end: Tensor) -> Tensor:
     grad, a = grad.contiguous(), a.contiguous()
     num_experts, width, depth = d_w.shape
     programs = cdiv(width, BLOCK) * cdiv(depth, BLOCK)
-    block_s = _depth_of_block(a.dtype) // 2
-    described = _describe([(grad, [block_s, BLOCK]), (a, [block_s, BLOCK])])
+    block_s = _depth_of_block(a) // 2
+    described = _describe(grad, [block_s, BLOCK], a, [block_s, BLOCK])
     if described is None:
         block_s *= 2
     kernels.weight_gradient_kernel[(programs, num_experts)](
@@ -319,15 +321,15 @@ def sum_groups(value: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _weigh_backward_like(
     grad: Tensor, out: Tensor, slot: Any, gate: Tensor, scale: Optional[Tensor], end: Any
-) -> Tuple[Tensor, Tensor, Tensor]:
-    d_scale = gate.new_empty(0) if scale is None else torch.empty_like(scale)
-    return torch.empty_like(out), gate.new_empty(gate.shape), d_scale
+) -> List[Tensor]:
+    results = [torch.empty_like(out), gate.new_empty(gate.shape)]
+    return results if scale is None else [*results, torch.empty_like(scale)]
 
 
 @operator(_weigh_backward_like)
 def weigh_backward(
     grad: Tensor, out: Tensor, slot: Tensor, gate: Tensor, scale: Optional[Tensor], end: Tensor
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> List[Tensor]:
     """(S, D), the shape of gate, (D,): the gradients of out, gate and scale in gate * scale * out.
 
     Args:
@@ -335,10 +337,10 @@ def weigh_backward(
         out: (S, D), sorted by expert.
         slot: (S,) int64, where each row comes from.
         gate: (T, K).
-        scale: (D,); without it the third result has no cell.
+        scale: (D,); without it there is no third result.
         end: (N + 1,) int32, one past the last slot of each expert and of no expert.
     """
-    d_out, d_gate, d_scale = _weigh_backward_like(grad, out, slot, gate, scale, end)
+    d_out, d_gate = torch.empty_like(out), gate.new_empty(gate.shape)
     (num_slots, width), block_s = out.shape, 64
     programs = cdiv(num_slots, block_s)
     parts = None if scale is None else gate.new_empty(programs, width, dtype=torch.float32)
@@ -348,6 +350,6 @@ def weigh_backward(
         BLOCK_S=block_s,
         BLOCK_D=min(128, next_power_of_2(width)),
     )
-    if parts is not None:
-        d_scale.copy_(parts.sum(0))
-    return d_out, d_gate, d_scale
+    if scale is None or parts is None:
+        return [d_out, d_gate]
+    return [d_out, d_gate, parts.sum(0).to(scale.dtype)]

@@ -127,14 +127,13 @@ def logits_weight_gradient(d_logits: Tensor, x: Tensor) -> Tuple[Tensor, Tensor]
     block_n = _experts_of_block(num_experts)
     tokens_of_part = max(BLOCK_T, cdiv(num_tokens, PARTS))
     parts = max(1, cdiv(num_tokens, tokens_of_part))
-    # One tensor, for one sum: the weights' gradients, behind them the biases'.
-    sums = d_logits.new_empty(parts, num_experts * (width + 1))
+    d_weight = d_logits.new_empty(parts, num_experts, width)
+    d_bias = d_logits.new_empty(parts, num_experts)
     kernels.weight_gradient_kernel[(parts, cdiv(num_experts, block_n), cdiv(width, BLOCK_D))](
-        *(d_logits.contiguous(), x.contiguous(), sums),
+        *(d_logits.contiguous(), x.contiguous(), d_weight, d_bias),
         *(num_tokens, num_experts, width, tokens_of_part),
         BLOCK_T=BLOCK_T,
         BLOCK_N=block_n,
         BLOCK_D=BLOCK_D,
     )
-    d_weight, d_bias = sums.sum(0).split([num_experts * width, num_experts])
-    return d_weight.view(num_experts, width), d_bias.clone()
+    return d_weight.sum(0), d_bias.sum(0)

@@ -89,7 +89,8 @@ def token_gradient_kernel(
 def weight_gradient_kernel(
     d_z_ptr,  # (T, N)
     x_ptr,  # (T, D)
-    sum_ptr,  # (parts, N D + N), to be added up: of the weights, then of the biases
+    d_w_ptr,  # (parts, N, D), to be added up
+    d_b_ptr,  # (parts, N), to be added up
     num_tokens,
     num_experts,
     width,  # D
@@ -122,11 +123,10 @@ def weight_gradient_kernel(
         )
         d_w = tl.dot(d_z, x.to(tl.float32), d_w, input_precision="tf32x3")
         d_b += tl.sum(d_z, 1)
-    sum_ptr += part * num_experts * (width + 1)
     tl.store(
-        sum_ptr + expert[:, None] * width + column[None, :],
+        d_w_ptr + (part * num_experts + expert[:, None]) * width + column[None, :],
         d_w,
         mask=is_expert[:, None] & is_column[None, :],
     )
     if tl.program_id(2) == 0:
-        tl.store(sum_ptr + num_experts * width + expert, d_b, mask=is_expert)
+        tl.store(d_b_ptr + part * num_experts + expert, d_b, mask=is_expert)

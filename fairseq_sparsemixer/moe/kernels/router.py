@@ -6,7 +6,7 @@ seed gives the same experts and gates (of logits that are equal the first is the
 top-k may take another).
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -64,15 +64,13 @@ def choose(estimator: FusedEstimator, logits_TN: Tensor) -> Tuple[Tensor, Tensor
     if estimator.sampled:
         noise_TN = torch.empty_like(logits_TN, memory_format=torch.contiguous_format).exponential_()
         if estimator.points != (1.0, 1.0):
-            uniform_T1 = torch.rand_like(logits_TN[:, :1])
-    index_T1, gate_T1, probs_TN, masked_TN = _Choice.apply(
-        estimator, logits_TN, noise_TN, uniform_T1
-    )
-    return index_T1, gate_T1, probs_TN, probs_TN if estimator.jitter_eps is None else masked_TN
+            uniform_T1 = logits_TN.new_empty(logits_TN.shape[0], 1).uniform_()
+    index_T1, gate_T1, probs_TN, *masked = _Choice.apply(estimator, logits_TN, noise_TN, uniform_T1)
+    return index_T1, gate_T1, probs_TN, masked[0] if masked else probs_TN
 
 
 class _Choice(torch.autograd.Function):
-    """Expert, gate and distributions; the last has no cell where nothing is masked."""
+    """Expert, gate and distributions, of which there is one where nothing is masked."""
 
     @staticmethod
     def forward(
@@ -81,8 +79,8 @@ class _Choice(torch.autograd.Function):
         logits_TN: Tensor,
         noise_TN: Optional[Tensor],
         uniform_T1: Optional[Tensor],
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        index_T1, gate_T1, probs_TN, masked_TN = route(
+    ) -> Tuple[Tensor, ...]:
+        index_T1, gate_T1, *probs = route(
             logits_TN,
             noise_TN,
             uniform_T1,
@@ -92,10 +90,10 @@ class _Choice(torch.autograd.Function):
             estimator.full_on_best,
         )
         ctx.estimator = estimator
-        ctx.save_for_backward(index_T1, probs_TN, masked_TN)
+        ctx.save_for_backward(index_T1, *probs)
         ctx.mark_non_differentiable(index_T1)
         ctx.set_materialize_grads(False)
-        return index_T1, gate_T1, probs_TN, masked_TN
+        return (index_T1, gate_T1, *probs)
 
     @staticmethod
     @once_differentiable
@@ -104,14 +102,15 @@ class _Choice(torch.autograd.Function):
         _: Any,
         d_gate_T1: Optional[Tensor],
         d_probs_TN: Optional[Tensor],
-        d_masked_TN: Optional[Tensor],
+        d_masked_TN: Optional[Tensor] = None,
     ) -> Any:
         estimator = ctx.estimator
-        index_T1, probs_TN, masked_TN = ctx.saved_tensors
+        index_T1, probs_TN, *masked = ctx.saved_tensors
+        masked_TN = masked[0] if masked else None
         d_logits_TN = route_backward(
             *(index_T1, probs_TN, masked_TN, d_gate_T1, d_probs_TN, d_masked_TN),
-            temperature=estimator.temperature,
-            gradient_scale=estimator.gradient_scale,
+            estimator.temperature,
+            estimator.gradient_scale,
         )
         return None, d_logits_TN, None, None
 
@@ -128,12 +127,12 @@ def blocks(num_experts: int) -> Tuple[int, int]:
 
 def _route_like(
     logits: Tensor, noise: Any, uniform: Any, jitter_eps: Optional[float], *_: Any
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> List[Tensor]:
     num_tokens, num_experts = logits.shape
     gate = logits.new_empty(num_tokens, 1)
     probs = logits.new_empty(num_tokens, num_experts)
-    masked = logits.new_empty(0) if jitter_eps is None else torch.empty_like(probs)
-    return torch.empty_like(gate, dtype=torch.int64), gate, probs, masked
+    results = [torch.empty_like(gate, dtype=torch.int64), gate, probs]
+    return results if jitter_eps is None else [*results, torch.empty_like(probs)]
 
 
 @operator(_route_like)
@@ -146,26 +145,27 @@ def route(
     chance: float,
     point: float,
     full_on_best: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`FusedEstimator` and :func:`choose`.
+) -> List[Tensor]:
+    """Expert, gate, softmax and masked softmax: see :class:`FusedEstimator` and :func:`choose`.
 
     Args:
         logits: (T, N) float32.
         noise: (T, N) drawn from the exponential distribution; without it the largest is taken.
         uniform: (T, 1) drawn from U(0, 1); without it m is 1.
+        jitter_eps: None for no mask, and no fourth result.
     """
-    index, gate, probs, masked = _route_like(logits, noise, uniform, jitter_eps)
+    results = _route_like(logits, noise, uniform, jitter_eps)
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
     kernels.route_kernel[(cdiv(num_tokens, block_t),)](
-        *(logits.contiguous(), noise, uniform, index, gate, probs),
-        None if jitter_eps is None else masked,
+        *(logits.contiguous(), noise, uniform, *results),
+        *(() if len(results) == 4 else (None,)),
         *(num_tokens, num_experts, 2 * (jitter_eps or 0.0), temperature, chance, point),
         FULL_ON_BEST=full_on_best,
         BLOCK_T=block_t,
         BLOCK_N=block_n,
     )
-    return index, gate, probs, masked
+    return results
 
 
 def _route_backward_like(index: Any, probs: Tensor, *_: Any) -> Tensor:
@@ -176,21 +176,20 @@ def _route_backward_like(index: Any, probs: Tensor, *_: Any) -> Tensor:
 def route_backward(
     index: Tensor,
     probs: Tensor,
-    masked: Tensor,
+    masked: Optional[Tensor],
     d_gate: Optional[Tensor],
     d_probs: Optional[Tensor],
     d_masked: Optional[Tensor],
     temperature: float,
     gradient_scale: float,
 ) -> Tensor:
-    """(T, N): the gradient of the logits; ``masked`` may have no cell, gradients may be missing."""
+    """(T, N): the gradient of the logits; any of the gradients may be missing."""
     d_logits = _route_backward_like(index, probs)
-    (num_tokens, num_experts), is_masked = probs.shape, masked.dim() == 2
+    num_tokens, num_experts = probs.shape
     block_t, block_n = blocks(num_experts)
     kernels.route_backward_kernel[(cdiv(num_tokens, block_t),)](
-        *(index, probs, masked if is_masked else None),
-        *(contiguous(d_gate), contiguous(d_probs)),
-        contiguous(d_masked) if is_masked else None,
+        *(index, probs, masked),
+        *(contiguous(d_gate), contiguous(d_probs), contiguous(d_masked)),
         *(d_logits, num_tokens, num_experts, temperature, gradient_scale),
         BLOCK_T=block_t,
         BLOCK_N=block_n,

@@ -35,10 +35,10 @@ def most_tiles(num_slots: int, num_experts: int, tile: int) -> int:
 def _sort_slots_like(
     expert: Tensor, num_experts: int, tile: int
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_slots = expert.numel()
     end = expert.new_empty(num_experts + 1, dtype=torch.int32)
-    tiles = most_tiles(expert.shape[0], num_experts, tile)
-    slot = expert.new_empty(expert.shape[0])
-    return slot, end, torch.empty_like(end), end.new_empty(tiles, 3)
+    tiles = end.new_empty(most_tiles(num_slots, num_experts, tile), 3)
+    return expert.new_empty(num_slots), end, torch.empty_like(end), tiles
 
 
 @operator(_sort_slots_like)
@@ -48,7 +48,7 @@ def sort_slots(
     """Where slots go when those of one expert lie together, in the order that they come in.
 
     Args:
-        expert: (S,) int64, the expert of each slot, -1 for none.
+        expert: S of int64, the expert of each slot, -1 for none.
         num_experts: N.
         tile: rows of a tile, which has slots of one expert only.
 
@@ -59,15 +59,15 @@ def sort_slots(
         there are not, at the end, have expert N + 1.
     """
     slot, end, tile_end, tiles = _sort_slots_like(expert, num_experts, tile)
-    expert = expert.contiguous()
-    programs = max(1, cdiv(expert.shape[0], BLOCK_S))
+    expert, num_slots = expert.contiguous(), expert.numel()
+    programs = max(1, cdiv(num_slots, BLOCK_S))
     count = end.new_empty(programs, num_experts + 1)
     kernels.count_kernel[(programs,)](
-        *(expert, count, expert.shape[0], num_experts + 1), BLOCK_S=BLOCK_S, BLOCK_N=BLOCK_N
+        *(expert, count, num_slots, num_experts + 1), BLOCK_S=BLOCK_S, BLOCK_N=BLOCK_N
     )
     kernels.place_kernel[(programs,)](
         *(expert, count, slot, end, tile_end, tiles),
-        *(expert.shape[0], num_experts + 1, programs, tiles.shape[0]),
+        *(num_slots, num_experts + 1, programs, tiles.shape[0]),
         TILE=tile,
         BLOCK_S=BLOCK_S,
         BLOCK_N=BLOCK_N,

@@ -172,5 +172,5 @@ def test_older_gpus_get_the_plain_router(capability, expected, monkeypatch):
     """As they get another backend for the experts."""
     logits = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
     monkeypatch.setattr(products.kernels, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(products, "capability", lambda device: capability)
     assert fused_router.serves(logits, "auto") == expected

@@ -99,6 +99,23 @@ def assert_the_same(routing, fused):
         )
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_packed_sums_are_the_parts_in_one_tensor(on, fused):
+    """Whatever comes from above, no gradient flows back of counts and entropy."""
+    routing = routing_of(9, 5, 3, True, True, True)
+    leaves = [getattr(routing, name) for name in LEAVES]
+    weight = torch.randn(3 + 4 * 5)
+    calls = fused(on)
+    found = []
+    for packed in (
+        RoutingStatistics.packed(routing),
+        RoutingStatistics.from_routing(routing).pack(),
+    ):
+        found.append([packed, *torch.autograd.grad(packed, leaves, weight)])
+    assert len(calls) == 2 * on
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 37])
 @pytest.mark.parametrize("num_experts", [1, 3, 8, 13])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
