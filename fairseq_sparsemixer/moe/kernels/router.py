@@ -6,7 +6,7 @@ seed gives the same experts and gates (of logits that are equal the first is the
 top-k may take another).
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,12 @@ class FusedEstimator(NamedTuple):
     """Whether m is always 1 where the expert has the largest logit."""
     gradient_scale: float = 1.0
     """Times the gradient at the gate, the gradient that reaches the probability behind it."""
+    gate: str = "chance"
+    """What the gate is m times of: "chance", the probability q by which the expert is chosen;
+    "full", that of the softmax over all experts; or "one"."""
+    slopes: Tuple[float, ...] = ()
+    """Unless the gate is "chance": what dg and g dlog q count for in its gradient where m = 1, both
+    at the other point, and both where m = 1 because of ``full_on_best``."""
 
 
 def choose(estimator: FusedEstimator, logits_TN: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +88,7 @@ class _Choice(torch.autograd.Function):
         noise_TN: Optional[Tensor],
         uniform_T1: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        index_T1, gate_T1, probs_TN, masked_TN = route(
+        index_T1, gate_T1, probs_TN, masked_TN, slope_T2 = route(
             logits_TN,
             noise_TN,
             uniform_T1,
@@ -90,9 +96,11 @@ class _Choice(torch.autograd.Function):
             estimator.temperature,
             *estimator.points,
             estimator.full_on_best,
+            estimator.gate,
+            estimator.slopes,
         )
         ctx.estimator = estimator
-        ctx.save_for_backward(index_T1, probs_TN, masked_TN)
+        ctx.save_for_backward(index_T1, probs_TN, masked_TN, slope_T2)
         ctx.mark_non_differentiable(index_T1)
         ctx.set_materialize_grads(False)
         return index_T1, gate_T1, probs_TN, masked_TN
@@ -107,11 +115,12 @@ class _Choice(torch.autograd.Function):
         d_masked_TN: Optional[Tensor],
     ) -> Any:
         estimator = ctx.estimator
-        index_T1, probs_TN, masked_TN = ctx.saved_tensors
+        index_T1, probs_TN, masked_TN, slope_T2 = ctx.saved_tensors
         d_logits_TN = route_backward(
-            *(index_T1, probs_TN, masked_TN, d_gate_T1, d_probs_TN, d_masked_TN),
+            *(index_T1, probs_TN, masked_TN, slope_T2, d_gate_T1, d_probs_TN, d_masked_TN),
             temperature=estimator.temperature,
             gradient_scale=estimator.gradient_scale,
+            gate=estimator.gate,
         )
         return None, d_logits_TN, None, None
 
@@ -127,13 +136,14 @@ def blocks(num_experts: int) -> Tuple[int, int]:
 
 
 def _route_like(
-    logits: Tensor, noise: Any, uniform: Any, jitter_eps: Optional[float], *_: Any
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, noise: Any, uniform: Any, jitter_eps: Optional[float], *rest: Any
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = logits.shape
     gate = logits.new_empty(num_tokens, 1)
     probs = logits.new_empty(num_tokens, num_experts)
     masked = logits.new_empty(0) if jitter_eps is None else torch.empty_like(probs)
-    return torch.empty_like(gate, dtype=torch.int64), gate, probs, masked
+    slope = logits.new_empty(num_tokens, 2) if rest[-1] else logits.new_empty(0)
+    return torch.empty_like(gate, dtype=torch.int64), gate, probs, masked, slope
 
 
 @operator(_route_like)
@@ -146,7 +156,9 @@ def route(
     chance: float,
     point: float,
     full_on_best: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    gate: str,
+    slopes: Sequence[float],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :class:`FusedEstimator` and :func:`choose`.
 
     Args:
@@ -154,18 +166,21 @@ def route(
         noise: (T, N) drawn from the exponential distribution; without it the largest is taken.
         uniform: (T, 1) drawn from U(0, 1); without it m is 1.
     """
-    index, gate, probs, masked = _route_like(logits, noise, uniform, jitter_eps)
+    index, gates, probs, masked, slope = _route_like(logits, noise, uniform, jitter_eps, slopes)
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
     kernels.route_kernel[(cdiv(num_tokens, block_t),)](
-        *(logits.contiguous(), noise, uniform, index, gate, probs),
+        *(logits.contiguous(), noise, uniform, index, gates, probs),
         None if jitter_eps is None else masked,
+        slope if slopes else None,
         *(num_tokens, num_experts, 2 * (jitter_eps or 0.0), temperature, chance, point),
+        *(slopes or 6 * (0.0,)),
+        GATE=gate,
         FULL_ON_BEST=full_on_best,
         BLOCK_T=block_t,
         BLOCK_N=block_n,
     )
-    return index, gate, probs, masked
+    return index, gates, probs, masked, slope
 
 
 def _route_backward_like(index: Any, probs: Tensor, *_: Any) -> Tensor:
@@ -177,21 +192,27 @@ def route_backward(
     index: Tensor,
     probs: Tensor,
     masked: Tensor,
+    slope: Tensor,
     d_gate: Optional[Tensor],
     d_probs: Optional[Tensor],
     d_masked: Optional[Tensor],
     temperature: float,
     gradient_scale: float,
+    gate: str,
 ) -> Tensor:
-    """(T, N): the gradient of the logits; ``masked`` may have no cell, gradients may be missing."""
+    """(T, N): the gradient of the logits.
+
+    ``masked`` and ``slope`` may have no cell, gradients may be missing.
+    """
     d_logits = _route_backward_like(index, probs)
     (num_tokens, num_experts), is_masked = probs.shape, masked.dim() == 2
     block_t, block_n = blocks(num_experts)
     kernels.route_backward_kernel[(cdiv(num_tokens, block_t),)](
-        *(index, probs, masked if is_masked else None),
+        *(index, probs, masked if is_masked else None, slope if slope.dim() == 2 else None),
         *(contiguous(d_gate), contiguous(d_probs)),
         contiguous(d_masked) if is_masked else None,
         *(d_logits, num_tokens, num_experts, temperature, gradient_scale),
+        GATE=gate,
         BLOCK_T=block_t,
         BLOCK_N=block_n,
     )

@@ -227,19 +227,18 @@ class SparseMixerBase(Router):
 
     def fused_estimator(self) -> Optional[fused_router.FusedEstimator]:
         """What :meth:`select` computes, for kernels that do the same; None where there are none."""
-        point = self.rule.point
-        if self.top_k > 1 or point is None or not self.gate_is_chance:
+        rule = self.rule if self.training else GRAD_1
+        if self.top_k > 1 or rule.point is None:
             return None
-        jitter_eps = self.jitter_eps if self.masked else None
-        if not self.training:
-            return fused_router.FusedEstimator(jitter_eps, self.temperature)
         return fused_router.FusedEstimator(
-            jitter_eps,
+            self.jitter_eps if self.masked else None,
             self.temperature,
-            self.sampled,
-            (self.rule.chance, point),
+            self.sampled and self.training,
+            (rule.chance, rule.point),
             self.first_order_on_argmax,
-            sum(self.rule.full),
+            sum(rule.full),
+            "chance" if self.gate_is_chance else self.gate,
+            () if self.gate_is_chance else (*rule.full, *rule.other, *rule.terms),
         )
 
 

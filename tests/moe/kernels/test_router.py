@@ -28,6 +28,20 @@ ROUTERS = [
     ("sparsemixer-cv", {}),
     ("sparsemixer-v2", {}),
     ("sparsemixer-v2-star", {}),
+    ("sparsemixer-1st", {"gate": "full"}),
+    ("sparsemixer", {"gate": "full"}),
+    ("sparsemixer", {"gate": "full", "first_order_on_argmax": False}),
+    ("sparsemixer", {"gate": "full", "jitter_eps": 0.0, "balance_bias_rate": 0.1}),
+    ("sparsemixer-cv", {"gate": "full"}),
+    ("sparsemixer-v2", {"gate": "full"}),
+    ("sparsemixer-v2-star", {"gate": "full", "first_order_on_argmax": False}),
+    ("composed", {"choice": "argmax", "gate": "masked", "estimator": "grad-1"}),
+    ("composed", {"choice": "argmax", "gate": "one", "estimator": "first-order"}),
+    ("composed", {"choice": "jittered-argmax", "gate": "full", "estimator": "grad-1"}),
+    ("composed", {"gate": "full", "estimator": "grad-1"}),
+    ("composed", {"gate": "one"}),
+    ("composed", {"choice": "full-sample", "gate": "full"}),
+    ("composed", {"choice": "full-sample", "gate": "one", "first_order_on_argmax": False}),
 ]
 
 
@@ -81,7 +95,7 @@ def test_same_seed_same_routing(name, options, training, tokens, num_experts, pa
     if router.balance_bias is not None:
         router.balance_bias.bias.normal_()
     # torch.topk takes any of equal logits, arg-max the first of them.
-    ties = name.startswith("sparsemixer")
+    ties = name.startswith("sparsemixer") or name == "composed"
     z, weights = logits(tokens, num_experts, ties), torch.randn(5, tokens, num_experts)
     mask = torch.rand(tokens) < 0.4 if padded else None
     assert fused(False) == []
