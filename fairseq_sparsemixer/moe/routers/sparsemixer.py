@@ -256,12 +256,12 @@ class SparseMixerFirstOrderRouter(SparseMixerBase):
 
     f(h) - f(0) ~ f'(h) h, hence grad_0 ~ grad_1: forward gate p~_D, twice the gradient to p~_D.
     Everything else as in :class:`SparseMixerRouter`, omega included, so that the two differ in
-    the order of the estimate only.
+    the order of the estimate only. With the full gate: p_D, of gradient dp_D + p_D dlog p~_D.
 
     Args:
         jitter_eps: eps of the mask, above 0; a very large value masks nothing.
         omega: whether the output is multiplied by a learned omega.
-        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+        **options: see :class:`SparseMixerBase` (``gate``).
     """
 
     def __init__(self, *, omega: bool = True, **options: Any) -> None:
@@ -276,8 +276,10 @@ class SparseMixerRouter(_WithOverride):
 
     f(h) - f(0) ~ f'(h/2) h. Sampled: m is 1 or 1/2 with probability 1/2 each, the forward gate is
     m p~_D, and the gradient that reaches p~_D is twice the gradient at the gate. In expectation
-    this is the exact gradient for every quadratic f where no expert is masked and
-    ``first_order_on_argmax`` is off.
+    this is the exact gradient for every quadratic f where ``first_order_on_argmax`` is off.
+
+    With the full gate: m p_D, of gradient 2 dp_D where m = 1 and 2 p_D dlog p~_D where m = 1/2;
+    under ``first_order_on_argmax`` dp_D + p_D dlog p~_D at the arg-max.
 
     The expert output is also multiplied by a learned omega in R^D, initially 1, shared by all
     experts (``output_scale``).
@@ -290,7 +292,7 @@ class SparseMixerRouter(_WithOverride):
         quadrature: ``"midpoint"``, or ``"uniform"`` to draw the second point from U(0, 1) in place
             of 1/2: f(h) - f(0) is the integral of f'(m h) h over m, so this is exact for every
             differentiable f, with more variance (of this project, not of the paper).
-        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+        **options: see :class:`SparseMixerBase` (``gate``).
     """
 
     def __init__(self, *, omega: bool = True, quadrature: str = "midpoint", **options: Any) -> None:
@@ -319,6 +321,7 @@ class SparseMixerControlVariateRouter(SparseMixerRouter):
     output, c^_i = 2 u m_i predicts c_i for the experts that were not computed, and
     c_D dp~_D + sum_i p~_i c^_i dp~_i - c^_D dp~_D has the same mean wherever u does not depend on
     D, and less variance wherever m_i tells something about E_i. The forward pass is untouched.
+    With the full gate dp_i + p_i dlog p~_i takes the place of 2 dp~_i.
 
     Args:
         mean_decay: weight of the old mean in each update.
@@ -360,12 +363,13 @@ class SparseMixerV2Router(_WithOverride):
     to -inf after each draw, and mask, distribution and arg-max are those of what is left.
 
     As in the code released for Phi-3.5-MoE, m scales the gate, and so the gradient of the expert
-    too; algorithm 1 as printed scales the output only.
+    too; algorithm 1 as printed scales the output only. With the full gate: m p_D, of gradient
+    p_D dlog p~_D.
 
     Args:
         jitter_eps: eps of the mask, above 0; a very large value masks nothing.
         first_order_on_argmax: m = 1 wherever D is the arg-max of what is left.
-        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+        **options: see :class:`SparseMixerBase` (``gate``).
     """
 
     max_top_k: Optional[int] = None
@@ -378,13 +382,14 @@ class SparseMixerV2StarRouter(SparseMixerV2Router):
 
     p~ = softmax(z / 2) over the experts that are not masked; m is 1 with probability 5/8 and else
     1/3; the gradient that reaches p~_D is twice the gradient at the gate. In expectation this is
-    the exact gradient for every cubic f where K = 1, no expert is masked and
-    ``first_order_on_argmax`` is off. Else as :class:`SparseMixerV2Router`.
+    the exact gradient for every cubic f where K = 1 and ``first_order_on_argmax`` is off. With the
+    full gate, p = softmax(z / 2): 8/5 dp_D + 2/5 p_D dlog p~_D where m = 1, 2 p_D dlog p~_D where
+    m = 1/3. Else as :class:`SparseMixerV2Router`.
 
     Args:
         jitter_eps: eps of the mask, above 0; a very large value masks nothing.
         first_order_on_argmax: m = 1 wherever D is the arg-max of what is left.
-        **options: see :class:`~fairseq_sparsemixer.moe.Router`.
+        **options: see :class:`SparseMixerBase` (``gate``).
     """
 
     temperature = 2.0
