@@ -70,8 +70,8 @@ class ComposedRouter(SparseMixerBase):
         _check_combination(choice, gate, estimator)
         self.choice, self.estimator = choice, estimator
         self.sampled, self.rule = choice in SAMPLES, RULES[estimator]
-        # What an arg-max is read with is its gate's distribution: the mask never hides it.
-        self.masked = "masked" in (choice.split("-")[0], gate)
+        # An arg-max is never outside the mask, so that its gate may be p~.
+        self.masked = choice == "masked-sample" or gate == "masked"
         super().__init__(gate=gate, **options)
         if choice == "jittered-argmax":
             check_jitter(self)
