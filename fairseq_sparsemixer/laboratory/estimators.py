@@ -1,4 +1,4 @@
-"""The routers as estimators of the router's gradient, and a few that are not routers."""
+"""The routers as estimators of the router's gradient, and one that is not a router."""
 
 import dataclasses
 from typing import Any, Dict, Optional
