@@ -30,11 +30,14 @@ POINTERS = {
         *("sums_ptr", "gate_ptr", "d_gate_ptr", "d_scale_ptr", "z_ptr", "d_z_ptr", "d_b_ptr"),
         *("noise_ptr", "uniform_ptr", "probs_ptr", "masked_probs_ptr", "d_probs_ptr"),
         *("d_masked_probs_ptr", "sampling_probs_ptr", "load_ptr", "d_sums_ptr"),
-        *("d_sampling_probs_ptr", "d_load_ptr"),
+        *("d_sampling_probs_ptr", "d_load_ptr", "slope_ptr"),
     ),
 }
 """Types of what is not in the dtype of the model."""
-FLOATS = ("kept_share", "scale_up", "jitter", "temperature", "chance", "point", "gradient_scale")
+FLOATS = (
+    *("kept_share", "scale_up", "jitter", "temperature", "chance", "point", "gradient_scale"),
+    *("own", "choice", "other_own", "other_choice", "best_own", "best_choice"),
+)
 NOT_MULTIPLES_OF_16 = (
     *("num_slots", "num_tokens", "num_experts", "num_groups", "programs", "top_k"),
     *("index_stride_token", "index_stride_slot", "tokens_of_part", "most_tiles"),
@@ -128,8 +131,17 @@ def launches(capability: int) -> List[Launch]:
         Launch("logits", projection_kernels.project_kernel, projection),
         Launch("logits to tokens", projection_kernels.token_gradient_kernel, projection, 4, 2),
         Launch("logits to weights", projection_kernels.weight_gradient_kernel, projection),
-        Launch("route", router_kernels.route_kernel, {**routing, "FULL_ON_BEST": True}),
-        Launch("route, back", router_kernels.route_backward_kernel, routing),
+        *(
+            Launch(f"route{ending}{back}", kernel, {**routing, **gate, **constants})
+            for ending, gate in (
+                ("", {"GATE": "chance", "slope_ptr": None}),
+                (", full gate", {"GATE": "full"}),
+            )
+            for back, kernel, constants in (
+                ("", router_kernels.route_kernel, {"FULL_ON_BEST": True}),
+                (", back", router_kernels.route_backward_kernel, {}),
+            )
+        ),
         Launch("statistics", statistics_kernels.sum_tokens_kernel, routing),
         Launch("statistics, back", statistics_kernels.sum_tokens_backward_kernel, routing),
     ]

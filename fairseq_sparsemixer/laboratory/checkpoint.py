@@ -134,7 +134,9 @@ class Sentences:
                 torch.stack(values, dim=1).flatten(0, 1)
                 for values in zip(*(choice.of_length(length) for choice in choices))
             )
-            logits = routing.logits.masked_fill(~reachable, float("-inf"))
+            logits = routing.logits
+            if getattr(router, "gate", None) != "full":
+                logits = logits.masked_fill(~reachable, float("-inf"))
             probs = (logits / router.temperature).softmax(dim=-1)
             gate = probs.gather(-1, index.clamp_min(0)).masked_fill(index < 0, 0.0)
             return dataclasses.replace(routing, expert_index=index, gate=gate)

@@ -1,4 +1,4 @@
-"""The routers as estimators of the router's gradient, and a few that are not routers."""
+"""The routers as estimators of the router's gradient, and one that is not a router."""
 
 import dataclasses
 from typing import Any, Dict, Optional
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fairseq_sparsemixer.laboratory.problems import Evaluation, Problem
 from fairseq_sparsemixer.moe import Router, Routing, build_router
-from fairseq_sparsemixer.moe.routers.sparsemixer import SparseMixerFirstOrderRouter
 
 NO_MASK = 1e9
 """A jitter_eps that masks no expert."""
@@ -19,7 +18,7 @@ class Estimator:
     """One way to estimate the gradient to the logits.
 
     Attributes:
-        router: registered name, or "sampled" or "reinforce" (see :func:`draw_gradients`).
+        router: registered name, or "reinforce" (see :func:`draw_gradients`).
         options: of the router.
         prediction: which of the problem's predictions its ``mean_gate`` multiplies.
         draws: how many draws of each token are taken.
@@ -43,10 +42,16 @@ def _sparsemixer(router: str, **options: Any) -> Estimator:
 ESTIMATORS: Dict[str, Estimator] = {
     # What ordinary training has: grad_1 at the arg-max, and the same under sampling.
     "switch (arg-max)": Estimator("switch", draws=1),
-    "backprop, sampled": Estimator("sampled", uses_mask=True),
+    "backprop, sampled": _sparsemixer("composed", estimator="grad-1"),
     "sparsemixer-1st": _sparsemixer("sparsemixer-1st"),
     "sparsemixer, no override": _sparsemixer("sparsemixer", first_order_on_argmax=False),
     "sparsemixer": _sparsemixer("sparsemixer"),
+    # Drawn as these, with the gate of all experts: the same where nothing is masked.
+    "sparsemixer-1st, full gate": _sparsemixer("sparsemixer-1st", gate="full"),
+    "sparsemixer, full gate, no override": _sparsemixer(
+        "sparsemixer", first_order_on_argmax=False, gate="full"
+    ),
+    "sparsemixer, full gate": _sparsemixer("sparsemixer", gate="full"),
     "sparsemixer, uniform": dataclasses.replace(
         _sparsemixer("sparsemixer", first_order_on_argmax=False, quadrature="uniform"),
         continuous=True,
@@ -77,17 +82,11 @@ def with_other_predictions(problem: Problem) -> Dict[str, Estimator]:
     return estimators
 
 
-class _SampledRouter(SparseMixerFirstOrderRouter):
-    """D ~ p~, gate p~_D, plain backpropagation: grad_1 of the sampled objective."""
-
-    gradient_scale = 1.0
-
-
 def _build(estimator: Estimator, num_experts: int, jitter_eps: float) -> Router:
     if not estimator.uses_mask:
         jitter_eps = 0.0
-    if estimator.router in ("sampled", "reinforce"):
-        return _SampledRouter(embed_dim=1, num_experts=num_experts, jitter_eps=jitter_eps)
+    if estimator.router == "reinforce":
+        estimator = ESTIMATORS["backprop, sampled"]
     return build_router(
         estimator.router,
         embed_dim=1,
@@ -98,13 +97,20 @@ def _build(estimator: Estimator, num_experts: int, jitter_eps: float) -> Router:
 
 
 def target_probs(problem: Problem, estimator: Estimator, jitter_eps: float) -> Tensor:
-    """(R, N): the distribution whose exact gradient the estimator is measured against.
+    """(R, N): the distribution of the experts in what the estimator is measured against.
 
     The masked softmax for estimators that have the mask, else softmax(z).
     """
     eps = jitter_eps if estimator.uses_mask else NO_MASK
     router = _build(ESTIMATORS["backprop, sampled"], problem.num_experts, eps)
     return router.route(problem.logits).sampling_probs
+
+
+def target_gradient(problem: Problem, estimator: Estimator, jitter_eps: float) -> Tensor:
+    """(R, N): the exact gradient that the estimator is measured against, that of its own gate."""
+    full = estimator.options.get("gate") == "full"
+    gates = problem.logits.softmax(-1) if full else None
+    return problem.exact_gradient(target_probs(problem, estimator, jitter_eps), gates)
 
 
 def draw_gradients(

@@ -19,6 +19,7 @@ from fairseq_sparsemixer.laboratory.estimators import (
     NO_MASK,
     Estimator,
     draw_gradients,
+    target_gradient,
     target_probs,
     with_other_predictions,
 )
@@ -157,7 +158,7 @@ def _measure_all(
     records = []
     for name, estimator in estimators.items():
         torch.manual_seed(seed)
-        exact = problem.exact_gradient(target_probs(problem, estimator, jitter_eps))
+        exact = target_gradient(problem, estimator, jitter_eps)
         draws = draw_gradients(problem, estimator, jitter_eps)
         records.append({"estimator": name, **as_dict(measure(draws, exact, problem.inputs))})
     return records
@@ -235,16 +236,17 @@ def _check_layers(translator: Translator, wanted: Optional[List[str]], run_dir: 
     if not layers or not _gates_one_expert(next(iter(layers.values())).moe.router):
         raise UserError(
             f"{run_dir}: gradients are measured for models whose layers put out one "
-            "expert's output times its probability (--top-k 1; not hash, random, default-moe "
-            "or expert-choice)"
+            "expert's output times its probability (--top-k 1; not hash, random, default-moe, "
+            "expert-choice or a gate of 1)"
         )
     return wanted or list(layers)
 
 
 def _gates_one_expert(router: Router) -> bool:
     """Whether the layer computes p_D E_D in evaluation, with learnt logits."""
-    one = router.top_k == 1 and router.causal and router.weight is not None
-    return one and not router.adds_means
+    one = router.top_k == 1 and router.causal and not router.needs_token_ids
+    gated = router.weight is not None and getattr(router, "gate", None) != "one"
+    return one and gated and not router.adds_means
 
 
 def _measure_layer(

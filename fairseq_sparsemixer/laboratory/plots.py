@@ -15,6 +15,7 @@ STYLES: Dict[str, Tuple[str, str, str]] = {
     "sparsemixer-1st": (COLOURS["sky"], "o", "--"),
     "sparsemixer, no override": (COLOURS["blue"], "D", ":"),
     "sparsemixer": (COLOURS["blue"], "o", "-"),
+    "sparsemixer, full gate": (COLOURS["vermilion"], "s", "--"),
     "sparsemixer-v2-star, no override": (COLOURS["green"], "^", ":"),
     "sparsemixer-v2-star": (COLOURS["green"], "^", "--"),
     "sparsemixer-cv": (COLOURS["vermilion"], "P", "-"),

@@ -88,17 +88,20 @@ class Problem:
         slope_RNN = at_h.expert_slope.reshape(rows, num_experts, num_experts)
         return at_h.loss.reshape(rows, num_experts), slope_RNN.diagonal(dim1=-2, dim2=-1)
 
-    def exact_gradient(self, probs_RN: Tensor) -> Tensor:
-        """(R, N): the gradient to z of E_{D ~ p}[f(p_D E_D)], by computing every expert.
+    def exact_gradient(self, probs_RN: Tensor, gates_RN: Optional[Tensor] = None) -> Tensor:
+        """(R, N): the gradient to z of E_{D ~ q}[f(g_D E_D)], by computing every expert.
 
-        grad_0 + grad_1 = sum_i [f(h_i) + p_i f'(h_i) . E_i] dp_i with h_i = p_i E_i.
+        grad_0 + grad_1 = sum_i f(h_i) dq_i + q_i f'(h_i) . E_i dg_i with h_i = g_i E_i.
 
         Args:
-            probs_RN: p, a softmax over all experts or over some of them.
+            probs_RN: q, a softmax over all experts or over some of them.
+            gates_RN: g, the same; None for q.
         """
-        value_RN, slope_RN = self.every_expert(probs_RN)
-        # Any constant may be taken off, because sum_i dp_i = 0; this one keeps rounding small.
-        return through_softmax(value_RN - value_RN[:, :1] + probs_RN * slope_RN, probs_RN)
+        gates_RN = probs_RN if gates_RN is None else gates_RN
+        value_RN, slope_RN = self.every_expert(gates_RN)
+        # Any constant may be taken off, because sum_i dq_i = 0; this one keeps rounding small.
+        grad_0_RN = through_softmax(value_RN - value_RN[:, :1], probs_RN)
+        return grad_0_RN + through_softmax(probs_RN * slope_RN, gates_RN)
 
 
 def through_softmax(grad_probs: Tensor, probs: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.feed_forward import MoEFeedForward
 from fairseq_sparsemixer.moe.losses import RoutingStatistics, load_balance_loss, z_loss
 from fairseq_sparsemixer.moe.routers import (  # noqa: F401  (registration)
+    composed,
     dense,
     expert_choice,
     fixed,

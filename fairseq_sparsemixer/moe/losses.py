@@ -32,7 +32,7 @@ class RoutingStatistics:
     probs: Tensor
     """(..., N): sum of p, with gradient."""
     sampling_probs: Tensor
-    """(..., N): sum of the distribution that the gate is read from, with gradient."""
+    """(..., N): sum of the distribution that the expert is drawn from, with gradient."""
     load: Tensor
     """(..., N): smooth number of tokens of each expert, with gradient."""
 

@@ -43,8 +43,8 @@ class Routing:
     probs: Tensor
     """(T, N) float32: p = softmax(z)."""
     sampling_probs: Tensor
-    """(T, N) float32: the distribution that the gate is read from; the masked softmax p~ for
-    SparseMixer, ``probs`` for routers that mask nothing."""
+    """(T, N) float32: the distribution that the expert is drawn from, and a masked gate read from:
+    the masked softmax p~ for SparseMixer, ``probs`` for routers that mask nothing."""
     padding_mask: Optional[Tensor] = None
     """(T,) bool, True at padding; None where there is none."""
     num_chosen: Optional[int] = None

@@ -8,11 +8,13 @@
     dense: {router: dense}
     switch-4: {router: switch, experts: 4}
     switch-4-released: {router: switch, experts: 4, overrides: [criterion.routing_loss=released]}
+    full-gate-4: {router: sparsemixer, experts: 4, options: {gate: full}}  # --router-options
 
 Further keys, with their defaults: ``config: study`` (of configs/), ``jobs: 1`` (models trained at
 once), ``beam: 4`` (of the test set), ``overrides: []`` (hydra's, of every arm).
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple
@@ -21,10 +23,10 @@ import yaml
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.runs.arms import DENSE, Variant, build_variant
-from fairseq_sparsemixer.training.settings import overridden
+from fairseq_sparsemixer.training.settings import overridden, quoted
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a folder, and a value for hydra
-_ARM_KEYS = {"router", "experts", "overrides"}
+_ARM_KEYS = {"router", "experts", "options", "overrides"}
 
 
 class Plan(NamedTuple):
@@ -119,7 +121,7 @@ def _arm(name: str, arm: Any, path: Path) -> List[str]:
     _check(
         isinstance(arm, dict) and isinstance(arm.get("router"), str) and arm.keys() <= _ARM_KEYS,
         path,
-        f"arm {name} needs router, and may have experts and overrides",
+        f"arm {name} needs router, and may have experts, options and overrides",
     )
     router, experts = arm["router"], arm.get("experts")
     _check(
@@ -131,7 +133,26 @@ def _arm(name: str, arm: Any, path: Path) -> List[str]:
         built = build_variant(router, experts or 0)
     except UserError as error:
         raise UserError(f"{path}: arm {name}: {error}") from None
-    return [*built.overrides, *_overrides(arm.get("overrides", []), path, f"arm {name}: overrides")]
+    overrides = _overrides(arm.get("overrides", []), path, f"arm {name}: overrides")
+    return [*built.overrides, *_options(name, arm, overrides, path), *overrides]
+
+
+def _options(name: str, arm: Dict[str, Any], overrides: List[str], path: Path) -> List[str]:
+    """The override that the options of an arm's router are."""
+    if "options" not in arm:
+        return []
+    options = arm["options"]
+    _check(
+        isinstance(options, dict) and arm["router"] != DENSE,
+        path,
+        f"arm {name}: options must be those of its router, such as {{gate: full}}",
+    )
+    _check(
+        "model.router_options" not in overridden(overrides),
+        path,
+        f"arm {name}: model.router_options is not set here: use options",
+    )
+    return [f"model.router_options={quoted(json.dumps(options))}"]
 
 
 def _overrides(values: Any, path: Path, what: str) -> List[str]:

@@ -4,7 +4,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Set
+from typing import Any, Dict, Iterable, List, Sequence, Set, Union
 
 import hydra
 from fairseq.dataclass.configs import FairseqConfig
@@ -22,11 +22,11 @@ CONFIGS = CHECKOUT / "configs"
 PYTHON = (sys.executable, "-m")
 
 
-def quoted(path: Path) -> str:
-    """A path as a value that hydra takes as it is."""
-    if re.fullmatch(r"[\w./-]+", str(path)):
-        return str(path)
-    text = str(path).replace("'", "\\'")
+def quoted(value: Union[Path, str]) -> str:
+    """A path or a text as a value that hydra takes as it is."""
+    if re.fullmatch(r"[\w./-]+", str(value)):
+        return str(value)
+    text = str(value).replace("'", "\\'")
     return f"'{text}'"
 
 

@@ -12,9 +12,11 @@ from fairseq_sparsemixer.laboratory.estimators import (
     ESTIMATORS,
     NO_MASK,
     draw_gradients,
+    target_gradient,
     target_probs,
 )
 from fairseq_sparsemixer.laboratory.measures import measure
+from fairseq_sparsemixer.moe import build_router
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,6 +51,34 @@ def test_exact_gradient_of_a_masked_softmax_leaves_masked_experts_alone():
     assert (masked == 0).any()
     exact = made.exact_gradient(masked)
     assert (exact[masked == 0] == 0).all()
+
+
+@pytest.mark.parametrize("eps", [0.1, NO_MASK])
+def test_exact_gradient_of_a_gate_of_all_experts_equals_autograd(eps):
+    made = problem(num_experts=6)
+    estimator = ESTIMATORS["sparsemixer, full gate"]
+    kept = target_probs(made, estimator, eps) > 0
+    assert kept.all() == (eps == NO_MASK)
+    z = made.logits.clone().requires_grad_()
+    q = z.masked_fill(~kept, float("-inf")).softmax(-1)
+    h = z.softmax(-1).unsqueeze(-1) * made.outputs
+    losses = quadratic(h.flatten(0, 1), None)[0].view(q.shape)
+    (expected,) = torch.autograd.grad((q * losses).sum(), z)
+    actual = target_gradient(made, estimator, eps)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [0.4, NO_MASK])
+def test_the_full_gate_is_found_unbiased_on_a_quadratic(eps):
+    torch.manual_seed(0)
+    made = problem(rows=8, num_experts=4)
+    for name, biased in (
+        ("sparsemixer, full gate, no override", False),
+        ("sparsemixer-1st, full gate", True),
+    ):
+        exact = target_gradient(made, ESTIMATORS[name], eps)
+        found = measure(draw_gradients(made, ESTIMATORS[name], eps, draws=4000), exact)
+        assert (found.bias > 0.05) == biased, (name, found)
 
 
 @pytest.mark.parametrize(
@@ -156,17 +186,24 @@ def sentences_of(translator, corpus, count=6):
     return checkpoint.Sentences(translator.model, pairs, dictionary.pad(), dictionary.eos())
 
 
-@pytest.mark.parametrize("layer_name", ["encoder.0", "decoder.0"])
-def test_a_problem_holds_the_loss_of_the_model_itself(layer_name, corpus, run_dir, monkeypatch):
+@pytest.mark.parametrize(
+    ("layer_name", "gate"),
+    [("encoder.0", "masked"), ("decoder.0", "masked"), ("encoder.0", "full")],
+)
+def test_a_problem_holds_the_loss_of_the_model_itself(
+    layer_name, gate, corpus, run_dir, monkeypatch
+):
     monkeypatch.setattr(checkpoint, "TOKENS_AT_ONCE", 60)  # several batches
     translator = Translator(str(run_dir))
+    for each in checkpoint.switch_layers(translator.model).values():
+        each.moe.router.gate = gate
     sentences = sentences_of(translator, corpus)
     layer = checkpoint.switch_layers(translator.model)[layer_name]
     generator = torch.Generator().manual_seed(0)
     places = checkpoint.draw_places(sentences.pairs, layer_name.split(".")[0], 8, generator)
     assert len(set(places)) == 8
     made = checkpoint.build_problem(sentences, sentences, layer, places)
-    # The evaluation-mode routing is the masked arg-max with gate p~.
+    # The evaluation-mode routing is the arg-max with the model's own gate.
     router = layer.moe.router
     routing = router.eval().route(made.logits)
     weights = torch.zeros_like(made.logits).scatter(-1, routing.expert_index, routing.gate)
@@ -221,6 +258,22 @@ def test_models_that_do_not_put_out_one_gated_expert_are_refused(corpus, run_dir
     assert "--top-k 1; not hash" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("router", "options", "measured"),
+    [
+        ("sparsemixer", {"gate": "full"}, True),
+        ("composed", {"choice": "argmax", "gate": "masked", "estimator": "grad-1"}, True),
+        ("composed", {"gate": "one"}, False),
+        ("hash", {}, False),
+        ("hash", {"gate": "full"}, False),  # for which a problem would need token ids
+        ("default-moe", {}, False),
+    ],
+)
+def test_which_layers_put_out_one_gated_expert(router, options, measured):
+    built = build_router(router, embed_dim=4, num_experts=3, **options)
+    assert gradients._gates_one_expert(built) == measured
+
+
 def test_predictions_are_fitted_on_the_tokens_of_each_expert(corpus, run_dir):
     translator = Translator(str(run_dir))
     sentences = sentences_of(translator, corpus, count=20)
@@ -270,7 +323,9 @@ def test_the_command_measures_a_model_and_goes_on_where_it_stopped(
         measured = [r for r in records if r["tokens_with_choice"] > 0]
         assert all(r["rmse"] >= r["bias"] >= 0 for r in measured)
         assert all(-1 <= r["batch_cosine"] <= 1 for r in measured)
-        assert all(r["cosine"] is None for r in records if r["tokens_with_choice"] == 0)
+        without = [r for r in records if r["tokens_with_choice"] == 0]
+        # The gate of all experts has a gradient where there is no choice.
+        assert all((r["cosine"] is None) != ("full gate" in r["estimator"]) for r in without)
     out = capsys.readouterr().out
     assert "mask of jitter-eps 0.1" in out
     for name in ("layers-all-experts", "layers-masked", "progress-all-experts"):

@@ -125,10 +125,18 @@ def test_tf32_is_honoured(allowed):
     assert 1e-5 < error < 1e-2 if allowed else error < 1e-5
 
 
-@pytest.mark.parametrize("router", ONE_EXPERT)
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [
+        *((name, {}) for name in ONE_EXPERT),
+        ("sparsemixer", {"gate": "full"}),
+        ("sparsemixer-v2-star", {"gate": "full"}),
+        ("composed", {"choice": "full-sample", "gate": "one"}),
+    ],
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_fused_routers_equal_the_plain_ones(router, training, monkeypatch):
-    layer = make_layer("triton", torch.float32, router).train(training)
+def test_fused_routers_equal_the_plain_ones(router, options, training, monkeypatch):
+    layer = make_layer("triton", torch.float32, router, **options).train(training)
     batch = make_batch(dtype=torch.float32)
     fused = results(layer, *batch)
     monkeypatch.setattr(fused_router, "DEVICES", ())

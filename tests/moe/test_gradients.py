@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support.enumeration import enumerate_draws, polynomial, problem, relative_error, smooth
 from support.reference_routers import (
     ESTIMATORS,
 )
@@ -12,44 +13,18 @@ from support.reference_routers import (
 from fairseq_sparsemixer.moe import build_router
 
 
-@pytest.fixture
-def in_double(monkeypatch):
-    """Routers compute in float64 where they would cast to float32."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
-
-
-def enumerate_draws(name, z, monkeypatch, nodes=((0.5, 1.0),), **options):
-    """The routing of all draws, one a row, and the probability of each row.
-
-    nodes: (point, weight) of the quadrature that takes the place of m ~ U(0, 1).
-    """
-    experts = len(z)
-    router = build_router(name, embed_dim=1, num_experts=experts, jitter_eps=1e9, **options)
+def draws_of(name, z, monkeypatch, nodes=((0.5, 1.0),), **options):
+    """:func:`enumerate_draws` of a router as its paper has it, without a mask."""
     estimator = ESTIMATORS.get(name)
     p = (z.detach() / (estimator.temperature if estimator else 1.0)).softmax(-1)
     chance = estimator.chance if estimator else 1.0
-    rows = []
-    for d in range(experts):
-        # Coins just below and just above the chance of m = 1.
-        rows.append((d, chance - 1e-6, 0.5, p[d] * chance))
-        if chance < 1:
-            rows += [(d, chance + 1e-6, m, p[d] * (1 - chance) * w) for m, w in nodes]
-    choice = torch.tensor([row[0] for row in rows])
-    # Gumbel-max takes the expert whose exponential is nearest to 0.
-    exponential = torch.ones(len(rows), experts).scatter(1, choice.unsqueeze(-1), 1e-30)
-    coins = iter([torch.tensor([[row[c]] for row in rows]).to(z) for c in (1, 2)])
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "exponential_", lambda self: self.copy_(exponential))
-        patch.setattr(torch, "rand_like", lambda _: next(coins))
-        routing = router.route(z.expand(len(rows), -1))
-    assert torch.equal(routing.expert_index[:, 0], choice)
-    return routing, torch.stack([row[3] for row in rows])
+    return enumerate_draws(name, z, monkeypatch, p, chance, nodes, **options)
 
 
 def expected_gradient(name, z, outputs, f, monkeypatch, means=None, nodes=((0.5, 1.0),), **options):
     """The estimator's mean gradient to the logits."""
     z = z.clone().requires_grad_()
-    routing, probability = enumerate_draws(name, z, monkeypatch, nodes, **options)
+    routing, probability = draws_of(name, z, monkeypatch, nodes, **options)
     h = (routing.gate.unsqueeze(-1) * outputs[routing.expert_index]).sum(1)
     if means is not None:
         h = h + routing.mean_gate @ means
@@ -64,37 +39,6 @@ def exact_gradient(z, outputs, f, temperature=1.0, grad_1=True):
     return torch.autograd.grad((p * f(gate.unsqueeze(-1) * outputs)).sum(), z)[0]
 
 
-def problem(seed, experts=4, width=3, scale=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(experts, generator=generator, dtype=torch.double)
-    return z, scale * torch.randn(experts, width, generator=generator, dtype=torch.double)
-
-
-def polynomial(degree, seed, width=3):
-    generator = torch.Generator().manual_seed(100 + seed)
-    linear = torch.randn(width, generator=generator, dtype=torch.double)
-    matrix = torch.randn(width, width, generator=generator, dtype=torch.double)
-    cubic = torch.randn(width, width, width, generator=generator, dtype=torch.double)
-
-    def f(h):
-        value = 3.0 + h @ linear
-        if degree >= 2:
-            value = value + torch.einsum("ri,rj,ij->r", h, h, matrix)
-        if degree >= 3:
-            value = value + torch.einsum("ri,rj,rk,ijk->r", h, h, h, cubic)
-        if degree >= 4:
-            value = value + h.square().sum(-1).square()
-        return value
-
-    return f
-
-
-def smooth(h):
-    """No polynomial, with all derivatives at 0."""
-    weights = torch.linspace(0.5, 1.5, h.shape[-1], dtype=h.dtype)
-    return torch.exp(0.7 * (h * weights).sum(-1)) + torch.sin(h + 0.3).prod(-1)
-
-
 NO_OVERRIDE = {"first_order_on_argmax": False}
 
 
@@ -106,10 +50,6 @@ DEGREES = [
     ("straight-through", {}, 1),
     ("reinmax", {}, 2),
 ]
-
-
-def relative_error(value, wanted):
-    return ((value - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5])
@@ -246,7 +186,7 @@ def test_control_variate_has_no_variance_where_means_and_f_are_exact(in_double, 
     spread = {}
     for name in ("sparsemixer", "sparsemixer-cv"):
         z_grad = z.clone().requires_grad_()
-        routing, _ = enumerate_draws(name, z_grad, monkeypatch)
+        routing, _ = draws_of(name, z_grad, monkeypatch)
         h = (routing.gate.unsqueeze(-1) * outputs[routing.expert_index]).sum(1)
         if routing.mean_gate is not None:
             h = h + routing.mean_gate @ outputs

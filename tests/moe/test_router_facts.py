@@ -23,7 +23,7 @@ TOP_K = {
 }
 """The smallest and the largest number of experts of a token, where it is not one."""
 
-WITH_OMEGA = {"switch-omega", "sparsemixer-1st", "sparsemixer", "sparsemixer-cv"}
+WITH_OMEGA = {"composed", "switch-omega", "sparsemixer-1st", "sparsemixer", "sparsemixer-cv"}
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))

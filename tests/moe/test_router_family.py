@@ -24,6 +24,26 @@ from support.routers import chi_square, random_layer
 from fairseq_sparsemixer.moe import ROUTERS, RoutingStatistics, build_router
 from fairseq_sparsemixer.moe.routers.sparsemixer import unreachable
 
+COMPOSED = [
+    dict(zip(("choice", "gate", "estimator"), factors))
+    for factors in (
+        ("argmax", "full", "grad-1"),
+        ("argmax", "masked", "grad-1"),
+        ("argmax", "one", "first-order"),
+        ("jittered-argmax", "full", "grad-1"),
+        ("jittered-argmax", "masked", "grad-1"),
+        ("jittered-argmax", "one", "first-order"),
+        ("masked-sample", "masked", "grad-1"),
+        ("masked-sample", "full", "grad-1"),
+        ("masked-sample", "full", "first-order"),
+        ("masked-sample", "full", "midpoint"),
+        ("masked-sample", "one", "first-order"),
+        ("masked-sample", "one", "midpoint"),
+        ("full-sample", "full", "grad-1"),
+        ("full-sample", "full", "midpoint"),
+        ("full-sample", "one", "midpoint"),
+    )
+]
 CASES = [
     *((name, {}) for name in ROUTERS),
     ("topk", {"renormalise": True}),
@@ -42,6 +62,14 @@ CASES = [
     ("sparsemixer-v2", {"jitter_eps": 1e9}),
     ("sparsemixer-v2-star", {"first_order_on_argmax": False}),
     ("sparsemixer-v2-star", {"jitter_eps": 1e9}),
+    *((name, {"gate": "full"}) for name in [*SPARSEMIXERS, "hash"]),
+    ("sparsemixer", {"gate": "full", "first_order_on_argmax": False}),
+    ("sparsemixer", {"gate": "full", "quadrature": "uniform"}),
+    ("sparsemixer", {"gate": "full", "balance_bias_rate": 0.1}),
+    ("sparsemixer", {"gate": "full", "jitter_eps": 0.0}),
+    ("sparsemixer-v2-star", {"gate": "full", "first_order_on_argmax": False}),
+    *(("composed", {**composed, "balance_bias_rate": 0.1}) for composed in COMPOSED),
+    ("composed", {"gate": "one", "first_order_on_argmax": False}),
     ("straight-through", {"balance_bias_rate": 0.1}),
     ("reinmax", {"balance_bias_rate": 0.1}),
 ]

@@ -1,11 +1,13 @@
 """The YAML file of a study."""
 
+import json
+
 import pytest
 from support.small_study import TINY, write_plan
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.study.plan import read_plan
-from fairseq_sparsemixer.training.settings import CONFIGS
+from fairseq_sparsemixer.training.settings import CONFIGS, compose
 
 WRONG_PLANS = [
     ({"arms": None}, "arms is missing"),
@@ -26,6 +28,24 @@ WRONG_PLANS = [
     ({"arms": {"a": {"router": "switch"}}}, "arm a: experts must be a whole number"),
     ({"arms": {"a": {"router": "dense", "experts": 2}}}, "is left out for dense"),
     ({"arms": {"a": {"router": "swich", "experts": 2}}}, "did you mean 'switch'"),
+    ({"arms": {"a": {"router": "dense", "options": {}}}}, "arm a: options must be those of its"),
+    (
+        {"arms": {"a": {"router": "switch", "experts": 2, "options": ["gate"]}}},
+        "arm a: options must be those of its router, such as {gate: full}",
+    ),
+    (
+        {
+            "arms": {
+                "a": {
+                    "router": "sparsemixer",
+                    "experts": 2,
+                    "options": {"gate": "full"},
+                    "overrides": ["model.router_options='{}'"],
+                }
+            }
+        },
+        "arm a: model.router_options is not set here: use options",
+    ),
     ({"overrides": ["dropout"]}, "overrides must be a list of KEY=VALUE"),
     ({"overrides": ["experts=two"]}, "experts is not set here: use router and experts"),
     ({"overrides": ["common.seed=3"]}, "common.seed is not set here: use seeds"),
@@ -58,6 +78,19 @@ def test_runs_go_seed_by_seed(tmp_path):
     assert plan.runs()[0].overrides == [
         *TINY, "model.router=switch", "model.num_experts=2", "common.seed=3"
     ]  # fmt: skip
+
+
+def test_options_of_an_arm_are_those_of_its_router(tmp_path):
+    options = {
+        "choice": "full-sample",
+        "gate": "one",
+        "omega": False,
+        "first_order_on_argmax": True,
+    }
+    arms = {"a": {"router": "composed", "experts": 2, "options": options}}
+    plan = read_plan(write_plan(tmp_path / "plan.yaml", "data", arms=arms))
+    cfg = compose(CONFIGS, plan.arms["a"], plan.config)
+    assert json.loads(cfg.model.router_options) == options
 
 
 def test_the_plans_that_come_with_it_can_be_read():

@@ -191,12 +191,40 @@ ESTIMATORS = {
 }
 
 
+SLOPES = {
+    "sparsemixer-1st": ((1, 1), (0, 0)),
+    "sparsemixer": ((2, 0), (0, 2)),
+    "sparsemixer-cv": ((2, 0), (0, 2)),
+    "sparsemixer-v2": ((0, 1), (0, 1)),
+    "sparsemixer-v2-star": ((1.6, 0.4), (0, 2)),
+    "grad-1": ((1, 0), (0, 0)),
+    "first-order": ((1, 1), (0, 0)),
+    "midpoint": ((2, 0), (0, 2)),
+}
+"""What dg_D and g_D dlog q_D count for where m = 1, and where it is not."""
+
+
+def softmax_over(z, experts, temperature=1.0):
+    """{expert: its share} over some experts."""
+    return dict(zip(experts, softmax([z[i] / temperature for i in experts])))
+
+
+def within(router, z, left):
+    """The experts of ``left`` that jitter could reach."""
+    kept = kept_experts([z[i].item() for i in left], router.jitter_eps)
+    return [i for i, keep in zip(left, kept) if keep]
+
+
 def masked_softmax(router, z, left):
     """{expert: p~} over the experts of ``left`` that jitter could reach."""
-    kept = kept_experts([z[i].item() for i in left], router.jitter_eps)
-    kept = [i for i, keep in zip(left, kept) if keep]
-    temperature = ESTIMATORS[router.name].temperature
-    return dict(zip(kept, softmax([z[i] / temperature for i in kept])))
+    return softmax_over(z, within(router, z, left), ESTIMATORS[router.name].temperature)
+
+
+def with_slopes(m, g, q, own, choice):
+    """m g, with the gradient own dg + choice g dlog q."""
+    log_q = torch.log(q)
+    slope = own * (g - g.detach()) + choice * g.detach() * (log_q - log_q.detach())
+    return m * g.detach() + slope
 
 
 def sparsemixer(router, z, x, draw):
@@ -210,6 +238,8 @@ def sparsemixer(router, z, x, draw):
         best = max(left, key=lambda i: z[i].item())
         if draw is None:
             d, gate = best, p[best]
+            if router.gate == "full":
+                gate = softmax_over(z, left, estimator.temperature)[best]
         else:
             noise = [-math.log(e) for e in draw.exponential[k]]
             d = max(p, key=lambda i: z[i].item() / estimator.temperature + noise[i])
@@ -220,10 +250,42 @@ def sparsemixer(router, z, x, draw):
                 if getattr(router, "quadrature", "midpoint") == "uniform":
                     point = next(draw.coins)
                 m = 1.0 if full or (router.first_order_on_argmax and d == best) else point
-            gate = m * p[d].detach() + estimator.factor * (p[d] - p[d].detach())
+            if router.gate == "masked":
+                gate = m * p[d].detach() + estimator.factor * (p[d] - p[d].detach())
+            else:
+                slopes = SLOPES[router.name][m < 1]
+                if d == best and getattr(router, "first_order_on_argmax", False):
+                    slopes = (0, 1) if router.name == "sparsemixer-v2" else (1, 1)
+                full = softmax_over(z, left, estimator.temperature)
+                gate = with_slopes(m, full[d], p[d], *slopes)
         pairs.append((d, gate))
         left.remove(d)
     return pairs, None
+
+
+def composed(router, z, x, draw):
+    """Choice, gate and estimator."""
+    training = draw is not None
+    if training and router.choice == "jittered-argmax":
+        eps = router.jitter_eps
+        z = [z_i * (1 - eps + 2 * eps * u) for z_i, u in zip(z, draw.jitter)]
+    z = biased(router, z)
+    everyone = list(range(len(z)))
+    p, masked = softmax_over(z, everyone), softmax_over(z, within(router, z, everyone))
+    q = masked if router.choice == "masked-sample" or router.gate == "masked" else p
+    best = d = largest(z, 1)[0]
+    if training and router.choice.endswith("sample"):
+        d = max(q, key=lambda i: z[i].item() - math.log(draw.exponential[0][i]))
+    g = torch.ones(()) if router.gate == "one" else {"masked": masked, "full": p}[router.gate][d]
+    if not training:
+        return [(d, g)], None
+    m, slopes = 1.0, SLOPES[router.estimator][0]
+    if router.estimator == "midpoint":
+        m = 1.0 if next(draw.coins) < 0.5 else 0.5
+        slopes = SLOPES["midpoint"][m < 1]
+        if router.first_order_on_argmax and d == best:
+            m, slopes = 1.0, (1, 1)
+    return [(d, with_slopes(m, g, q[d], *slopes))], None
 
 
 def drawn(z, draw):
@@ -283,6 +345,7 @@ BY_TOKEN = {
     "gshard": gshard,
     "noisy-topk": noisy_topk,
     "default-moe": default_moe,
+    "composed": composed,
     "random": random_expert,
     "straight-through": straight_through,
     "reinmax": reinmax,
@@ -318,7 +381,8 @@ def naive_layer(layer, x_TD, draws=None, padding=(), chosen=None):
             if by_expert is not None:
                 pairs = by_expert[t]
             elif router.name == "hash":
-                pairs = [(chosen[t], torch.ones(()))]
+                gate = torch.ones(()) if router.gate == "one" else softmax(z_rows[t])[chosen[t]]
+                pairs = [(chosen[t], gate)]
             else:
                 draw = None if draws is None else draws.of(t)
                 assert router.name in BY_TOKEN, (
@@ -334,16 +398,21 @@ def naive_layer(layer, x_TD, draws=None, padding=(), chosen=None):
         pairs_T.append(pairs)
 
     def extra(gradient_TD):
-        """sum_i p~_i c^_i dp~_i - c^_D dp~_D with c^_i = 2 u m_i, of sparsemixer-cv."""
+        """sum_i p~_i c^_i ds_i - c^_D ds_D with c^_i = u m_i, of sparsemixer-cv.
+
+        ds_i = dg_i + g_i dlog p~_i, which is 2 dp~_i for the masked gate.
+        """
         loss = torch.zeros(())
         if router.name == "sparsemixer-cv" and draws is not None:
             for t in tokens:
                 u = gradient_TD[t] * router.output_scale.detach()
                 z = biased(router, z_rows[t])
                 d = pairs_T[t][0][0]
-                for i, p in masked_softmax(router, z, list(range(len(z)))).items():
-                    c = 2 * (u @ router.expert_means.mean[i])
-                    loss = loss + (p.detach() - float(i == d)) * c * (p - p.detach())
+                full = softmax_over(z, list(range(len(z))))
+                for i, p in masked_softmax(router, z, list(full)).items():
+                    slope = with_slopes(0.0, p if router.gate == "masked" else full[i], p, 1, 1)
+                    c = u @ router.expert_means.mean[i]
+                    loss = loss + (p.detach() - float(i == d)) * c * slope
         return loss
 
     return Naive(torch.stack(rows), pairs_T, extra)

@@ -6,7 +6,7 @@ seed gives the same experts and gates (of logits that are equal the first is the
 top-k may take another).
 """
 
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,12 @@ class FusedEstimator(NamedTuple):
     """Whether m is always 1 where the expert has the largest logit."""
     gradient_scale: float = 1.0
     """Times the gradient at the gate, the gradient that reaches the probability behind it."""
+    gate: str = "chance"
+    """What the gate is m times of: "chance", the probability q by which the expert is chosen;
+    "full", that of the softmax over all experts; or "one"."""
+    slopes: Tuple[float, ...] = ()
+    """Unless the gate is "chance": what dg and g dlog q count for in its gradient where m = 1, both
+    at the other point, and both where m = 1 because of ``full_on_best``."""
 
 
 def choose(estimator: FusedEstimator, logits_TN: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,7 +86,7 @@ class _Choice(torch.autograd.Function):
         noise_TN: Optional[Tensor],
         uniform_T1: Optional[Tensor],
     ) -> Tuple[Tensor, ...]:
-        index_T1, gate_T1, *probs = route(
+        index_T1, gate_T1, *rest = route(
             logits_TN,
             noise_TN,
             uniform_T1,
@@ -88,12 +94,14 @@ class _Choice(torch.autograd.Function):
             estimator.temperature,
             *estimator.points,
             estimator.full_on_best,
+            estimator.gate,
+            estimator.slopes,
         )
         ctx.estimator = estimator
-        ctx.save_for_backward(index_T1, *probs)
+        ctx.save_for_backward(index_T1, *rest)
         ctx.mark_non_differentiable(index_T1)
         ctx.set_materialize_grads(False)
-        return (index_T1, gate_T1, *probs)
+        return (index_T1, gate_T1, *(rest[:-1] if estimator.slopes else rest))
 
     @staticmethod
     @once_differentiable
@@ -105,12 +113,15 @@ class _Choice(torch.autograd.Function):
         d_masked_TN: Optional[Tensor] = None,
     ) -> Any:
         estimator = ctx.estimator
-        index_T1, probs_TN, *masked = ctx.saved_tensors
+        index_T1, *rest = ctx.saved_tensors
+        slope_T2 = rest.pop() if estimator.slopes else None
+        probs_TN, *masked = rest
         masked_TN = masked[0] if masked else None
         d_logits_TN = route_backward(
-            *(index_T1, probs_TN, masked_TN, d_gate_T1, d_probs_TN, d_masked_TN),
+            *(index_T1, probs_TN, masked_TN, slope_T2, d_gate_T1, d_probs_TN, d_masked_TN),
             estimator.temperature,
             estimator.gradient_scale,
+            estimator.gate,
         )
         return None, d_logits_TN, None, None
 
@@ -126,13 +137,17 @@ def blocks(num_experts: int) -> Tuple[int, int]:
 
 
 def _route_like(
-    logits: Tensor, noise: Any, uniform: Any, jitter_eps: Optional[float], *_: Any
+    logits: Tensor, noise: Any, uniform: Any, jitter_eps: Optional[float], *more: Any
 ) -> List[Tensor]:
     num_tokens, num_experts = logits.shape
     gate = logits.new_empty(num_tokens, 1)
     probs = logits.new_empty(num_tokens, num_experts)
     results = [torch.empty_like(gate, dtype=torch.int64), gate, probs]
-    return results if jitter_eps is None else [*results, torch.empty_like(probs)]
+    if jitter_eps is not None:
+        results.append(torch.empty_like(probs))
+    if more[-1]:
+        results.append(logits.new_empty(num_tokens, 2))
+    return results
 
 
 @operator(_route_like)
@@ -145,22 +160,28 @@ def route(
     chance: float,
     point: float,
     full_on_best: bool,
+    gate: str,
+    slopes: Sequence[float],
 ) -> List[Tensor]:
-    """Expert, gate, softmax and masked softmax: see :class:`FusedEstimator` and :func:`choose`.
+    """Expert, gate, softmax, masked softmax, slopes: see :class:`FusedEstimator`.
 
     Args:
         logits: (T, N) float32.
         noise: (T, N) drawn from the exponential distribution; without it the largest is taken.
         uniform: (T, 1) drawn from U(0, 1); without it m is 1.
-        jitter_eps: None for no mask, and no fourth result.
+        jitter_eps: None for no mask, and no masked softmax.
+        slopes: none where the gate is the chance, and then no slopes come out.
     """
-    results = _route_like(logits, noise, uniform, jitter_eps)
+    results = _route_like(logits, noise, uniform, jitter_eps, slopes)
     num_tokens, num_experts = logits.shape
     block_t, block_n = blocks(num_experts)
     kernels.route_kernel[(cdiv(num_tokens, block_t),)](
-        *(logits.contiguous(), noise, uniform, *results),
-        *(() if len(results) == 4 else (None,)),
+        *(logits.contiguous(), noise, uniform, *results[:3]),
+        None if jitter_eps is None else results[3],
+        results[-1] if slopes else None,
         *(num_tokens, num_experts, 2 * (jitter_eps or 0.0), temperature, chance, point),
+        *(slopes or 6 * (0.0,)),
+        GATE=gate,
         FULL_ON_BEST=full_on_best,
         BLOCK_T=block_t,
         BLOCK_N=block_n,
@@ -177,20 +198,23 @@ def route_backward(
     index: Tensor,
     probs: Tensor,
     masked: Optional[Tensor],
+    slope: Optional[Tensor],
     d_gate: Optional[Tensor],
     d_probs: Optional[Tensor],
     d_masked: Optional[Tensor],
     temperature: float,
     gradient_scale: float,
+    gate: str,
 ) -> Tensor:
     """(T, N): the gradient of the logits; any of the gradients may be missing."""
     d_logits = _route_backward_like(index, probs)
     num_tokens, num_experts = probs.shape
     block_t, block_n = blocks(num_experts)
     kernels.route_backward_kernel[(cdiv(num_tokens, block_t),)](
-        *(index, probs, masked),
+        *(index, probs, masked, slope),
         *(contiguous(d_gate), contiguous(d_probs), contiguous(d_masked)),
         *(d_logits, num_tokens, num_experts, temperature, gradient_scale),
+        GATE=gate,
         BLOCK_T=block_t,
         BLOCK_N=block_n,
     )

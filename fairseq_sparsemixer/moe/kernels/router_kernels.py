@@ -23,12 +23,20 @@ def route_kernel(
     gate_ptr,  # (T,)
     probs_ptr,  # (T, N)
     masked_probs_ptr,  # (T, N), None for routers that mask nothing
+    slope_ptr,  # (T, 2) what dg and dlog q count for in the gate's gradient; None where g = q
     num_tokens,
     num_experts,
     jitter,  # 2 eps of the mask
     temperature,
     chance,  # of m = 1
     point,  # the other m
+    own,  # what dg counts for where m = 1
+    choice,  # what g dlog q counts for where m = 1
+    other_own,  # and at the other point
+    other_choice,
+    best_own,  # and where m = 1 because of FULL_ON_BEST
+    best_choice,
+    GATE: tl.constexpr,
     FULL_ON_BEST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -56,12 +64,26 @@ def route_kernel(
         index = tl.argmax(kept - tl.log(tl.maximum(noise, 1.1754944e-38)), 1)
     # Not a number is no reason to leave the matrix.
     index = tl.minimum(index, num_experts - 1)
-    gate = tl.sum(tl.where(column[None, :] == index[:, None], probs, 0.0), 1)
+    if GATE == "full":
+        probs = _softmax(z / temperature)
+    if GATE == "one":
+        gate = tl.full((BLOCK_T,), 1.0, tl.float32)
+    else:
+        gate = tl.sum(tl.where(column[None, :] == index[:, None], probs, 0.0), 1)
+    full = is_token
     if uniform_ptr is not None:
         full = tl.load(uniform_ptr + token, mask=is_token, other=0.0) < chance
         if FULL_ON_BEST:
             full = full | (index == best)
-        gate = tl.where(full, gate, gate * point)
+    if slope_ptr is not None:
+        own_T = tl.where(full, own, other_own)
+        choice_T = tl.where(full, choice, other_choice)
+        if FULL_ON_BEST:
+            own_T = tl.where(index == best, best_own, own_T)
+            choice_T = tl.where(index == best, best_choice, choice_T)
+        tl.store(slope_ptr + 2 * token, own_T, mask=is_token)
+        tl.store(slope_ptr + 2 * token + 1, choice_T * gate, mask=is_token)
+    gate = tl.where(full, gate, gate * point)
     tl.store(index_ptr + token, index, mask=is_token)
     tl.store(gate_ptr + token, gate, mask=is_token)
 
@@ -71,6 +93,7 @@ def route_backward_kernel(
     index_ptr,  # (T,)
     probs_ptr,  # (T, N)
     masked_probs_ptr,  # (T, N) or None
+    slope_ptr,  # (T, 2) or None, as above
     d_gate_ptr,  # (T,) or None
     d_probs_ptr,  # (T, N) or None
     d_masked_probs_ptr,  # (T, N) or None
@@ -79,6 +102,7 @@ def route_backward_kernel(
     num_experts,
     temperature,
     gradient_scale,
+    GATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -89,10 +113,13 @@ def route_backward_kernel(
     is_cell = is_token[:, None] & (column < num_experts)[None, :]
     cell = token[:, None] * num_experts + column[None, :]
     index = tl.load(index_ptr + token, mask=is_token, other=0)
+    is_chosen = column[None, :] == index[:, None]
     d_chosen = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    d_gate = tl.zeros((BLOCK_T,), tl.float32)
     if d_gate_ptr is not None:
-        d_gate = tl.load(d_gate_ptr + token, mask=is_token, other=0.0) * gradient_scale
-        d_chosen = tl.where(column[None, :] == index[:, None], d_gate[:, None], 0.0)
+        d_gate = tl.load(d_gate_ptr + token, mask=is_token, other=0.0)
+        if slope_ptr is None:
+            d_chosen = tl.where(is_chosen, (d_gate * gradient_scale)[:, None], 0.0)
     probs = tl.load(probs_ptr + cell, mask=is_cell, other=0.0)
     d_probs = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if d_probs_ptr is not None:
@@ -100,6 +127,17 @@ def route_backward_kernel(
     if masked_probs_ptr is None:
         d_probs += d_chosen
     d_z = probs * (d_probs - tl.sum(probs * d_probs, 1)[:, None])
+    if slope_ptr is not None:
+        if GATE == "full":
+            own = d_gate * tl.load(slope_ptr + 2 * token, mask=is_token, other=0.0)
+            tempered = _softmax(tl.log(probs) / temperature)
+            own *= tl.sum(tl.where(is_chosen, tempered, 0.0), 1)
+            d_z += own[:, None] * (tl.where(is_chosen, 1.0, 0.0) - tempered) / temperature
+        d_log = d_gate * tl.load(slope_ptr + 2 * token + 1, mask=is_token, other=0.0)
+        drawn_from = probs
+        if masked_probs_ptr is not None:
+            drawn_from = tl.load(masked_probs_ptr + cell, mask=is_cell, other=0.0)
+        d_z += d_log[:, None] * (tl.where(is_chosen, 1.0, 0.0) - drawn_from) / temperature
     if masked_probs_ptr is not None:
         masked = tl.load(masked_probs_ptr + cell, mask=is_cell, other=0.0)
         d_masked = d_chosen

@@ -1,4 +1,4 @@
-"""Routers that learn nothing: controls for those that do."""
+"""Routers whose choice is not learnt: controls for those that learn it."""
 
 from typing import Any
 
@@ -11,30 +11,20 @@ UNREACHABLE = -1e4
 """Logit of an expert with probability 0; finite, so that 0 times it is 0."""
 
 
-class _FixedRouter(Router):
-    """Gate 1 and no parameters."""
-
-    takes_balance_bias = False
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.weight = self.bias = None
-
-    @staticmethod
-    def routing(index_T1: Tensor, logits_TN: Tensor) -> Routing:
-        """Every token to its expert with gate 1; ``logits_TN`` are for the statistics alone."""
-        probs_TN = logits_TN.softmax(dim=-1)
-        return Routing(
-            expert_index=index_T1,
-            gate=torch.ones_like(logits_TN[:, :1]),
-            logits=logits_TN,
-            probs=probs_TN,
-            sampling_probs=probs_TN,
-        )
+def _with_gate_one(index_T1: Tensor, logits_TN: Tensor) -> Routing:
+    """Every token to its expert with gate 1; ``logits_TN`` are for the statistics alone."""
+    probs_TN = logits_TN.softmax(dim=-1)
+    return Routing(
+        expert_index=index_T1,
+        gate=torch.ones_like(logits_TN[:, :1]),
+        logits=logits_TN,
+        probs=probs_TN,
+        sampling_probs=probs_TN,
+    )
 
 
 @register_router("hash")
-class HashRouter(_FixedRouter):
+class HashRouter(Router):
     """Hash layers (Roller et al. 2021, arXiv 2106.04426): the expert is a hash of the token's id.
 
     y = E_hash(id)(x), gate 1. The hash is a fixed multiplicative one, so it needs no table and no
@@ -44,6 +34,8 @@ class HashRouter(_FixedRouter):
     Args:
         jitter_eps: not used.
         seed: another seed is another hash.
+        gate: ``"one"``, as the source, and nothing is learnt; or ``"full"``, p_D of learnt logits,
+            with the gradient of p_D.
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
 
     Raises:
@@ -51,13 +43,21 @@ class HashRouter(_FixedRouter):
     """
 
     needs_token_ids = True
+    takes_balance_bias = False
 
-    def __init__(self, *, seed: int = 0, **options: Any) -> None:
+    def __init__(self, *, seed: int = 0, gate: str = "one", **options: Any) -> None:
         super().__init__(**options)
+        if gate not in ("one", "full"):
+            raise ValueError(f"gate must be one or full, not {gate!r}")
         self.seed = seed
+        self.gate = gate
+        if gate == "one":
+            self.weight = self.bias = None
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, N): zeros, there is nothing to learn."""
+        """(T, N): zeros with gate 1, for which there is nothing to learn."""
+        if self.weight is not None:
+            return super().logits(x_TD)
         return x_TD.new_zeros(len(x_TD), self.num_experts, dtype=torch.float32)
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
@@ -65,8 +65,11 @@ class HashRouter(_FixedRouter):
         if context.token_ids is None:
             raise ValueError("router 'hash' needs token_ids")
         index_T1 = (self.hash(context.token_ids) % self.num_experts).unsqueeze(-1)
-        certain_TN = torch.full_like(logits_TN, UNREACHABLE).scatter(-1, index_T1, 0.0)
-        return self.routing(index_T1, certain_TN)
+        if self.gate == "one":
+            certain_TN = torch.full_like(logits_TN, UNREACHABLE).scatter(-1, index_T1, 0.0)
+            return _with_gate_one(index_T1, certain_TN)
+        probs_TN = logits_TN.softmax(dim=-1)
+        return Routing(index_T1, probs_TN.gather(-1, index_T1), logits_TN, probs_TN, probs_TN)
 
     def hash(self, token_ids: Tensor) -> Tensor:
         """A number of 31 bits for each id, the same on every machine."""
@@ -77,7 +80,7 @@ class HashRouter(_FixedRouter):
 
 
 @register_router("random")
-class RandomRouter(_FixedRouter):
+class RandomRouter(Router):
     """Random experts: what experts are worth without any routing.
 
     Training: each token goes to an expert drawn uniformly. Evaluation: to the arg-max of a fixed
@@ -91,8 +94,11 @@ class RandomRouter(_FixedRouter):
     projection: Tensor
     """(N, D), drawn once and never trained."""
 
+    takes_balance_bias = False
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.weight = self.bias = None
         self.register_buffer("projection", torch.randn(self.num_experts, self.embed_dim))
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -105,4 +111,4 @@ class RandomRouter(_FixedRouter):
             index_T1 = torch.randint_like(logits_TN[:, :1], self.num_experts).long()
         else:
             index_T1 = logits_TN.argmax(dim=-1, keepdim=True)
-        return self.routing(index_T1, torch.zeros_like(logits_TN))
+        return _with_gate_one(index_T1, torch.zeros_like(logits_TN))

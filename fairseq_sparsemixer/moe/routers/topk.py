@@ -21,6 +21,24 @@ ESTIMATOR = fused_router.FusedEstimator()
 """Of ``topk`` with K = 1."""
 
 
+def check_jitter(router: Router) -> None:
+    """Refuse jitter that could change the sign of a logit.
+
+    Raises:
+        ValueError: jitter_eps is not below 1.
+    """
+    if router.jitter_eps >= 1:
+        raise ValueError(
+            f"jitter_eps must be at least 0 and below 1 for router {router.name!r}, "
+            f"not {router.jitter_eps}"
+        )
+
+
+def jittered(logits_TN: Tensor, eps: float) -> Tensor:
+    """(T, N): z * u with u ~ U(1 - eps, 1 + eps) for each logit (arXiv 2101.03961)."""
+    return logits_TN * logits_TN.new_empty(logits_TN.shape).uniform_(1 - eps, 1 + eps)
+
+
 @register_router("topk")
 class TopKRouter(Router):
     """Softmax over all experts, the K largest of it (as in Mixtral and OLMoE; K = 1: Switch).
@@ -40,11 +58,7 @@ class TopKRouter(Router):
 
     def __init__(self, *, renormalise: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        if self.jitter_eps >= 1:
-            raise ValueError(
-                f"jitter_eps must be at least 0 and below 1 for router {self.name!r}, "
-                f"not {self.jitter_eps}"
-            )
+        check_jitter(self)
         if renormalise and self.top_k == 1:
             raise ValueError("renormalise needs top_k of at least 2: one gate would always be 1")
         self.renormalise = renormalise
@@ -52,8 +66,7 @@ class TopKRouter(Router):
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
         if self.training and self.jitter_eps > 0:
-            eps = self.jitter_eps
-            logits_TN = logits_TN * logits_TN.new_empty(logits_TN.shape).uniform_(1 - eps, 1 + eps)
+            logits_TN = jittered(logits_TN, self.jitter_eps)
         if (
             self.top_k == 1
             and self.balance_bias is None

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TOKENS, EXPERTS, WIDTH, TILE = 9, 3, 20, 16
+SLOPES = (2.0, 0.5, 0.0, 1.5, 1.0, 0.75)
 
 
 class Given:
@@ -41,10 +42,15 @@ def arguments(name):
         "logits_of": (x, weight, bias),
         "token_gradient": (logits, weight, torch.bfloat16),
         "logits_weight_gradient": (logits, x),
-        "route": (logits, noise, uniform, 0.1, 1.0, 0.5, 0.5, True),
+        "route": (logits, noise, uniform, 0.1, 1.0, 0.5, 0.5, True, "chance", ()),
+        "route full": (logits, noise, uniform, 0.1, 2.0, 0.5, 0.5, True, "full", SLOPES),
         "route_backward": (
-            *(index, probs.tensor.softmax(-1), masked.tensor.softmax(-1)),
-            *(gate, logits, probs, 1.0, 2.0),
+            *(index, probs.tensor.softmax(-1), masked.tensor.softmax(-1), None),
+            *(gate, logits, probs, 1.0, 2.0, "chance"),
+        ),
+        "route_backward full": (
+            *(index, probs.tensor.softmax(-1), masked.tensor.softmax(-1), torch.rand(TOKENS, 2)),
+            *(gate, logits, probs, 2.0, 1.0, "full"),
         ),
         "sum_tokens": (logits, probs, masked, random(TOKENS, EXPERTS), chosen, padding),
         "sum_tokens_backward": (logits, padding, random(3 + 4 * EXPERTS), True, True),
@@ -67,9 +73,9 @@ def arguments(name):
         "sum_tokens alone": (logits, probs, None, None, chosen, None),
         "sum_tokens_backward alone": (logits, None, random(3 + 4 * EXPERTS), False, False),
         "route_backward alone": (
-            *(index, probs.tensor.softmax(-1), torch.empty(0), gate, None, None, 1.0, 1.0),
+            *(index, probs.tensor.softmax(-1), None, None, gate, None, None, 1.0, 1.0, "chance"),
         ),
-        "route alone": (logits, None, None, None, 1.0, 1.0, 1.0, False),
+        "route alone": (logits, None, None, None, 1.0, 1.0, 1.0, False, "chance", ()),
         "logits_of alone": (x, weight, None),
     }[name]
 
@@ -81,6 +87,7 @@ NAMES = [
 ]
 LESS = ["sorted_product back", "placed_product back", "weigh_backward alone", "sum_tokens alone"]
 LESS += ["sum_tokens_backward alone", "route_backward alone", "route alone", "logits_of alone"]
+LESS += ["route full", "route_backward full"]
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,15 @@ ROUTERS = [
     ("sparsemixer-cv", {}),
     ("sparsemixer-v2", {}),
     ("sparsemixer-v2-star", {}),
+    ("sparsemixer", {"gate": "full"}),
+    ("sparsemixer", {"gate": "full", "first_order_on_argmax": False}),
+    ("sparsemixer", {"gate": "full", "jitter_eps": 0.0, "balance_bias_rate": 0.1}),
+    ("sparsemixer-cv", {"gate": "full"}),
+    ("sparsemixer-v2-star", {"gate": "full", "first_order_on_argmax": False}),
+    ("composed", {"choice": "argmax", "gate": "masked", "estimator": "grad-1"}),
+    ("composed", {"gate": "full", "estimator": "grad-1"}),
+    ("composed", {"gate": "one"}),
+    ("composed", {"choice": "full-sample", "gate": "one", "first_order_on_argmax": False}),
 ]
 
 
@@ -81,7 +90,7 @@ def test_same_seed_same_routing(name, options, training, tokens, num_experts, pa
     if router.balance_bias is not None:
         router.balance_bias.bias.normal_()
     # torch.topk takes any of equal logits, arg-max the first of them.
-    ties = name.startswith("sparsemixer")
+    ties = name.startswith("sparsemixer") or name == "composed"
     z, weights = logits(tokens, num_experts, ties), torch.randn(5, tokens, num_experts)
     mask = torch.rand(tokens) < 0.4 if padded else None
     assert fused(False) == []
@@ -120,13 +129,15 @@ def test_logits_that_are_no_numbers_choose_an_expert_all_the_same(fused):
         assert ((routing.expert_index >= 0) & (routing.expert_index < 3)).all()
 
 
-@pytest.mark.parametrize("name", ["switch", "sparsemixer"])
-def test_a_fused_layer_compiles_in_one_piece(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "options"), [("switch", {}), ("sparsemixer", {}), ("sparsemixer", {"gate": "full"})]
+)
+def test_a_fused_layer_compiles_in_one_piece(name, options, monkeypatch):
     # Not by `fused`, whose list of calls torch.compile would have to follow.
     monkeypatch.setattr(fused_router, "CELLS", 16)
     monkeypatch.setattr(fused_router, "DEVICES", ("cpu",))
     torch.manual_seed(0)
-    layer = MoEFeedForward(16, 32, 3, router=name, backend="triton").to(torch.bfloat16)
+    layer = MoEFeedForward(16, 32, 3, router=name, backend="triton", **options).to(torch.bfloat16)
     x = torch.randn(7, 16, dtype=torch.bfloat16)
 
     def forward(x):
