@@ -27,10 +27,19 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 import numpy as np
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path, write_json, write_lines
+from fairseq_sparsemixer.files import atomic_path, misfit, read_json, write_json, write_lines
 
 FILE = "points.jsonl"
 """The file of the points in the folder of a run."""
+_CURE = "remove it, or train anew"
+_NUMBER = (float, None)
+_POINT = {
+    "updates": int,
+    **dict.fromkeys(("seconds", "loss", "nll_loss"), _NUMBER),
+    **dict.fromkeys(("cpu_seconds?", "words?", "words_per_second?", "bleu?", "chrf?"), _NUMBER),
+    "layers": {str: {"load?": [float], "entropy?": _NUMBER, "drift?": _NUMBER}},
+}
+"""What is read of a point, with what it must be."""
 
 
 # Files
@@ -46,9 +55,13 @@ def read_points(path: Path) -> List[Dict[str, Any]]:
         return []
     try:
         points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return sorted(points, key=lambda point: point["updates"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"cannot read {path} ({error}): remove it, or train anew") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({error}): {_CURE}") from error
+    for line, point in enumerate(points, 1):
+        wrong = misfit(point, _POINT)
+        if wrong:
+            raise UserError(f"cannot read {path} ({wrong} in line {line}): {_CURE}")
+    return sorted(points, key=lambda point: point["updates"])
 
 
 def add_point(path: Path, point: Mapping[str, Any]) -> None:
@@ -74,10 +87,17 @@ class Clock(NamedTuple):
 
 
 def read_clocks(path: Path) -> Dict[int, Clock]:
-    """The clocks that :func:`add_clock` kept, by updates; none where there is no file."""
+    """The clocks that :func:`add_clock` kept, by updates; none where there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not path.is_file():
         return {}
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    cure = "remove it (the time of the training so far is then not known)"
+    kept = read_json(path, {str: [_NUMBER]}, cure)
+    if not all(key.isdecimal() and len(kept[key]) <= len(Clock._fields) for key in kept):
+        raise UserError(f"cannot read {path} (it holds no clocks): {cure}")
     return {int(updates): Clock(*values) for updates, values in kept.items()}
 
 
@@ -99,12 +119,26 @@ def save_choices(path: Path, updates: int, choices: Mapping[str, np.ndarray]) ->
 
 
 def load_choices(path: Path, updates: int) -> Dict[str, np.ndarray]:
-    """What was saved for the last point before ``updates``; nothing where there is none."""
+    """What was saved for the last point before ``updates``; nothing where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     before = [kept for kept in _kept_choices(path) if kept < updates]
     if not before:
         return {}
-    with np.load(_choices_path(path, max(before))) as archive:
-        return dict(archive)
+    file = _choices_path(path, max(before))
+    try:
+        with np.load(file) as archive:
+            choices = dict(archive)
+        if any(each.ndim != 2 or each.dtype.kind not in "iu" for each in choices.values()):
+            raise ValueError("it holds no choices of experts")
+    except Exception as error:  # whatever its bytes lead to
+        raise UserError(
+            f"cannot read {file} ({error}): remove it (the drift of the next point is then not "
+            "known)"
+        ) from error
+    return choices
 
 
 def forget_choices(path: Path, updates: int) -> None:

@@ -1,7 +1,6 @@
 """The demo: a plan of one arm or some, on real English-German text, that is trained and scored."""
 
 import contextlib
-import json
 import os
 import tempfile
 import time
@@ -12,7 +11,7 @@ from fairseq_sparsemixer.corpora.homeassistant import preparation
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_checkpoints
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import read_lines, write_json
+from fairseq_sparsemixer.files import read_json, read_lines, write_json
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import last_checkpoints
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
@@ -39,8 +38,17 @@ from fairseq_sparsemixer.training.settings import (
 CONFIG = "demo"
 STATE = "demo.json"
 """In the folder of a run: how it is made, and whether its training is finished."""
+_STATE = {
+    "settings": {"overrides": [str], "configs": {str: str}},
+    "finished": bool,
+    "minutes": float,
+}
 LOG = "train.log"
 SCORES = "test.json"
+_SCORES = {
+    "scores": {"bleu": {"score": float, "signature": str}, "chrf": {"score": float}},
+    "copy": {"scores": {"bleu": {"score": float}}},
+}
 AVERAGE = "checkpoint_average.pt"
 AVERAGED = 5
 """Checkpoints of the end of training that are averaged, as many as configs/demo.yaml keeps."""
@@ -91,7 +99,7 @@ class Demo(NamedTuple):
         data = f"task.data={self.data / 'bin'}"
         overrides = [*job.run.overrides, data, *self.overrides]
         settings = {"overrides": overrides, "configs": _read_configs()}
-        state = read_state(folder / STATE)
+        state = read_state(folder / STATE, _STATE)
         kept: List[str] = []
         if state:
             kept = _check_same(folder, state["settings"], settings)
@@ -178,13 +186,17 @@ def _composed(settings: Dict[str, Any], kept: List[str]) -> Optional[Dict[str, A
 
 def _result(folder: Path) -> Dict[str, Any]:
     """What the table shows of one run."""
-    scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    last = read_log(folder / LOG).validations[-1].stats
+    cure = "remove it and start the same command again, which makes it anew"
+    scores = read_json(folder / SCORES, _SCORES, cure)
+    validations = read_log(folder / LOG).validations
+    if not validations:
+        raise UserError(f"{folder / LOG} holds no validation: remove {folder} to train it anew")
+    last = validations[-1].stats
     return {
         "model": folder.name,
         "updates": int(last["num_updates"]),
-        "minutes": read_state(folder / STATE)["minutes"],
-        "valid_nll_loss": last["nll_loss"],
+        "minutes": read_state(folder / STATE, _STATE)["minutes"],
+        "valid_nll_loss": validations[-1].nll_loss,
         "bleu": scores["scores"]["bleu"]["score"],
         "chrf": scores["scores"]["chrf"]["score"],
         "signature": scores["scores"]["bleu"]["signature"],

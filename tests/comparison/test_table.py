@@ -96,14 +96,14 @@ def test_what_the_train_command_recorded(place):
     record = {
         "parameters": {"total": 7000000, "active": 3000000},
         "versions": {"torch": "2"},
-        "git": "abc",
+        "git": {"revision": "abc", "dirty": False},
     }
     write_json(folder / "run.json", record)
     report, rows, text = place.table()
     assert rows["switch-4"]["parameters_active"] == 3000000
     assert "7.0 M / 3.0 M" in text
     assert report["runs"][0]["versions"] == {"torch": "2"}
-    assert report["runs"][0]["git"] == "abc"
+    assert report["runs"][0]["git"]["revision"] == "abc"
 
 
 def test_what_else_rows_differ_in_is_noted(place):

@@ -6,7 +6,6 @@ The record can be kept, shared and given to others, who then get the same bytes 
 
 import hashlib
 import http.client
-import json
 import socket
 import time
 import urllib.error
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import replace_durably, sha256_of, write_json
+from fairseq_sparsemixer.files import read_json, replace_durably, sha256_of, write_json
 
 ATTEMPTS = 5
 """Connections tried in a row without a byte of progress."""
@@ -67,15 +66,8 @@ class Checksums:
             raise UserError(f"--checksums {path} is a folder; give it the name of a file")
         self.entries: Dict[str, Dict[str, Any]] = {}
         if path.is_file():
-            try:
-                self.entries = json.loads(path.read_text(encoding="utf-8"))
-                for entry in self.entries.values():
-                    entry["sha256"], entry["bytes"]
-            except (ValueError, AttributeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path} is not a record of checksums: remove it, or name another with "
-                    "--checksums"
-                ) from error
+            cure = "it is to be a record of checksums; remove it, or name another with --checksums"
+            self.entries = read_json(path, {str: {"sha256": str, "bytes": int}}, cure)
 
     def expected(self, name: str) -> Optional[str]:
         """The recorded SHA-256 of a file, or None."""

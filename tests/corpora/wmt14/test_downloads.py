@@ -136,7 +136,7 @@ def test_no_such_file_and_no_server(quick, tmp_path):
 
 def test_a_record_that_is_none(quick, tmp_path):
     (tmp_path / "pins.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="not a record of checksums"):
+    with pytest.raises(UserError, match="a record of checksums"):
         statmt.prepare(quick, tmp_path / "out")
 
 
