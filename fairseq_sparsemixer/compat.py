@@ -18,7 +18,7 @@ from typing import Any, Optional, Type
 
 import torch
 from fairseq import checkpoint_utils, file_utils, models
-from fairseq.data import data_utils, fasta_dataset
+from fairseq.data import Dictionary, data_utils, fasta_dataset
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
@@ -52,6 +52,7 @@ def apply() -> None:
     _end_updates()
     _draw_differently_by_worker()
     _report_unknown_keys()
+    _name_damaged_dictionaries()
     _print_user_errors_alone()
 
 
@@ -331,6 +332,25 @@ def _report_unknown_keys() -> None:
             raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
 
     dataclass_utils.merge_with_parent = merge_with_parent
+
+
+def _name_damaged_dictionaries() -> None:
+    """Name a dictionary that is missing, cut off, doubled or no text in one line."""
+    original = Dictionary.add_from_file
+
+    @functools.wraps(original)
+    def add_from_file(self: Any, f: Any) -> None:
+        try:
+            original(self, f)
+        except Exception as error:
+            if not isinstance(f, str):  # fairseq calls this again with the file that it opened
+                raise
+            reason = getattr(error, "strerror", None) or f"{error}".partition(". ")[0]
+            raise UserError(
+                f"cannot read the dictionary {f} ({reason}): copy it again, or make the corpus anew"
+            ) from error
+
+    Dictionary.add_from_file = add_from_file
 
 
 def _print_user_errors_alone() -> None:
