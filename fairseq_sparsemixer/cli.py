@@ -80,6 +80,12 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _told(command: str, message: str) -> int:
+    """Print an error as one line; its exit status."""
+    print(f"fairseq-sparsemixer {command}: error: {UserError(message)}", file=sys.stderr)
+    return 2
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one sub-command; returns the exit status (2 for a :class:`UserError`)."""
     args = build_parser().parse_args(argv)
@@ -89,8 +95,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             args.run(args)
             sys.stdout.flush()
     except UserError as error:
-        print(f"fairseq-sparsemixer {args.command}: error: {error}", file=sys.stderr)
-        return 2
+        return _told(args.command, str(error))
     except BrokenPipeError:
         # The reader (`| head`) has gone: not an error of ours.
         sys.stderr.close()
@@ -98,8 +103,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         reason = full_disk(error)
         if reason is None:
-            raise
-        print(f"fairseq-sparsemixer {args.command}: error: {cannot_write(reason)}", file=sys.stderr)
+            if error.filename is None:  # of no place that the user may have named
+                raise
+            return _told(
+                args.command,
+                f"cannot use {error.filename} ({error.strerror}): check the path and its "
+                "permissions, or name another",
+            )
+        _told(args.command, cannot_write(reason))
         # What is left in the buffer of stdout, which may be what is full, is tried again at exit.
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)

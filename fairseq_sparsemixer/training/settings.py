@@ -77,9 +77,10 @@ def compose(configs: Path, overrides: List[str], name: str) -> Any:
             with hydra.initialize_config_dir(str(configs), version_base="1.1"):
                 cfg = hydra.compose(name, overrides)
             add_defaults(cfg)
+            resolved(cfg)  # what refers to nothing is found out here
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"hydra: {error}") from error
     for key in sorted(cfg.keys() - FairseqConfig.__dataclass_fields__.keys()):
         raise UserError(f"{key}: fairseq has no such group of settings")

@@ -6,6 +6,7 @@ The record can be kept, shared and given to others, who then get the same bytes 
 
 import hashlib
 import http.client
+import re
 import socket
 import time
 import urllib.error
@@ -26,6 +27,7 @@ ATTEMPTS = 5
 _TIMEOUT = 60  # seconds without a byte
 _BLOCK = 1 << 16
 _WHOLE, _PART = 200, 206  # what else succeeds (204: no content) is not a file
+_LENGTH = re.compile(r"[0-9]{1,18}")
 # Not every OSError: a full disk is no reason to try again.
 _NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -224,13 +226,16 @@ def _fetch_rest(url: str, partial: Path) -> None:
             )
         resumed = response.status == _PART
         starts_here = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if resumed and not (starts_here and new_tag in ("", tag)):
+        if resumed and not (tag and starts_here and new_tag in ("", tag)):
             partial.unlink(missing_ok=True)
             raise ConnectionError("the server sent another part, or of another version")
+        length = response.headers.get("Content-Length")
+        if length is not None and not _LENGTH.fullmatch(length):
+            raise ConnectionError(f"the server sent a length that is none ({length[:20]})")
         start = have if resumed else 0
         total = None if response.length is None else start + response.length
         whole = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if resumed and whole.isdecimal():
+        if resumed and _LENGTH.fullmatch(whole):
             total = int(whole)  # the server may send less than the rest
         with (
             partial.open("ab" if resumed else "wb") as file,
