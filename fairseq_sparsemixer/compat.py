@@ -28,6 +28,7 @@ from omegaconf.errors import ConfigKeyError
 from fairseq_sparsemixer import restarts
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.models.ranges import check_numbers
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs import reading
 from fairseq_sparsemixer.version import MINIMUM_TORCH
@@ -50,6 +51,7 @@ def apply() -> None:
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
+    _refuse_senseless_numbers()
     _draw_differently_by_worker()
     _report_unknown_keys()
     _name_damaged_dictionaries()
@@ -264,6 +266,18 @@ def _end_updates() -> None:
 
     Trainer.train_step, Trainer.set_num_updates = step, set_num_updates
     Trainer.zero_grad = drop_gradients
+
+
+def _refuse_senseless_numbers() -> None:
+    """Before the first update (:mod:`.models.ranges`)."""
+    original = Trainer.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        check_numbers(cfg)
+        original(self, cfg, *args, **kwargs)
+
+    Trainer.__init__ = __init__
 
 
 @functools.cache

@@ -106,6 +106,16 @@ def test_points_that_are_damaged(tmp_path):
                 points.read_points(path)
 
 
+def test_points_of_a_training_that_diverged_are_kept(tmp_path):
+    path = tmp_path / points.FILE
+    layer = {"load": [1.0, math.nan], "entropy": math.inf, "drift": None}
+    point = {"updates": 1, "seconds": 1.0, "loss": math.nan, "nll_loss": None}
+    points.add_point(path, {**point, "layers": {"encoder.0": layer}, "bleu": np.float64("nan")})
+    (kept,) = points.read_points(path)
+    assert (kept["loss"], kept["bleu"]) == (None, None)
+    assert kept["layers"]["encoder.0"] == {"load": [1.0, None], "entropy": None, "drift": None}
+
+
 def test_choices_that_are_damaged(tmp_path):
     path = tmp_path / points.FILE
     points.save_choices(path, 5, {"encoder.0": np.zeros((3, 1), np.int16)})

@@ -37,7 +37,7 @@ _POINT = {
     "updates": int,
     **dict.fromkeys(("seconds", "loss", "nll_loss"), _NUMBER),
     **dict.fromkeys(("cpu_seconds?", "words?", "words_per_second?", "bleu?", "chrf?"), _NUMBER),
-    "layers": {str: {"load?": [float], "entropy?": _NUMBER, "drift?": _NUMBER}},
+    "layers": {str: {"load?": [_NUMBER], "entropy?": _NUMBER, "drift?": _NUMBER}},
 }
 """What is read of a point, with what it must be."""
 
@@ -67,10 +67,19 @@ def read_points(path: Path) -> List[Dict[str, Any]]:
 def add_point(path: Path, point: Mapping[str, Any]) -> None:
     """Add a line, in place of any of as many or more updates.
 
-    Killed at any time, the file is as it was before, or as it should be.
+    What is no number is null. Killed at any time, the file is as it was before, or as it should be.
     """
     kept = [each for each in read_points(path) if each["updates"] < point["updates"]]
-    write_lines(path, [json.dumps(each, allow_nan=False) for each in (*kept, point)])
+    write_lines(path, [json.dumps(_finite(each), allow_nan=False) for each in (*kept, point)])
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for each number that JSON has not: a model may diverge."""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def number(value: Any) -> Optional[float]:

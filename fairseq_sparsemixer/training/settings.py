@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_sparsemixer  # noqa: F401  (registers the model)
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.models.ranges import check_numbers
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parent
@@ -78,6 +79,7 @@ def compose(configs: Path, overrides: List[str], name: str) -> Any:
                 cfg = hydra.compose(name, overrides)
             add_defaults(cfg)
             resolved(cfg)  # what refers to nothing is found out here
+            check_numbers(cfg)
     except UserError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
