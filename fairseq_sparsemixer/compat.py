@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Optional, Type
 
 import torch
-from fairseq import checkpoint_utils, file_utils, models
+from fairseq import checkpoint_utils, file_utils, models, utils
 from fairseq.data import Dictionary, data_utils, fasta_dataset
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
@@ -47,6 +47,7 @@ def apply() -> None:
     restarts.apply()
     _check_checkpoints()  # after it: what is written whole must be plain
     _quote_fasta_files()
+    _take_any_names()
     _keep_archives_in_their_folder()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
@@ -140,6 +141,31 @@ def _quote_fasta_files() -> None:
         return original(self, path)
 
     fasta_dataset.FastaDataset._build_index = _build_index
+
+
+def _take_any_names() -> None:
+    """Languages with a hyphen, such as pt-br, and folders with a colon in their names.
+
+    fairseq takes dict.pt-br.txt for data of pt and br, does not see the languages of
+    train.en-pt-br.en.idx, and makes two folders of one with a colon.
+    """
+    infer, split = data_utils.infer_language_pair, utils.split_paths
+
+    @functools.wraps(infer)
+    def infer_language_pair(path: str) -> Any:
+        names = [name.split(".") for name in os.listdir(path)]
+        held = {(parts[1], parts[2]) for parts in names if len(parts) == 4}
+        for pair, source in sorted(held):
+            target = pair[len(source) + 1 :]
+            if pair == f"{source}-{target}" and (pair, target) in held:
+                return [source, target]
+        return infer(path)
+
+    @functools.wraps(split)
+    def split_paths(paths: str, *args: Any, **kwargs: Any) -> Any:
+        return [paths] if os.path.exists(paths) else split(paths, *args, **kwargs)
+
+    data_utils.infer_language_pair, utils.split_paths = infer_language_pair, split_paths
 
 
 class _TarfileOfModels:

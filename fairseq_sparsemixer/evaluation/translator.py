@@ -309,12 +309,13 @@ def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
     """
     folder = Path(run)
     if not folder.is_dir():
-        paths = [Path(name) for name in str(run).split(":")]
+        paths = [Path(name) for name in utils.split_paths(str(run))]
         for path in paths:
             if not path.is_file():
                 raise UserError(f"there is no run folder or checkpoint {path}; check RUN_DIR")
         return paths
-    paths = [folder / name for name in checkpoint.split(":")]
+    names = [checkpoint] if (folder / checkpoint).is_file() else checkpoint.split(":")
+    paths = [folder / name for name in names]
     for path in paths:
         if not path.is_file():
             others = ", ".join(sorted(other.name for other in folder.glob("*.pt"))) or "none"

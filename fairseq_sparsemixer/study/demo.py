@@ -96,7 +96,7 @@ class Demo(NamedTuple):
         """Train a variant, then average and score it; what is finished is left alone."""
         name, folder = job.run.name, self.runs / job.run.name
         print(f"== Training {name}: {folder}", flush=True)
-        data = f"task.data={self.data / 'bin'}"
+        data = f"task.data={quoted(self.data / 'bin')}"
         overrides = [*job.run.overrides, data, *self.overrides]
         settings = {"overrides": overrides, "configs": _read_configs()}
         state = read_state(folder / STATE, _STATE)
