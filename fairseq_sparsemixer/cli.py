@@ -6,6 +6,7 @@ Each sub-command is a module of :mod:`fairseq_sparsemixer.commands`.
 import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
 import signal
@@ -80,6 +81,17 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """Print what the console's encoding has not as escapes, as Python does on stderr."""
+    with contextlib.ExitStack() as stack:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stack.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+        yield
+
+
 def _told(command: str, message: str) -> int:
     """Print an error as one line; its exit status."""
     print(f"fairseq-sparsemixer {command}: error: {UserError(message)}", file=sys.stderr)
@@ -88,6 +100,11 @@ def _told(command: str, message: str) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one sub-command; returns the exit status (2 for a :class:`UserError`)."""
+    with _any_text():
+        return _run(argv)
+
+
+def _run(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
     _quiet_libraries()
     try:

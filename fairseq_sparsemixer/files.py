@@ -133,8 +133,12 @@ def replace_durably(source: Path, target: Path) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    r"""Write UTF-8 lines ended by ``\n``, whole or not at all."""
-    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+    r"""Write UTF-8 lines ended by ``\n``, whole or not at all.
+
+    What a name of a file has that is no text is written as JSON's escapes.
+    """
+    options: Any = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
+    with atomic_path(path) as partial, partial.open("w", **options) as file:
         for line in lines:
             file.write(line)
             file.write("\n")

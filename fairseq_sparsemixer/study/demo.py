@@ -147,7 +147,7 @@ def _fail(job: Job, reason: Optional[str]) -> None:
 def _read_configs() -> Dict[str, str]:
     """The text of every config: a run resumes only under the settings that it began with."""
     paths = sorted(CONFIGS.rglob("*.yaml"))
-    return {str(path.relative_to(CONFIGS)): path.read_text() for path in paths}
+    return {str(path.relative_to(CONFIGS)): path.read_text(encoding="utf-8") for path in paths}
 
 
 def _check_same(folder: Path, before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
@@ -177,7 +177,7 @@ def _composed(settings: Dict[str, Any], kept: List[str]) -> Optional[Dict[str, A
         for path, text in settings["configs"].items():
             target = Path(name, path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
+            target.write_text(text, encoding="utf-8")
         overrides = [*kept, *settings["overrides"], "checkpoint.save_dir=."]
         with contextlib.suppress(UserError):
             return resolved(compose(Path(name), overrides, CONFIG))
