@@ -271,14 +271,24 @@ def decode_line(line: bytes, name: str, number: int) -> str:
         ) from error
 
 
-def check_writable(path: Path) -> None:
-    """Refuse an output that cannot become a file.
+def check_writable(path: Path, flag: str = "--output") -> None:
+    """Refuse an output that cannot become a file, before the work that it is to hold.
+
+    Args:
+        path: of the file.
+        flag: that names it.
 
     Raises:
-        UserError: ``path`` is a folder, or in a place that cannot be written to.
+        UserError: ``path`` is a folder, too long a name, or in a place that cannot be written to.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give --output the name of a file")
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give {flag} the name of a file")
+        os.stat(path.with_name(f".{path.name}.partial"))  # of :func:`atomic_path`
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); give {flag} another") from error
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"cannot write into {nearest}; choose another place with --output")
+        raise UserError(f"cannot write into {nearest}; choose another place with {flag}")

@@ -11,7 +11,7 @@ from fairseq_sparsemixer.corpora.homeassistant import preparation
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_checkpoints
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import read_json, read_lines, write_json
+from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import last_checkpoints
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
@@ -78,6 +78,7 @@ class Demo(NamedTuple):
         """
         if not (CONFIGS / f"{CONFIG}.yaml").is_file():
             raise UserError("the demo runs from a checkout of the repository: configs/ is missing")
+        check_writable(self.runs / "results.json", "--runs")
         print(f"== Corpus: {self.data}", flush=True)
         preparation.prepare_homeassistant(self.data)
         Engine(self._work, lambda job: job.process.show_progress(), _fail).do(self.variants)

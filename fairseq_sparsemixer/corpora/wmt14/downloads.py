@@ -20,7 +20,13 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import read_json, replace_durably, sha256_of, write_json
+from fairseq_sparsemixer.files import (
+    check_writable,
+    read_json,
+    replace_durably,
+    sha256_of,
+    write_json,
+)
 
 ATTEMPTS = 5
 """Connections tried in a row without a byte of progress."""
@@ -67,7 +73,9 @@ class Checksums:
         if path.is_dir():
             raise UserError(f"--checksums {path} is a folder; give it the name of a file")
         self.entries: Dict[str, Dict[str, Any]] = {}
-        if path.is_file():
+        if not path.is_file():
+            check_writable(path, "--checksums")  # before the first download
+        else:
             cure = "it is to be a record of checksums; remove it, or name another with --checksums"
             self.entries = read_json(path, {str: {"sha256": str, "bytes": int}}, cure)
 
