@@ -29,6 +29,7 @@ from fairseq_sparsemixer import restarts
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
+from fairseq_sparsemixer.moe.dispatch import OBSTACLES
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs import reading
 from fairseq_sparsemixer.version import MINIMUM_TORCH
@@ -105,6 +106,7 @@ def _check_checkpoints() -> None:
     """Let no checkpoint run code, in fairseq's commands and ``from_pretrained`` (:mod:`.reading`).
 
     And let it hold no values of numpy, as metrics of --eval-bleu do: torch reads plain ones only.
+    Nor does it ask for a backend that only the machine has that it was trained on.
     """
     # Flags are kept as a Namespace, a plain record; fairseq sends them from worker to worker.
     torch.serialization.add_safe_globals([argparse.Namespace])
@@ -114,7 +116,11 @@ def _check_checkpoints() -> None:
     @functools.wraps(build)
     def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         with reading.bounded() if from_checkpoint else contextlib.nullcontext():
-            return build(cfg, task, from_checkpoint)
+            model = build(cfg, task, from_checkpoint)
+        for layer in moe_layers(model) if from_checkpoint else ():
+            if layer.backend in OBSTACLES:  # a GPU's, which "auto" takes where there is one
+                layer.backend = "auto"
+        return model
 
     @functools.wraps(save)
     def torch_persistent_save(obj: Any, *args: Any, **kwargs: Any) -> Any:
