@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
-from benchmarks.measuring import Record
+from benchmarks.measuring import Record, output_file
 from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.tables import markdown
 
@@ -232,7 +232,9 @@ def main() -> None:
     parser.add_argument(
         "--capability", type=int, default=90, metavar="N", help="of the GPU; 90 is Hopper (default)"
     )
-    parser.add_argument("--output", metavar="FILE.json", help="also write the figures there")
+    parser.add_argument(
+        "--output", type=output_file, metavar="FILE.json", help="also write the figures there"
+    )
     parser.add_argument("--table", metavar="FILE.json", help="print the table of a file instead")
     args = parser.parse_args()
     if args.table:
@@ -245,7 +247,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}, compute capability {args.capability / 10}\n")
     print(table(rows))
     if args.output:
-        write_json(Path(args.output), record)
+        write_json(args.output, record)
 
 
 if __name__ == "__main__":

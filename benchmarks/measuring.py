@@ -6,7 +6,6 @@ A table's ratios are medians of the rounds' ratios, with the lower and the upper
 
 import argparse
 import importlib
-import json
 import os
 import platform
 import re
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fairseq_sparsemixer.files import write_json
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import check_writable, read_json, write_json
 
 Record = Dict[str, Any]
 Allocation = Tuple[int, int]
@@ -238,7 +238,20 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int = 20) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: a GPU if there is one",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where results go")
+    parser.add_argument("--output", type=output_file, metavar="FILE.json", help="where results go")
+
+
+def output_file(text: str) -> Path:
+    """A flag's value: a file that can be written.
+
+    Raises:
+        ArgumentTypeError: it cannot, which nobody wants to find out after measuring.
+    """
+    try:
+        check_writable(Path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def run(
@@ -264,7 +277,11 @@ def run(
     )
     args = parser.parse_args()
     if args.table:
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in args.table]
+        shape = {"rows": [dict], "machine": dict}
+        try:
+            results = [read_json(path, shape, "give another") for path in args.table]
+        except UserError as error:
+            parser.error(f"--table: {error}")
     else:
         left_out = ("output", "table")
         settings = {key: value for key, value in vars(args).items() if key not in left_out}

@@ -6,6 +6,7 @@ Each sub-command is a module of :mod:`fairseq_sparsemixer.commands`.
 import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
 import signal
@@ -81,8 +82,30 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """Print what the console's encoding has not as escapes, as Python does on stderr."""
+    with contextlib.ExitStack() as stack:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stack.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+        yield
+
+
+def _told(command: str, message: str) -> int:
+    """Print an error as one line; its exit status."""
+    print(f"fairseq-sparsemixer {command}: error: {UserError(message)}", file=sys.stderr)
+    return 2
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one sub-command; returns the exit status (2 for a :class:`UserError`)."""
+    with _any_text():
+        return _run(argv)
+
+
+def _run(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
@@ -90,8 +113,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             args.run(args)
             sys.stdout.flush()
     except UserError as error:
-        print(f"fairseq-sparsemixer {args.command}: error: {error}", file=sys.stderr)
-        return 2
+        return _told(args.command, str(error))
     except BrokenPipeError:
         # The reader (`| head`) has gone: not an error of ours.
         sys.stderr.close()
@@ -99,8 +121,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         reason = full_disk(error)
         if reason is None:
-            raise
-        print(f"fairseq-sparsemixer {args.command}: error: {cannot_write(reason)}", file=sys.stderr)
+            if error.filename is None:  # of no place that the user may have named
+                raise
+            return _told(
+                args.command,
+                f"cannot use {error.filename} ({error.strerror}): check the path and its "
+                "permissions, or name another",
+            )
+        _told(args.command, cannot_write(reason))
         # What is left in the buffer of stdout, which may be what is full, is tried again at exit.
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Optional, Type
 
 import torch
-from fairseq import checkpoint_utils, file_utils, models
-from fairseq.data import data_utils, fasta_dataset
+from fairseq import checkpoint_utils, file_utils, models, utils
+from fairseq.data import Dictionary, data_utils, fasta_dataset
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
@@ -28,6 +28,8 @@ from omegaconf.errors import ConfigKeyError
 from fairseq_sparsemixer import restarts
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.models.ranges import check_numbers
+from fairseq_sparsemixer.moe.dispatch import OBSTACLES
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs import reading
 from fairseq_sparsemixer.version import MINIMUM_TORCH
@@ -46,12 +48,15 @@ def apply() -> None:
     restarts.apply()
     _check_checkpoints()  # after it: what is written whole must be plain
     _quote_fasta_files()
+    _take_any_names()
     _keep_archives_in_their_folder()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
+    _refuse_senseless_numbers()
     _draw_differently_by_worker()
     _report_unknown_keys()
+    _name_damaged_dictionaries()
     _print_user_errors_alone()
 
 
@@ -101,6 +106,7 @@ def _check_checkpoints() -> None:
     """Let no checkpoint run code, in fairseq's commands and ``from_pretrained`` (:mod:`.reading`).
 
     And let it hold no values of numpy, as metrics of --eval-bleu do: torch reads plain ones only.
+    Nor does it ask for a backend that only the machine has that it was trained on.
     """
     # Flags are kept as a Namespace, a plain record; fairseq sends them from worker to worker.
     torch.serialization.add_safe_globals([argparse.Namespace])
@@ -110,7 +116,11 @@ def _check_checkpoints() -> None:
     @functools.wraps(build)
     def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         with reading.bounded() if from_checkpoint else contextlib.nullcontext():
-            return build(cfg, task, from_checkpoint)
+            model = build(cfg, task, from_checkpoint)
+        for layer in moe_layers(model) if from_checkpoint else ():
+            if layer.backend in OBSTACLES:  # a GPU's, which "auto" takes where there is one
+                layer.backend = "auto"
+        return model
 
     @functools.wraps(save)
     def torch_persistent_save(obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +147,31 @@ def _quote_fasta_files() -> None:
         return original(self, path)
 
     fasta_dataset.FastaDataset._build_index = _build_index
+
+
+def _take_any_names() -> None:
+    """Languages with a hyphen, such as pt-br, and folders with a colon in their names.
+
+    fairseq takes dict.pt-br.txt for data of pt and br, does not see the languages of
+    train.en-pt-br.en.idx, and makes two folders of one with a colon.
+    """
+    infer, split = data_utils.infer_language_pair, utils.split_paths
+
+    @functools.wraps(infer)
+    def infer_language_pair(path: str) -> Any:
+        names = [name.split(".") for name in os.listdir(path)]
+        held = {(parts[1], parts[2]) for parts in names if len(parts) == 4}
+        for pair, source in sorted(held):
+            target = pair[len(source) + 1 :]
+            if pair == f"{source}-{target}" and (pair, target) in held:
+                return [source, target]
+        return infer(path)
+
+    @functools.wraps(split)
+    def split_paths(paths: str, *args: Any, **kwargs: Any) -> Any:
+        return [paths] if os.path.exists(paths) else split(paths, *args, **kwargs)
+
+    data_utils.infer_language_pair, utils.split_paths = infer_language_pair, split_paths
 
 
 class _TarfileOfModels:
@@ -265,6 +300,18 @@ def _end_updates() -> None:
     Trainer.zero_grad = drop_gradients
 
 
+def _refuse_senseless_numbers() -> None:
+    """Before the first update (:mod:`.models.ranges`)."""
+    original = Trainer.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        check_numbers(cfg)
+        original(self, cfg, *args, **kwargs)
+
+    Trainer.__init__ = __init__
+
+
 @functools.cache
 def _warn_of_missing_balance(has_experts: bool) -> None:
     """Once: a criterion that does not know of experts leaves them without a balance loss."""
@@ -331,6 +378,25 @@ def _report_unknown_keys() -> None:
             raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
 
     dataclass_utils.merge_with_parent = merge_with_parent
+
+
+def _name_damaged_dictionaries() -> None:
+    """Name a dictionary that is missing, cut off, doubled or no text in one line."""
+    original = Dictionary.add_from_file
+
+    @functools.wraps(original)
+    def add_from_file(self: Any, f: Any) -> None:
+        try:
+            original(self, f)
+        except Exception as error:
+            if not isinstance(f, str):  # fairseq calls this again with the file that it opened
+                raise
+            reason = getattr(error, "strerror", None) or f"{error}".partition(". ")[0]
+            raise UserError(
+                f"cannot read the dictionary {f} ({reason}): copy it again, or make the corpus anew"
+            ) from error
+
+    Dictionary.add_from_file = add_from_file
 
 
 def _print_user_errors_alone() -> None:

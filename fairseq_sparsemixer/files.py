@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 from fairseq_sparsemixer.errors import UserError
 
@@ -133,8 +133,12 @@ def replace_durably(source: Path, target: Path) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    r"""Write UTF-8 lines ended by ``\n``, whole or not at all."""
-    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+    r"""Write UTF-8 lines ended by ``\n``, whole or not at all.
+
+    What a name of a file has that is no text is written as JSON's escapes.
+    """
+    options: Any = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
+    with atomic_path(path) as partial, partial.open("w", **options) as file:
         for line in lines:
             file.write(line)
             file.write("\n")
@@ -143,6 +147,76 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
     write_lines(path, [json.dumps(value, ensure_ascii=False, indent=2)])
+
+
+def read_json(path: Path, shape: Any, cure: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: of the file.
+        shape: that it must have, see :func:`misfit`.
+        cure: what the user may do where it has not, for the error.
+
+    Raises:
+        UserError: it cannot be read, is cut off, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): {cure}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({error}): {cure}") from error
+    wrong = misfit(content, shape)
+    if wrong:
+        raise UserError(f"cannot read {path} ({wrong}): {cure}")
+    return content
+
+
+def misfit(value: Any, shape: Any, name: str = "its content") -> str:
+    """How a value that was read from a file differs from what is expected; empty if it does not.
+
+    Args:
+        value: of JSON or YAML.
+        shape: a type; None; a tuple of shapes, of which one is enough; ``[shape]`` for a list of
+            any length; ``{"key": shape, "key?": shape, str: shape}`` for an object, where a key
+            with ``?`` may be missing, and ``str`` stands for all others. A ``float`` may be whole;
+            whole numbers have at most 64 bits.
+        name: of the value, for the result.
+    """
+    if isinstance(shape, tuple):
+        wrong = [misfit(value, each, name) for each in shape]
+        return wrong[0] if all(wrong) else ""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is no list"
+        entries = (misfit(each, shape[0], f"entry {n} of {name}") for n, each in enumerate(value))
+        return next(filter(None, entries), "")
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{name} is no object"
+        return next(filter(None, _misfits(value, shape)), "")
+    if shape is None:
+        return "" if value is None else f"{name} is not null"
+    if shape in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+        fits = whole or (shape is float and isinstance(value, float))
+        return "" if fits else f"{name} is no {'whole ' * (shape is int)}number"
+    return "" if isinstance(value, shape) else f"{name} is no {_KINDS.get(shape, 'value')}"
+
+
+_KINDS = {str: "text", dict: "object", list: "list", bool: "true or false"}
+
+
+def _misfits(value: Dict[Any, Any], shape: Dict[Any, Any]) -> Iterator[str]:
+    """Of the entries of an object."""
+    named = {key.rstrip("?"): key for key in shape if isinstance(key, str)}
+    for key, given in named.items():
+        if key in value:
+            yield misfit(value[key], shape[given], f"its {key}")
+        elif not given.endswith("?"):
+            yield f"there is no {key}"
+    for key in value.keys() - named.keys() if str in shape else ():
+        yield misfit(value[key], shape[str], f"its {key}")
 
 
 @contextlib.contextmanager
@@ -197,14 +271,24 @@ def decode_line(line: bytes, name: str, number: int) -> str:
         ) from error
 
 
-def check_writable(path: Path) -> None:
-    """Refuse an output that cannot become a file.
+def check_writable(path: Path, flag: str = "--output") -> None:
+    """Refuse an output that cannot become a file, before the work that it is to hold.
+
+    Args:
+        path: of the file.
+        flag: that names it.
 
     Raises:
-        UserError: ``path`` is a folder, or in a place that cannot be written to.
+        UserError: ``path`` is a folder, too long a name, or in a place that cannot be written to.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give --output the name of a file")
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give {flag} the name of a file")
+        os.stat(path.with_name(f".{path.name}.partial"))  # of :func:`atomic_path`
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); give {flag} another") from error
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"cannot write into {nearest}; choose another place with --output")
+        raise UserError(f"cannot write into {nearest}; choose another place with {flag}")

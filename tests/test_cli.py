@@ -45,6 +45,80 @@ def test_a_user_error_is_one_line_and_status_2(monkeypatch, capsys):
     )
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "study {plan} --output {file}/study",
+        "study {long}",
+        "train --runs {file}",
+        "average --inputs {long} --last 1 --output {folder}/a.pt",
+        "translate {long}",
+        "table {long} --baseline dense --output {folder}/t",
+        "gradients --output {folder}/{long}",
+        "prepare --raw-dir {long} --output {folder}/corpus",
+        "prepare --raw-dir {raw} --output {folder}",
+    ],
+)
+def test_places_that_cannot_be_used_are_one_line(command, tmp_path, capsys):
+    """What is denied to others is to root only where a file or a folder is in the way."""
+    (tmp_path / "file").touch()
+    (tmp_path / "text").mkdir()
+    for split in ("train", "valid", "test"):
+        for language in ("en", "de"):
+            (tmp_path / "text" / f"{split}.{language}").write_text("a b\nc d\n")
+    (tmp_path / "raw").touch()
+    (tmp_path / "plan.yaml").write_text("{}")
+    places = {name: tmp_path / name for name in ("file", "text")}
+    places.update(plan=tmp_path / "plan.yaml", folder=tmp_path, raw=tmp_path / "text", long=LONG)
+    assert cli.main(command.format(**places).split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"fairseq-sparsemixer {command.split()[0]}: error: ")
+
+
+def test_errors_of_no_place_stay_what_they_are(monkeypatch):
+    from fairseq_sparsemixer.commands import translate
+
+    def fail(args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(translate, "run", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(["translate", "somewhere"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "train --seed {}",
+        "train --experts {}",
+        "train --max-tokens {}",
+        "demo --seed {}",
+        "prepare --vocab-size {}",
+        "translate run --beam {}",
+        "gradients --seed {}",
+        "study plan --jobs {}",
+        "average --inputs a --output b --last {}",
+    ],
+)
+def test_numbers_that_are_too_large_are_refused_at_once(flags, capsys):
+    for value in (10**30, 2**31, "9" * 5000):
+        with pytest.raises(SystemExit) as info:
+            cli.main(flags.format(value).split())
+        assert info.value.code == 2
+        assert f"argument {flags.split()[-2]}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "x"])
+def test_numbers_that_are_none_are_refused_at_once(value, capsys):
+    for flags in ("translate run --lenpen", "study plan --minutes"):
+        with pytest.raises(SystemExit):
+            cli.main([*flags.split(), value])
+        assert "invalid float value" in capsys.readouterr().err
+
+
 def test_torchrun_without_gpu_is_named():
     command = [sys.executable, "-m", "fairseq_cli.train", "no-data", "--arch", "transformer"]
     package = str(Path(fairseq_sparsemixer.__file__).parent)

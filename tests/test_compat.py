@@ -271,3 +271,24 @@ def test_an_archive_of_a_model_stays_in_its_folder(kind, tmp_path):
         with pytest.raises((UserError, tarfile.FilterError)):
             file_utils.load_archive_file(str(tmp_path / "model.tar.gz"))
     assert {path.name: path.read_text() for path in own.iterdir()} == {"file": "own"}
+
+
+# Dictionaries
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a 3\nb", "Incorrect dictionary format"),
+        (b"a 3\nb 2\na 1\n", "Duplicate word .*'a'"),
+        (b"a 3\n\xff\xfe 2\n", "Incorrect encoding"),
+        (None, "Is a directory"),
+    ],
+)
+def test_damaged_dictionaries_are_named(content, reason, tmp_path):
+    path = tmp_path / "dict.en.txt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"the dictionary {path} \(.*{reason}.*\): copy it again"):
+        Dictionary.load(str(path))
+    with pytest.raises(UserError, match=r"dict\.de\.txt \(No such file"):
+        Dictionary.load(str(tmp_path / "dict.de.txt"))

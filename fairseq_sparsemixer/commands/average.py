@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import List, Optional
 
-from fairseq_sparsemixer.commands.flags import add_trust_argument
+from fairseq_sparsemixer.commands.flags import add_trust_argument, whole_number
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import check_writable
 
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--last",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="the newest N of checkpointE.pt and checkpoint_E_U.pt (epoch E, update U)",
     )
     choice.add_argument(
         "--best",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="the best N of those that fairseq's --keep-best-checkpoints wrote",
     )

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, List
 
+from fairseq_sparsemixer.commands.flags import whole_number
 from fairseq_sparsemixer.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,16 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one or more routers, or all; dense is the model without experts "
         "(default: %(default)s)",
     )
-    parser.add_argument("--num-experts", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--num-experts", type=whole_number, default=4, help="default: %(default)s")
     parser.add_argument(
         "--compare",
         action="store_true",
         help="train dense, switch and sparsemixer and print one table (three times as long)",
     )
     parser.add_argument(
-        "--max-update", type=int, help="updates of each run (default: that of configs/demo.yaml)"
+        "--max-update",
+        type=whole_number,
+        help="updates of each run (default: that of configs/demo.yaml)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number, default=1, help="default: %(default)s")
     parser.add_argument(
         "--data",
         type=Path,

@@ -19,7 +19,12 @@ lie beside the translations. Never compare such a score with sacreBLEU.
 import argparse
 from pathlib import Path
 
-from fairseq_sparsemixer.commands.flags import add_translation_arguments, model_of, search_of
+from fairseq_sparsemixer.commands.flags import (
+    add_translation_arguments,
+    model_of,
+    search_of,
+    whole_number,
+)
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import FurtherScores
 from fairseq_sparsemixer.files import check_writable
@@ -37,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         choice.add_argument(
             f"--{name}",
-            type=int,
+            type=whole_number,
             metavar="N",
             help=f"score the mean of the {which}, kept in RUN_DIR/checkpoint_averageN{name}.pt",
         )

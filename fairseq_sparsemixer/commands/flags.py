@@ -1,11 +1,42 @@
 """Flags that several sub-commands share."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
 
-from fairseq_sparsemixer.evaluation.options import ModelChoice, Search
+from fairseq_sparsemixer.evaluation.options import LARGEST, ModelChoice, Search
+
+
+def whole_number(text: str) -> int:
+    """A flag's value.
+
+    Raises:
+        ArgumentTypeError: it is none, or too large for anything.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text[:30]!r}") from None
+    if abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is too large: at most {LARGEST}")
+    return value
+
+
+def number(text: str) -> float:
+    """A flag's value.
+
+    Raises:
+        ArgumentTypeError: it is none, or not finite.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"invalid float value: {text[:30]!r}")
+    return value
 
 
 def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
@@ -37,16 +68,18 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
             metavar="LANG",
             help=f"{side} language, where neither checkpoint nor data tell it",
         )
-    parser.add_argument("--beam", type=int, default=5, help="beam size (default: %(default)s)")
+    parser.add_argument(
+        "--beam", type=whole_number, default=5, help="beam size (default: %(default)s)"
+    )
     parser.add_argument(
         "--lenpen",
-        type=float,
+        type=number,
         default=1.0,
         help="length penalty: below 1 favours short output, above 1 long (default: %(default)s)",
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole_number,
         default=4096,
         help="source tokens in a batch, padding included (default: %(default)s)",
     )

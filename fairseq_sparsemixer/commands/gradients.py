@@ -13,7 +13,7 @@ gradients.json, tables and figures; stopped, the same command goes on where it w
 import argparse
 from pathlib import Path
 
-from fairseq_sparsemixer.commands.flags import add_trust_argument
+from fairseq_sparsemixer.commands.flags import add_trust_argument, whole_number
 from fairseq_sparsemixer.errors import UserError
 
 HELP = "measure the routers' gradients against the exact ones"
@@ -43,11 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", metavar="NAME[,NAME...]", help="such as encoder.0,decoder.2 (default: all)"
     )
     parser.add_argument(
-        "--tokens", type=int, default=100, help="tokens in each layer (default: %(default)s)"
+        "--tokens",
+        type=whole_number,
+        default=100,
+        help="tokens in each layer (default: %(default)s)",
     )
     parser.add_argument(
         "--fit-sentences",
-        type=int,
+        type=whole_number,
         default=400,
         metavar="N",
         help="training sentences that sparsemixer-cv's predictions are fitted on "
@@ -55,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-length",
-        type=int,
+        type=whole_number,
         default=40,
         help="longest sentence, in pieces (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number, default=1, help="default: %(default)s")
     parser.add_argument(
         "--output",
         type=Path,

@@ -26,6 +26,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, Sequence
 
+from fairseq_sparsemixer.commands.flags import whole_number
 from fairseq_sparsemixer.corpora.debian.preparation import DEBIAN_VOCAB_SIZE, prepare_debian
 from fairseq_sparsemixer.corpora.homeassistant.preparation import prepare_homeassistant
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vocab-size",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="size of the joint SentencePiece vocabulary "
         f"(default: {DEFAULT_VOCAB_SIZE}, for debian {DEBIAN_VOCAB_SIZE}, for wmt14 "
@@ -117,7 +118,7 @@ def _add_wmt14_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--merges",
-        type=int,
+        type=whole_number,
         metavar="N",
         help=f"joint BPE merges of --pipeline moses (default: {WMT14_MERGES})",
     )
@@ -137,7 +138,7 @@ def _add_wmt14_arguments(group: argparse._ArgumentGroup) -> None:
         "--mirror", metavar="URL", help="server in place of statmt.org's, with the same paths"
     )
     group.add_argument(
-        "--workers", type=int, metavar="N", help="processes at most (default: the cores)"
+        "--workers", type=whole_number, metavar="N", help="processes at most (default: the cores)"
     )
 
 

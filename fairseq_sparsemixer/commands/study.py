@@ -13,7 +13,7 @@ the last checkpoint, and without losing a point. `fairseq-sparsemixer report` sh
 import argparse
 from pathlib import Path
 
-from fairseq_sparsemixer.commands.flags import add_trust_argument
+from fairseq_sparsemixer.commands.flags import add_trust_argument, number, whole_number
 from fairseq_sparsemixer.errors import UserError
 
 HELP = "train and score arms x seeds as a plan names them, stoppable at any time"
@@ -28,10 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="STUDY", help="folder of the study, made from the plan"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="models trained at once (default: jobs of the plan)"
+        "--jobs",
+        type=whole_number,
+        metavar="N",
+        help="models trained at once (default: jobs of the plan)",
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="M", help="stop after so long; the same command goes on"
+        "--minutes", type=number, metavar="M", help="stop after so long; the same command goes on"
     )
     parser.add_argument(
         "--prepare-only", action="store_true", help="only make the folder, to be carried elsewhere"

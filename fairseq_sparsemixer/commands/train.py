@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairseq_sparsemixer.commands.flags import add_trust_argument
+from fairseq_sparsemixer.commands.flags import add_trust_argument, whole_number
 
 if TYPE_CHECKING:
     from fairseq_sparsemixer.training.plan import Request
@@ -46,7 +46,11 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "%(default)s)",
     )
     parser.add_argument(
-        "--experts", type=int, default=4, metavar="N", help="in each layer (default: %(default)s)"
+        "--experts",
+        type=whole_number,
+        default=4,
+        metavar="N",
+        help="in each layer (default: %(default)s)",
     )
     parser.add_argument(
         "--model", choices=["base", "big"], default="base", help="default: %(default)s"
@@ -69,7 +73,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         default="sentencepiece",
         help="how the text was cut; the released recipe took moses (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number, default=1, help="default: %(default)s")
 
 
 def _add_where(parser: argparse.ArgumentParser) -> None:
@@ -83,14 +87,14 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--nodes",
-        type=int,
+        type=whole_number,
         default=1,
         metavar="N",
         help="with as many GPUs each as this one (default: %(default)s)",
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole_number,
         metavar="T",
         help="of one batch on one GPU, for its memory; an update keeps its tokens (default: that "
         "of the recipe)",

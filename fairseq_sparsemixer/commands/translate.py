@@ -11,7 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from fairseq_sparsemixer.commands.flags import add_translation_arguments, model_of, search_of
+from fairseq_sparsemixer.commands.flags import (
+    add_translation_arguments,
+    model_of,
+    search_of,
+    whole_number,
+)
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import check_writable
 
@@ -32,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--buffer-size",
-        type=int,
+        type=whole_number,
         metavar="N",
         help=f"lines translated together (default: {FILE_BUFFER} of a file, {PIPE_BUFFER} of a "
         "pipe, 1 at a prompt)",

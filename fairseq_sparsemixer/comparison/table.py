@@ -63,7 +63,8 @@ def make_table(paths: Sequence[Path], scores: Optional[str], baseline: str, stem
 
 
 def _write_rows(rows: List[Dict[str, Any]], path: Path) -> None:
-    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    options: Any = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
+    with atomic_path(path) as partial, partial.open("w", **options) as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

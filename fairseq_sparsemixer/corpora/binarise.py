@@ -43,16 +43,17 @@ def build_binary(
     sentences = {split: count_lines(piece_path(folder, split, source, pieces)) for split in SPLITS}
     command = ["-m", "fairseq_cli.preprocess", "--source-lang", source, "--target-lang", target]
     for split in SPLITS:
-        command += [f"--{split}pref", str(folder / pieces / split)]
+        command += [f"--{split}pref", f"{pieces}/{split}"]
     dictionary = folder / pieces / "dict.txt"
     if dictionary.is_file():
-        command += ["--srcdict", str(dictionary)]
+        command += ["--srcdict", f"{pieces}/{dictionary.name}"]
     processes = useful_workers(sentences["train"], workers)
     parts = 1 if processes == 1 else _PARTS_PER_WORKER * processes
     command += ["--joined-dictionary", "--workers", str(parts)]
     with scratch_folder(folder / ".bin.partial") as scratch:
         try:
-            run_python([*command, "--destdir", str(scratch)])
+            # From within: of a path with commas fairseq makes several.
+            run_python([*command, "--destdir", scratch.name], cwd=folder)
         except ProgramError as error:
             raise RuntimeError(f"fairseq-preprocess failed:\n{error}") from error
         # Times and paths of this run; all that matters of it is in record.json.

@@ -1,5 +1,6 @@
 """The user's own text as a corpus."""
 
+import re
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -27,6 +28,8 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
 from fairseq_sparsemixer.version import __version__
 
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@+-]{0,49}")
+
 
 def prepare_raw_text(
     output: Path,
@@ -47,6 +50,7 @@ def prepare_raw_text(
             space; an unsuitable ``vocab_size``.
     """
     languages = (source_lang, target_lang)
+    _check_languages(languages)
     names = check_raw_dir(raw_dir, output, languages)
     domain_names = _domain_names(raw_dir)
     names += domain_names
@@ -94,6 +98,16 @@ def check_raw_dir(raw_dir: Path, output: Path, languages: Languages) -> List[str
         if not (raw_dir / name).is_file():
             raise UserError(f"--raw-dir {raw_dir}: there is no file {name}")
     return names
+
+
+def _check_languages(languages: Languages) -> None:
+    """Refuse what would not do as a part of the names of files."""
+    for side, language in zip(("source", "target"), languages):
+        if not _LANGUAGE.fullmatch(language) or language == "domain":
+            raise UserError(
+                f"--{side}-lang {language}: a language has letters A to Z, digits and any of _-@+, "
+                "50 at most, such as pt-br, and is not called domain; rename the files of --raw-dir"
+            )
 
 
 def _read_parallel(raw_dir: Path, split: str, languages: Languages) -> List[List[str]]:

@@ -7,14 +7,16 @@ a finished one, and what it made under other settings is removed when it is done
 """
 
 import contextlib
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
-from fairseq_sparsemixer.files import sha256_of, write_json
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import read_json, sha256_of, write_json
 
+_RECORD = ({"made_from": dict, "outputs": dict, "result": dict}, {"outputs": dict})
+"""Of a finished step, and of one that is done again."""
 StepResult = Tuple[List[Path], Dict[str, Any]]
 
 
@@ -51,7 +53,8 @@ class Steps:
         }
         record_path = self.folder / ".steps" / f"{name}.json"
         record = _read_record(record_path)
-        if record.get("made_from") == made_from and self._outputs_intact(record):
+        known = "result" in record and record.get("made_from") == made_from
+        if known and self._outputs_intact(record):
             say(f"{name}: already done")
             return record["result"]
 
@@ -100,9 +103,9 @@ class Steps:
 
 def _read_record(path: Path) -> Dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
+        return read_json(path, _RECORD, "") if path.exists() else {}
+    except UserError:
+        return {}  # the step is done again
 
 
 def say(message: str) -> None:

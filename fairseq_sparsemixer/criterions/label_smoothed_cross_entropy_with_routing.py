@@ -1,6 +1,5 @@
 """Label-smoothed cross-entropy plus the routing losses of a Switch Transformer."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -25,6 +24,9 @@ BalanceLoss: Any = ChoiceEnum(["switch", "importance"])
 BalanceScope: Any = ChoiceEnum(["all-workers", "worker"])
 
 Meters = Dict[str, Any]
+
+_LARGEST = 10_000
+"""Of weights: the cross-entropy is about 10."""
 
 PREFIX = "routing_statistics/"
 """Logging outputs of this prefix hold the packed sums of one layer."""
@@ -111,8 +113,10 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
             ("--balance-weight", balance_weight),
             ("--z-loss-weight", z_loss_weight),
         ):
-            if not (weight >= 0 and math.isfinite(weight)):
-                raise ConfigError(f"{flag} must be a number of at least 0, not {weight}")
+            if not 0 <= weight < _LARGEST:
+                raise ConfigError(
+                    f"{flag} must be a number of at least 0 and below {_LARGEST}, not {weight}"
+                )
         if routing_loss == "released" and z_loss_weight > 0:
             raise ConfigError("--z-loss-weight must be 0 with --routing-loss released")
         if routing_loss == "released" and balance_loss != "switch":

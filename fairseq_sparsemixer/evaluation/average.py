@@ -9,6 +9,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.checkpoints import (
     best_checkpoints,
+    check_finite,
     last_checkpoints,
     load_state,
     num_updates,
@@ -30,6 +31,7 @@ def average_checkpoints(paths: List[Path], output: Path) -> None:
     sums: Dict[str, torch.Tensor] = {}
     for path in paths:
         state = load_state(path, to_average=True)
+        check_finite(path, state, to_average=True)
         if newest:
             _check_same_model(newest["model"], state["model"], paths[0], path)
         for key, tensor in state["model"].items():

@@ -23,7 +23,7 @@ from fairseq_sparsemixer.evaluation.system import (
     score_system,
 )
 from fairseq_sparsemixer.evaluation.translator import Translator, load_translator
-from fairseq_sparsemixer.files import read_lines, write_json
+from fairseq_sparsemixer.files import check_writable, read_lines, write_json
 from fairseq_sparsemixer.runs.record import versions
 
 
@@ -62,7 +62,10 @@ def evaluate(
     text = read_text(test_set, f"{translator.source_lang}-{translator.target_lang}")
     output = output or _default_output(translator, test_set)
     stem = output.with_suffix("")
-    _check_outputs(stem, test_set, translator.target_lang)
+    stems = [stem, _baseline_stem(stem)] if baseline is not None else [stem]
+    check_writable(output)
+    for each in stems:
+        _check_outputs(each, test_set, translator.target_lang)
     copied = copy_score(test_set, translator.target_lang, text.references, text.official)
     evaluation = score_system(translator, text, search, further, stem, model.run)
     evaluation["data"] = describe_test_set(test_set, translator, text.official)
@@ -89,10 +92,16 @@ def _default_output(translator: Translator, test_set: TestSet) -> Path:
 
 
 def _check_outputs(stem: Path, test_set: TestSet, language: str) -> None:
-    """Raise UserError where an output would overwrite the text that it comes from."""
+    """Raise UserError where an output would overwrite its own text, or cannot be written."""
     for path in output_paths(stem, language):
+        check_writable(path)
         if path.resolve() in (test_set.source.resolve(), test_set.reference.resolve()):
             raise UserError(f"translations would overwrite {path}; choose another --output")
+
+
+def _baseline_stem(stem: Path) -> Path:
+    """That of the files of the model that is compared with."""
+    return stem.with_name(f"{stem.name}.baseline")
 
 
 def _compare(
@@ -105,7 +114,7 @@ def _compare(
 ) -> Dict[str, Any]:
     """What ``--baseline`` adds: the other model's evaluation, and the test of the difference."""
     translator = load_translator(model, search.precision)
-    stem = stem.with_name(f"{stem.name}.baseline")
+    stem = _baseline_stem(stem)
     baseline = score_system(translator, text, search, further, stem, model.run)
     ours, theirs = (read_lines(Path(each["hypotheses"])) for each in (evaluation, baseline))
     comparison = scoring.compare(ours, theirs, text.references, official=text.official)

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple, Optional, Tuple
 
+LARGEST = 2**31 - 1
+"""Of whole numbers: neither torch nor numpy takes all larger ones as sizes and seeds."""
+
 
 class ModelChoice(NamedTuple):
     """Which model, or ensemble.

@@ -1,6 +1,5 @@
 """The text that is scored, and what is known of it."""
 
-import json
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -8,7 +7,13 @@ from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import read_lines, sha256_of
+from fairseq_sparsemixer.files import read_json, read_lines, sha256_of
+
+_RECORD = {
+    "test?": ({"sacrebleu": (str, None)}, None),
+    "copy_score?": {str: {"bleu": float, "signature": str}},
+}
+"""What is read of a corpus' record, with what it must be."""
 
 
 class TestSet(NamedTuple):
@@ -127,7 +132,8 @@ def copy_score(
 def _read_record(corpus: Path) -> Dict[str, Any]:
     """What ``prepare`` says of a corpus; empty where it says nothing."""
     path = corpus / CORPUS_RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    cure = "make the corpus anew, or give the files with --source and --reference"
+    return read_json(path, _RECORD, cure) if path.is_file() else {}
 
 
 def describe_test_set(

@@ -24,7 +24,7 @@ from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import ModelChoice
 from fairseq_sparsemixer.models.search import best_hypotheses
 from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
-from fairseq_sparsemixer.runs.checkpoints import building, load_state, num_updates
+from fairseq_sparsemixer.runs.checkpoints import building, check_finite, load_state, num_updates
 from fairseq_sparsemixer.text.subwords import Subwords, find_subwords, not_found
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,7 @@ class Translator:
         already_read = [state]
         for path in paths:
             state = already_read.pop() if already_read else load_state(path)
+            check_finite(path, state)
             models.append(_build_model(path, state, task, self.dictionary_folder))
             averaged_from = list(state.get("averaged_from", []))
             self.checkpoints.append(CheckpointInfo(path, num_updates(state), averaged_from))
@@ -308,12 +309,13 @@ def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
     """
     folder = Path(run)
     if not folder.is_dir():
-        paths = [Path(name) for name in str(run).split(":")]
+        paths = [Path(name) for name in utils.split_paths(str(run))]
         for path in paths:
             if not path.is_file():
                 raise UserError(f"there is no run folder or checkpoint {path}; check RUN_DIR")
         return paths
-    paths = [folder / name for name in checkpoint.split(":")]
+    names = [checkpoint] if (folder / checkpoint).is_file() else checkpoint.split(":")
+    paths = [folder / name for name in names]
     for path in paths:
         if not path.is_file():
             others = ", ".join(sorted(other.name for other in folder.glob("*.pt"))) or "none"

@@ -1,7 +1,6 @@
 """How good are the routers' gradients? Estimators against the exact one, every expert computed."""
 
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -11,7 +10,7 @@ import torch
 from fairseq_sparsemixer.corpora.folder import raw_path
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import check_writable, read_lines, write_json, write_lines
+from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json, write_lines
 from fairseq_sparsemixer.laboratory import plots, tables, toys
 from fairseq_sparsemixer.laboratory.checkpoint import Sentences, build_problem, draw_places
 from fairseq_sparsemixer.laboratory.estimators import (
@@ -104,7 +103,7 @@ def _measure_cases(cases: Iterable[Case], settings: Dict[str, Any], output: Path
     check_writable(path)
     results = _read_results(path, settings)
     for name, measure_case in cases:
-        if name in results["cases"]:
+        if results["cases"].get(name):
             continue
         started = time.monotonic()
         results["cases"][name] = measure_case()
@@ -117,7 +116,8 @@ def _read_results(path: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
     """What an earlier run with the same settings has measured."""
     if not path.is_file():
         return {"settings": settings, "cases": {}}
-    results = json.loads(path.read_text(encoding="utf-8"))
+    cure = "remove it, or name another folder with --output"
+    results = read_json(path, {"settings": dict, "cases": {str: [tables.RECORD]}}, cure)
     if results["settings"] != settings:
         raise UserError(
             f"{path} was measured with other settings: remove it, or name another folder with "

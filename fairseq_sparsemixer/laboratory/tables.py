@@ -2,9 +2,21 @@
 
 from typing import Any, Dict, Iterable, List, Optional
 
+from fairseq_sparsemixer.laboratory.measures import Measure
 from fairseq_sparsemixer.tables import escape, markdown
 
 Record = Dict[str, Any]
+_FIGURES = {"estimator": str, **dict.fromkeys(Measure._fields, (float, None))}
+RECORD = (
+    {"kind": str, "estimator": str, "scales": [float], "bias": [float], "slope": float},
+    {"kind": str, "num_experts": int, "temperature": float, "mean_to_spread": float, **_FIGURES},
+    {
+        **{"checkpoint": str, "updates": int, "layer": str, "tokens": int},
+        **{"explained": {str: float}, "mask": (float, None), "tokens_with_choice": float},
+        **_FIGURES,
+    },
+)
+"""What a record is in a file: of the order of accuracy, of another toy, of a model's layer."""
 
 COLUMNS = ("bias", "noise", "rmse", "cosine", "length")
 

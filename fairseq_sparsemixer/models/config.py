@@ -228,9 +228,13 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
     return settings
 
 
+_LARGEST = 10_000
+"""Of factors: logits and steps that are larger by it make softmaxes of ones and zeros."""
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
     for flag in ("num_experts", "top_k", "moe_every"):
-        if getattr(args, flag) < 1:
+        if not 1 <= getattr(args, flag) < 1 << 31:
             raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
     if args.moe_offset < 0:
         raise ConfigError(f"--moe-offset must be at least 0, not {args.moe_offset}")
@@ -238,10 +242,15 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--top-k must be 1 to --num-experts ({args.num_experts}), not {args.top_k}"
         )
-    for flag in ("jitter_eps", "router_init_scale", "balance_bias_rate"):
+    for flag, below in (
+        ("jitter_eps", math.inf),  # a large one masks nothing
+        ("router_init_scale", _LARGEST),
+        ("balance_bias_rate", _LARGEST),
+    ):
         value = getattr(args, flag)
-        if not (value >= 0 and math.isfinite(value)):
-            raise ConfigError(f"{_flag(flag)} must be a number of at least 0, not {value}")
+        if not 0 <= value < below:
+            most = "" if below == math.inf else f" and below {below}"
+            raise ConfigError(f"{_flag(flag)} must be a number of at least 0{most}, not {value}")
     for flag in ("expert_activation_dropout", "activation_dropout"):
         value = getattr(args, flag)
         if value is not None and not 0 <= value <= 1:
@@ -256,7 +265,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 def _check_sizes(args: argparse.Namespace) -> None:
     for side in ("encoder", "decoder"):
         for flag in (f"{side}_embed_dim", f"{side}_ffn_embed_dim", f"{side}_attention_heads"):
-            if getattr(args, flag) < 1:
+            if not 1 <= getattr(args, flag) < 1 << 31:
                 raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
         width, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
         if width % heads:
@@ -283,10 +292,13 @@ _OPTION_FLAGS = {
 def _router_options(args: argparse.Namespace) -> Dict[str, Any]:
     try:
         options = json.loads(args.router_options)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--router-options is not JSON: {error}") from None
     if not isinstance(options, dict):
         raise ConfigError(f"--router-options must be a JSON object, not {args.router_options}")
+    for key, value in options.items():
+        if isinstance(value, (int, float)) and not abs(value) < 1 << 31:
+            raise ConfigError(f"--router-options: {key} must be a number, not {value}")
     for key, flag in _OPTION_FLAGS.items():
         if key in options:
             raise ConfigError(f"--router-options must not hold {key}: pass {flag}")

@@ -12,6 +12,7 @@ from fairseq_sparsemixer.moe.adaptation import AllReduce
 from fairseq_sparsemixer.moe.backends.products import PackedWeights, has_bfloat16, obstacle
 from fairseq_sparsemixer.moe.dispatch import check_backend, dispatch
 from fairseq_sparsemixer.moe.experts import Activation, Experts
+from fairseq_sparsemixer.moe.limits import check_call
 from fairseq_sparsemixer.moe.routing import Routing, build_router, rows
 
 logger = logging.getLogger(__name__)
@@ -111,12 +112,16 @@ class MoEFeedForward(nn.Module):
 
         Returns:
             y, of the shape and dtype of x with rows of padding 0, and the :class:`Routing`.
+
+        Raises:
+            ValueError: shapes that do not fit, or see :func:`.limits.check_call`.
         """
         if x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must be (..., {self.embed_dim}), not {tuple(x.shape)}")
         for name, value in (("padding_mask", padding_mask), ("token_ids", token_ids)):
             if value is not None and value.shape != x.shape[:-1]:
                 raise ValueError(f"{name} must be {tuple(x.shape[:-1])}, not {tuple(value.shape)}")
+        check_call(x, self.experts, self.backend)
         router = self.router
         routing = router(x, padding_mask, token_ids)
         if self.output_masking > 0:

@@ -6,7 +6,6 @@ model nor its data.
 
 import contextlib
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -19,7 +18,7 @@ from fairseq_sparsemixer.comparison.conditions import read_texts
 from fairseq_sparsemixer.comparison.results import TestText
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import sha256_of, write_json
+from fairseq_sparsemixer.files import read_json, sha256_of, write_json
 from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.models.teacher_forcing import batches, decoder_input, net_input
 from fairseq_sparsemixer.models.watching import SentenceChoices, choices_of_batch, watch_routing
@@ -35,6 +34,40 @@ SAMPLE_WORDS = (4, 20)
 BATCH_TOKENS = 4000
 SHUFFLES_OF_WORDS, SHUFFLES_OF_DOMAINS = 20, 100
 """The former vary little: there are far more pieces than sentences."""
+
+_INFORMATION = ({str: float}, None)
+_PIECES = ({"layer": str, "pieces": [str], "experts": [[int]]}, None)
+_ROUTING = {
+    "of": dict,
+    "sentences": int,
+    "left_out": int,
+    "samples": [
+        {
+            "line": int,
+            "domain": (str, None),
+            **dict.fromkeys(("source", "reference", "translation"), str),
+            **{f"{side}?": _PIECES for side in ("encoder", "decoder")},
+        }
+    ],
+    "layers": {
+        str: {
+            "num_experts": int,
+            "tokens": int,
+            "unrouted": float,
+            "words": _INFORMATION,
+            "domains": _INFORMATION,
+            "domain_shares": {str: float},
+            "experts": [
+                {
+                    "share": float,
+                    "words": [{"word": str, "count": int, "lift": float}],
+                    "domain_shares": {str: float},
+                }
+            ],
+        }
+    },
+}
+"""What the file holds."""
 
 
 class _Pair(NamedTuple):
@@ -77,10 +110,9 @@ def routing_of_run(run: Run, text: Optional[TestText], problem: str) -> Dict[str
 
 def _read(path: Path) -> Dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, _ROUTING, "") if path.exists() else {}
+    except UserError:
         return {}  # it is only a copy
-    return found if isinstance(found, dict) and isinstance(found.get("of"), dict) else {}
 
 
 def _identity(run: Run, found: Dict[str, Any], text: Optional[TestText]) -> Dict[str, Any]:

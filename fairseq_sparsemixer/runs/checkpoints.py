@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
+import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sparsemixer.errors import UserError
@@ -96,6 +97,26 @@ def load_state(path: Path, to_average: bool = False) -> Dict[str, Any]:
         raise CheckpointError(path, error.refusal, cure) from error
     except Exception as error:  # of what fairseq makes of old and of foreign settings
         raise UserError(f"cannot read the checkpoint {path} ({_reason(error)}); {cure}") from error
+
+
+def check_finite(path: Path, state: Dict[str, Any], to_average: bool = False) -> None:
+    """Refuse the weights of a training that diverged, which no search comes to an end with.
+
+    Args:
+        path: of the file.
+        state: its content.
+        to_average: as for :func:`load_state`.
+
+    Raises:
+        UserError: a parameter holds NaN or infinity; names it.
+    """
+    cure = "leave it out of --inputs" if to_average else "choose an earlier one with --checkpoint"
+    for name, tensor in state["model"].items():
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"the checkpoint {path} is of a training that diverged ({name} is not finite); "
+                f"{cure}"
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -6,23 +6,55 @@ A run folder is what ``fairseq-hydra-train`` and ``fairseq-sparsemixer evaluate`
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import misfit, read_json
 from fairseq_sparsemixer.runs.logs import TrainingLog, Validation, read_log
 from fairseq_sparsemixer.runs.record import RECORD
-from fairseq_sparsemixer.runs.settings import read_settings
+from fairseq_sparsemixer.runs.settings import SECTIONS, read_settings
 
 CONFIG = Path(".hydra", "config.yaml")
 LOG = "hydra_train.log"
 ROUTING = Path("evaluation", "routing.json")
 """Kept by ``fairseq-sparsemixer report`` beside evaluations; it is none."""
+_CONFIG = {
+    **{f"{section}?": (dict, None) for section in SECTIONS},
+    "common": {"seed": int},
+    "optimization": {"max_update": int, "update_freq?": [int]},
+    "model": dict,
+    "dataset?": ({"valid_subset?": str, "max_tokens?": (int, None)}, None),
+    "distributed_training?": ({"distributed_world_size?": int}, None),
+}
+_SCORE = {"score": float}
+_EVALUATION = {
+    "scores": {"bleu": {**_SCORE, "signature?": str}, str: (_SCORE, None)},
+    "hypotheses": str,
+    "checkpoints": [
+        {"name": str, "sha256": str, "updates": int, "path?": str, "averaged_from?": ([str], None)}
+    ],
+    "data": {
+        **dict.fromkeys(("source_sha256", "reference", "reference_sha256"), str),
+        "source?": str,
+        **dict.fromkeys(("source_lang?", "target_lang?", "sacrebleu?"), (str, None)),
+    },
+    "generation": dict,
+    "versions?": dict,
+    "copy?": ({"scores": {str: (_SCORE, None)}}, None),
+}
+_RECORD = {
+    "parameters?": {"total?": (int, None), "active?": (int, None)},
+    "versions?": (dict, None),
+    "git?": ({"revision": str, "dirty": bool}, None),
+    "gpus?": ([str], None),
+}
+"""What is read of the files, with what it must be."""
 
 
 @dataclasses.dataclass
@@ -119,8 +151,8 @@ def read_run(folder: Path, scores: Optional[str] = None) -> Run:
         max_update=config["optimization"]["max_update"],
         log=log,
         scores_path=scores_path,
-        evaluation=_read_json(scores_path) if scores_path else {},
-        record=_read_json(record) if record.is_file() else {},
+        evaluation=_read_json(scores_path, _EVALUATION) if scores_path else {},
+        record=_read_json(record, _RECORD) if record.is_file() else {},
         note="",
     )
     found.note = _why_it_does_not_count(found, scores)
@@ -151,11 +183,12 @@ def _read_config(path: Path) -> Dict[str, Any]:
     try:
         # Unresolved: hydra's own interpolations have no meaning here.
         config = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"cannot read {path} ({error}); leave its folder out of RUN") from error
-    sections = ("common", "optimization", "model")
-    if not isinstance(config, dict) or any(not config.get(section) for section in sections):
-        raise UserError(f"{path} is not a config of fairseq; leave its folder out of RUN")
+    wrong = misfit(config, _CONFIG)
+    if wrong:
+        raise UserError(f"{path} is not a config of fairseq ({wrong}); leave its folder out of RUN")
+    assert isinstance(config, dict)
     return {str(section): values for section, values in config.items()}
 
 
@@ -172,7 +205,7 @@ def find_scores(folder: Path, name: Optional[str]) -> Optional[Path]:
             for path in paths
             if name in (path.stem, path.name, path.relative_to(folder).as_posix())
         ]
-    found = [path for path in paths if _is_evaluation(_read_json(path))]
+    found = [path for path in paths if _is_evaluation(_read_json(path, object))]
     if len(found) > 1:
         names = " and ".join(path.relative_to(folder).as_posix() for path in found)
         raise UserError(f"{folder} holds {names}; choose one with --scores")
@@ -184,10 +217,5 @@ def _is_evaluation(content: Any) -> bool:
     return isinstance(content, dict) and all(key in content for key in needed)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({error}); remove it, or name another evaluation with --scores"
-        ) from error
+def _read_json(path: Path, shape: Any) -> Any:
+    return read_json(path, shape, "remove it, or name another evaluation with --scores")

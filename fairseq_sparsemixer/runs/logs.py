@@ -6,7 +6,9 @@ counts once, as it was trained last, and neither the pause nor the start of a se
 training time.
 """
 
+import contextlib
 import json
+import math
 import re
 import statistics
 from datetime import datetime
@@ -76,19 +78,32 @@ class TrainingLog(NamedTuple):
     ended: bool
 
 
-def line_stats(line: str, kind: str) -> Optional[Dict[str, float]]:
-    """The numbers of one of fairseq's JSON log lines ("train_inner", "valid"), else None."""
+def line_stats(
+    line: str, kind: str, updates: str = "num_updates", *needed: str
+) -> Optional[Dict[str, float]]:
+    """The numbers of one of fairseq's JSON log lines ("train_inner", "valid"), else None.
+
+    Args:
+        line: of the log.
+        kind: of the line: its logger.
+        updates: the key of the updates, which must be there.
+        needed: other keys that must be there.
+    """
     match = LINE.search(line)
-    return _numbers(match["text"]) if match and match["logger"] == kind else None
+    if not match or match["logger"] != kind:
+        return None
+    return _numbers(match["text"], updates, *needed)
 
 
-def _numbers(text: str) -> Optional[Dict[str, float]]:
+def _numbers(text: str, updates: str, *needed: str) -> Optional[Dict[str, float]]:
     try:
-        pairs = json.loads(text)
-    except ValueError:
-        return None  # cut off when the process was killed
-    # fairseq writes null for what it has no value of, such as a layer left out by LayerDrop.
-    return {key: float(value) for key, value in pairs.items() if value is not None}
+        # fairseq writes null for what it has no value of, such as a layer left out by LayerDrop.
+        stats = {key: float(value) for key, value in json.loads(text).items() if value is not None}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None  # cut off when the process was killed, or of another program
+    if not math.isfinite(stats.get(updates, math.nan)) or any(key not in stats for key in needed):
+        return None
+    return stats
 
 
 def by_layer(stats: Dict[str, float], metric: str) -> Dict[str, float]:
@@ -119,7 +134,9 @@ def read_log(path: Path, subset: str = "valid") -> TrainingLog:
             for line in log:
                 match = LINE.search(line)
                 if match:
-                    reader.read(match[1], match["logger"], match["text"])
+                    with contextlib.suppress(ValueError):  # a date or number that there is not
+                        time = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f")
+                        reader.read(time, match["logger"], match["text"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return TrainingLog(
@@ -152,17 +169,18 @@ class _LogReader:
         self.began: Optional[datetime] = None
         self.before: Optional[float] = None
 
-    def read(self, time: str, logger: str, text: str) -> None:
+    def read(self, time: datetime, logger: str, text: str) -> None:
         """Take in one line."""
         if logger == "train_inner":
-            stats = _numbers(text)
+            stats = _numbers(text, "num_updates", "wps")
             if stats:
                 updates, seconds = int(stats["num_updates"]), self._seconds(time)
                 self.marks.append((updates, seconds))
                 nll_loss = stats.get("nll_loss", stats.get("loss"))
                 self.training.append(TrainingPoint(updates, nll_loss, seconds, stats["wps"]))
         elif logger == self.subset:
-            stats = _numbers(text)
+            prefix = f"{self.subset}_"
+            stats = _numbers(text, f"{prefix}num_updates", f"{prefix}loss")
             if stats:
                 self._validate(stats, self._seconds(time))
         elif logger == "fairseq.trainer":
@@ -174,7 +192,7 @@ class _LogReader:
             elif text.startswith("begin training epoch") and self.began is None:
                 # Not before: a session that fails while it starts takes nothing back.
                 self._rewind(self.restart)
-                self.began = _parse_time(time)
+                self.began = time
         elif logger == "fairseq.checkpoint_utils":
             saved = SAVED.match(text)
             if saved:
@@ -198,10 +216,10 @@ class _LogReader:
         nll_loss = stats.get("nll_loss", stats["loss"])
         self.validations.append(Validation(updates, stats["loss"], nll_loss, seconds, stats))
 
-    def _seconds(self, time: str) -> Optional[float]:
+    def _seconds(self, time: datetime) -> Optional[float]:
         if self.began is None or self.before is None:
             return None
-        return self.before + (_parse_time(time) - self.began).total_seconds()
+        return self.before + (time - self.began).total_seconds()
 
     def _rewind(self, updates: int) -> None:
         """Forget what came after ``updates``: it is trained again."""
@@ -211,10 +229,6 @@ class _LogReader:
         reached, seconds = self.marks[-1] if self.marks else (0, 0.0)
         # Less, where the training before the checkpoint is not, or not all, in this log.
         self.before = seconds if reached == updates else None
-
-
-def _parse_time(time: str) -> datetime:
-    return datetime.strptime(time, "%Y-%m-%d %H:%M:%S,%f")
 
 
 def _count(text: str) -> int:

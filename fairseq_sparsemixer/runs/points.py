@@ -27,10 +27,19 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 import numpy as np
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path, write_json, write_lines
+from fairseq_sparsemixer.files import atomic_path, misfit, read_json, write_json, write_lines
 
 FILE = "points.jsonl"
 """The file of the points in the folder of a run."""
+_CURE = "remove it, or train anew"
+_NUMBER = (float, None)
+_POINT = {
+    "updates": int,
+    **dict.fromkeys(("seconds", "loss", "nll_loss"), _NUMBER),
+    **dict.fromkeys(("cpu_seconds?", "words?", "words_per_second?", "bleu?", "chrf?"), _NUMBER),
+    "layers": {str: {"load?": [_NUMBER], "entropy?": _NUMBER, "drift?": _NUMBER}},
+}
+"""What is read of a point, with what it must be."""
 
 
 # Files
@@ -46,18 +55,31 @@ def read_points(path: Path) -> List[Dict[str, Any]]:
         return []
     try:
         points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return sorted(points, key=lambda point: point["updates"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"cannot read {path} ({error}): remove it, or train anew") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({error}): {_CURE}") from error
+    for line, point in enumerate(points, 1):
+        wrong = misfit(point, _POINT)
+        if wrong:
+            raise UserError(f"cannot read {path} ({wrong} in line {line}): {_CURE}")
+    return sorted(points, key=lambda point: point["updates"])
 
 
 def add_point(path: Path, point: Mapping[str, Any]) -> None:
     """Add a line, in place of any of as many or more updates.
 
-    Killed at any time, the file is as it was before, or as it should be.
+    What is no number is null. Killed at any time, the file is as it was before, or as it should be.
     """
     kept = [each for each in read_points(path) if each["updates"] < point["updates"]]
-    write_lines(path, [json.dumps(each, allow_nan=False) for each in (*kept, point)])
+    write_lines(path, [json.dumps(_finite(each), allow_nan=False) for each in (*kept, point)])
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for each number that JSON has not: a model may diverge."""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def number(value: Any) -> Optional[float]:
@@ -74,10 +96,17 @@ class Clock(NamedTuple):
 
 
 def read_clocks(path: Path) -> Dict[int, Clock]:
-    """The clocks that :func:`add_clock` kept, by updates; none where there is no file."""
+    """The clocks that :func:`add_clock` kept, by updates; none where there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not path.is_file():
         return {}
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    cure = "remove it (the time of the training so far is then not known)"
+    kept = read_json(path, {str: [_NUMBER]}, cure)
+    if not all(key.isdecimal() and len(kept[key]) <= len(Clock._fields) for key in kept):
+        raise UserError(f"cannot read {path} (it holds no clocks): {cure}")
     return {int(updates): Clock(*values) for updates, values in kept.items()}
 
 
@@ -99,12 +128,26 @@ def save_choices(path: Path, updates: int, choices: Mapping[str, np.ndarray]) ->
 
 
 def load_choices(path: Path, updates: int) -> Dict[str, np.ndarray]:
-    """What was saved for the last point before ``updates``; nothing where there is none."""
+    """What was saved for the last point before ``updates``; nothing where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     before = [kept for kept in _kept_choices(path) if kept < updates]
     if not before:
         return {}
-    with np.load(_choices_path(path, max(before))) as archive:
-        return dict(archive)
+    file = _choices_path(path, max(before))
+    try:
+        with np.load(file) as archive:
+            choices = dict(archive)
+        if any(each.ndim != 2 or each.dtype.kind not in "iu" for each in choices.values()):
+            raise ValueError("it holds no choices of experts")
+    except Exception as error:  # whatever its bytes lead to
+        raise UserError(
+            f"cannot read {file} ({error}): remove it (the drift of the next point is then not "
+            "known)"
+        ) from error
+    return choices
 
 
 def forget_choices(path: Path, updates: int) -> None:

@@ -13,6 +13,7 @@ import hydra
 import torch
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import read_json
 from fairseq_sparsemixer.version import __version__
 
 RECORD = "run.json"
@@ -28,6 +29,12 @@ _MAY_CHANGE = (
 the tokens of an update, which are compared apart, stay."""
 _KEPT = "dataset.update_epoch_batch_itr"
 """A setting that earlier configs did not make: a run goes on with the value that it has."""
+_STARTED = {
+    "settings": {"dataset?": dict},
+    "tokens_per_update": int,
+    "data": dict,
+    "starts?": [dict],
+}
 TAKE_PART = (
     "fairseq_sparsemixer",
     "python",
@@ -45,15 +52,12 @@ def read_record(folder: Path) -> Dict[str, Any]:
     """The content of ``run.json``; empty where there is none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or of a run that ``fairseq-sparsemixer train`` did not start.
     """
     path = folder / RECORD
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): name another folder with --runs") from error
+    return read_json(path, _STARTED, "name another folder with --runs")
 
 
 def _shown(value: Any) -> str:

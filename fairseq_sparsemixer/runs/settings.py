@@ -31,6 +31,8 @@ _PARTS = {
     "checkpoint": ("finetune_from_model",),
 }
 """What else decides how a model trains. The rest says where files are, or what is logged."""
+SECTIONS = (*_WHOLE_SECTIONS, *_PARTS)
+"""The groups of settings that are read."""
 _WITHOUT_EFFECT = (
     "task.points_file",
     "task.points_text",

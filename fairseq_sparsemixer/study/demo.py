@@ -1,7 +1,6 @@
 """The demo: a plan of one arm or some, on real English-German text, that is trained and scored."""
 
 import contextlib
-import json
 import os
 import tempfile
 import time
@@ -12,7 +11,7 @@ from fairseq_sparsemixer.corpora.homeassistant import preparation
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_checkpoints
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import read_lines, write_json
+from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import last_checkpoints
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
@@ -39,8 +38,17 @@ from fairseq_sparsemixer.training.settings import (
 CONFIG = "demo"
 STATE = "demo.json"
 """In the folder of a run: how it is made, and whether its training is finished."""
+_STATE = {
+    "settings": {"overrides": [str], "configs": {str: str}},
+    "finished": bool,
+    "minutes": float,
+}
 LOG = "train.log"
 SCORES = "test.json"
+_SCORES = {
+    "scores": {"bleu": {"score": float, "signature": str}, "chrf": {"score": float}},
+    "copy": {"scores": {"bleu": {"score": float}}},
+}
 AVERAGE = "checkpoint_average.pt"
 AVERAGED = 5
 """Checkpoints of the end of training that are averaged, as many as configs/demo.yaml keeps."""
@@ -70,6 +78,7 @@ class Demo(NamedTuple):
         """
         if not (CONFIGS / f"{CONFIG}.yaml").is_file():
             raise UserError("the demo runs from a checkout of the repository: configs/ is missing")
+        check_writable(self.runs / "results.json", "--runs")
         print(f"== Corpus: {self.data}", flush=True)
         preparation.prepare_homeassistant(self.data)
         Engine(self._work, lambda job: job.process.show_progress(), _fail).do(self.variants)
@@ -88,10 +97,10 @@ class Demo(NamedTuple):
         """Train a variant, then average and score it; what is finished is left alone."""
         name, folder = job.run.name, self.runs / job.run.name
         print(f"== Training {name}: {folder}", flush=True)
-        data = f"task.data={self.data / 'bin'}"
+        data = f"task.data={quoted(self.data / 'bin')}"
         overrides = [*job.run.overrides, data, *self.overrides]
         settings = {"overrides": overrides, "configs": _read_configs()}
-        state = read_state(folder / STATE)
+        state = read_state(folder / STATE, _STATE)
         kept: List[str] = []
         if state:
             kept = _check_same(folder, state["settings"], settings)
@@ -139,7 +148,7 @@ def _fail(job: Job, reason: Optional[str]) -> None:
 def _read_configs() -> Dict[str, str]:
     """The text of every config: a run resumes only under the settings that it began with."""
     paths = sorted(CONFIGS.rglob("*.yaml"))
-    return {str(path.relative_to(CONFIGS)): path.read_text() for path in paths}
+    return {str(path.relative_to(CONFIGS)): path.read_text(encoding="utf-8") for path in paths}
 
 
 def _check_same(folder: Path, before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
@@ -169,7 +178,7 @@ def _composed(settings: Dict[str, Any], kept: List[str]) -> Optional[Dict[str, A
         for path, text in settings["configs"].items():
             target = Path(name, path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
+            target.write_text(text, encoding="utf-8")
         overrides = [*kept, *settings["overrides"], "checkpoint.save_dir=."]
         with contextlib.suppress(UserError):
             return resolved(compose(Path(name), overrides, CONFIG))
@@ -178,13 +187,17 @@ def _composed(settings: Dict[str, Any], kept: List[str]) -> Optional[Dict[str, A
 
 def _result(folder: Path) -> Dict[str, Any]:
     """What the table shows of one run."""
-    scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    last = read_log(folder / LOG).validations[-1].stats
+    cure = "remove it and start the same command again, which makes it anew"
+    scores = read_json(folder / SCORES, _SCORES, cure)
+    validations = read_log(folder / LOG).validations
+    if not validations:
+        raise UserError(f"{folder / LOG} holds no validation: remove {folder} to train it anew")
+    last = validations[-1].stats
     return {
         "model": folder.name,
         "updates": int(last["num_updates"]),
-        "minutes": read_state(folder / STATE)["minutes"],
-        "valid_nll_loss": last["nll_loss"],
+        "minutes": read_state(folder / STATE, _STATE)["minutes"],
+        "valid_nll_loss": validations[-1].nll_loss,
         "bleu": scores["scores"]["bleu"]["score"],
         "chrf": scores["scores"]["chrf"]["score"],
         "signature": scores["scores"]["bleu"]["signature"],

@@ -1,6 +1,5 @@
 """The engine of studies and the demo: works runs off in stages, stoppable at any time."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import (
 )
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import FullDiskError
+from fairseq_sparsemixer.files import FullDiskError, read_json
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.mending import mend_last
 from fairseq_sparsemixer.training.process import POLL_SECONDS, Process, copy_model_files
@@ -198,11 +197,17 @@ def scoring_command(
         more: further flags.
     """
     return [
-        *(sys.executable, "-m", "fairseq_sparsemixer.cli", "evaluate", str(run)),
-        *("--checkpoint", checkpoint, "--data", str(data), *more, "--output", str(output)),
+        *(sys.executable, "-m", "fairseq_sparsemixer.cli", "evaluate"),
+        *("--checkpoint", checkpoint, f"--data={data}", *more, f"--output={output}"),
+        *("--", str(run)),  # whatever it is called
     ]
 
 
-def read_state(path: Path) -> Dict[str, Any]:
-    """How far a run is and what it was made with; empty where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_state(path: Path, shape: Dict[str, Any]) -> Dict[str, Any]:
+    """How far a run is and what it was made with; empty where there is no file.
+
+    Raises:
+        UserError: it is damaged, or has not the shape (:func:`.files.misfit`).
+    """
+    cure = "remove it and start the same command again, which goes on from the last checkpoint"
+    return read_json(path, shape, cure) if path.is_file() else {}

@@ -1,6 +1,5 @@
 """The folder of a study: plan, configs and corpus, so that it depends on nothing else."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -11,7 +10,7 @@ from fairseq.tasks.translation import TranslationTask
 from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import find_languages
-from fairseq_sparsemixer.files import atomic_path
+from fairseq_sparsemixer.files import atomic_path, read_json
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.record import refuse_other
 from fairseq_sparsemixer.study.engine import read_state
@@ -23,6 +22,16 @@ from fairseq_sparsemixer.training.settings import CONFIGS, compose
 PLAN = "plan.yaml"
 STATE = "study.json"
 """In the folder of a run: how it is made, and for how many updates it is finished."""
+KEY = "by_machine"
+"""In the state of a run: what the machine chose that began it."""
+_STATE = {
+    "finished_updates?": int,
+    "overrides?": [str],
+    "config?": str,
+    "evaluate_every?": int,
+    "beam?": int,
+    f"{KEY}?": [str],
+}
 
 
 def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]:
@@ -41,7 +50,7 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
     for run in plan.runs():
         refuse_other(
             folder / run.name,
-            read_state(folder / run.name / STATE),
+            read_run_state(folder / run.name),
             made_with(plan, run),
             "{folder} was trained with other {key} ({before}, not {now}): give the arm another "
             "name in the plan, or name another folder with --output",
@@ -56,11 +65,18 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
     return plan, parameters
 
 
+def read_run_state(folder: Path) -> Dict[str, Any]:
+    """What :data:`STATE` says in the folder of a run; see :func:`.engine.read_state`."""
+    return read_state(folder / STATE, _STATE)
+
+
 def _copy_corpus(data: Path, target: Path, plan_file: Path) -> None:
     """What training and scoring read of it, its record last."""
     source, copy = data / CORPUS_RECORD, target / CORPUS_RECORD
     if copy.is_file():
-        if source.is_file() and json.loads(source.read_text()) != json.loads(copy.read_text()):
+        cure = "make the corpus anew with `fairseq-sparsemixer prepare`"
+        mine = read_json(copy, dict, "name another folder with --output")
+        if source.is_file() and read_json(source, dict, cure) != mine:
             raise UserError(
                 f"{data} is not the corpus that {target.parent} began with: name another folder "
                 "with --output"

@@ -9,8 +9,7 @@ from typing import List, NamedTuple, Optional, Sequence
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.runs.arms import Variant
-from fairseq_sparsemixer.study.engine import read_state
-from fairseq_sparsemixer.study.layout import STATE
+from fairseq_sparsemixer.study.layout import KEY, read_run_state
 from fairseq_sparsemixer.study.plan import Plan
 from fairseq_sparsemixer.training.machine import (
     PRECISION,
@@ -22,8 +21,6 @@ from fairseq_sparsemixer.training.settings import compose, overridden
 
 GPU_TOKENS = 16384
 """Of an update on a GPU, unless the config has more."""
-KEY = "by_machine"
-"""In the state of a run."""
 _BATCH = {"dataset.max_tokens", "dataset.batch_size", "optimization.update_freq"}
 """Settings that decide the batch: one of them in a plan, and the plan's is taken."""
 
@@ -107,7 +104,7 @@ def _by_machine(configs: Path, plan: Plan, machine: Machine) -> List[str]:
 
 def _begun(folder: Path, plan: Plan) -> Optional[List[str]]:
     """The overrides that the runs were begun with; None where none was."""
-    states = {run.name: read_state(folder / run.name / STATE) for run in plan.runs()}
+    states = {run.name: read_run_state(folder / run.name) for run in plan.runs()}
     # Runs of earlier versions had the config's own precision and batch.
     begun = {name: state.get(KEY, []) for name, state in states.items() if state}
     for name, overrides in begun.items():

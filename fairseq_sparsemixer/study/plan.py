@@ -22,11 +22,13 @@ from typing import Any, Dict, List, Mapping, NamedTuple
 import yaml
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.options import LARGEST
 from fairseq_sparsemixer.runs.arms import DENSE, Variant, build_variant
 from fairseq_sparsemixer.training.settings import overridden, quoted
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a folder, and a value for hydra
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")  # a folder, and a value for hydra
 _ARM_KEYS = {"router", "experts", "options", "overrides"}
+_MOST = f", at most {LARGEST}"
 
 
 class Plan(NamedTuple):
@@ -61,14 +63,32 @@ class Plan(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would drop one without a word."""
+    """Takes names and numbers as they are written, or not at all.
+
+    For YAML 1.1 the keys ``no``, ``null``, ``010`` and ``12:30`` would be False, None, 8 and 750,
+    the number 010 would be 8, and of a key that stands twice one would be dropped without a word.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Dict[Any, Any]:
-        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} stands there twice")
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.YAMLError(f"{key} stands there twice")
+            self.flatten_mapping(node)  # before "<<" becomes a name, too
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
+
+    def construct_plain_int(self, node: Any) -> int:
+        """A number that is what it looks like."""
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", str(node.value)):
+            raise yaml.YAMLError(f"{node.value} is no plain number: quote it, or write it decimal")
+        return self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_plain_int)
 
 
 def read_plan(path: Path) -> Plan:
@@ -79,7 +99,7 @@ def read_plan(path: Path) -> Plan:
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the plan {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no plan of a study: it holds no keys such as arms and seeds")
@@ -91,14 +111,14 @@ def read_plan(path: Path) -> Plan:
     if unknown:
         raise UserError(f"{path}: there is no key {unknown[0]}; see docs/study.md")
     for key in ("updates", "evaluate_every", "jobs", "beam"):
-        _check(_is_count(values[key]), path, f"{key} must be a whole number of at least 1")
+        _check(_is_count(values[key]), path, f"{key} must be a whole number of at least 1{_MOST}")
     for key in ("data", "config"):
         _check(isinstance(values[key], str), path, f"{key} must be a name")
     _check(_NAME.fullmatch(values["config"]), path, "config must be the name of one of configs/")
     _check(
         _is_list(values["seeds"]) and all(map(_is_count, values["seeds"])),
         path,
-        "seeds must be a list of whole numbers of at least 1, such as [1, 2]",
+        f"seeds must be a list of whole numbers of at least 1, such as [1, 2]{_MOST}",
     )
     _check(len({*values["seeds"]}) == len(values["seeds"]), path, "a seed stands in seeds twice")
     _check(
@@ -108,15 +128,15 @@ def read_plan(path: Path) -> Plan:
     )
     common = _overrides(values.pop("overrides"), path, "overrides")
     _check(isinstance(values["arms"], dict), path, "arms must be names with what they are")
-    arms = {
-        str(name): [*common, *_arm(str(name), arm, path)] for name, arm in values["arms"].items()
-    }
+    arms = {name: [*common, *_arm(name, arm, path)] for name, arm in values["arms"].items()}
     return Plan(**{**values, "data": Path(values["data"]), "arms": arms})
 
 
 def _arm(name: str, arm: Any, path: Path) -> List[str]:
     _check(
-        _NAME.fullmatch(name), path, f"arm {name}: a name has letters A to Z, digits and any of _.-"
+        _NAME.fullmatch(name),
+        path,
+        f"arm {name}: a name has letters A to Z, digits and any of _.-, 200 at most",
     )
     _check(
         isinstance(arm, dict) and isinstance(arm.get("router"), str) and arm.keys() <= _ARM_KEYS,
@@ -127,7 +147,8 @@ def _arm(name: str, arm: Any, path: Path) -> List[str]:
     _check(
         experts is None if router == DENSE else _is_count(experts),
         path,
-        f"arm {name}: experts must be a whole number of at least 1 (and is left out for dense)",
+        f"arm {name}: experts must be a whole number of at least 1 (and is left out for dense)"
+        f"{_MOST}",
     )
     try:
         built = build_variant(router, experts or 0)
@@ -185,7 +206,7 @@ _MADE_HERE: Mapping[str, str] = {
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
 
 
 def _is_list(value: Any) -> bool:

@@ -19,11 +19,10 @@ from fairseq_sparsemixer.study.engine import (
     Job,
     Stage,
     prepare_folder,
-    read_state,
     scoring_command,
 )
-from fairseq_sparsemixer.study.layout import PLAN, STATE, lay_out, made_with
-from fairseq_sparsemixer.study.machine import KEY, Choice, choose
+from fairseq_sparsemixer.study.layout import KEY, PLAN, STATE, lay_out, made_with, read_run_state
+from fairseq_sparsemixer.study.machine import Choice, choose
 from fairseq_sparsemixer.study.plan import Plan
 from fairseq_sparsemixer.training import process
 from fairseq_sparsemixer.training.machine import find_machine
@@ -171,7 +170,7 @@ class _Study:
         write_json(folder / record.RECORD, {**self.records[run.name], **taken})
         state = {
             "finished_updates": 0,
-            **read_state(folder / STATE),
+            **read_run_state(folder),
             **made_with(self.plan, run),
             KEY: self.choice.overrides,
         }
@@ -226,7 +225,7 @@ class _Study:
         for path in folder.glob("checkpoint*.pt"):
             if path.name != LAST:
                 path.unlink()  # a study of many runs would fill the disk
-        state = read_state(folder / STATE)
+        state = read_run_state(folder)
         write_json(folder / STATE, {**state, "finished_updates": self.plan.updates})
         self.done += 1
         self.gains += 1
@@ -254,5 +253,5 @@ class _Study:
         self.shown[name] = len(found)
 
     def _finished(self, run: Variant) -> bool:
-        state = read_state(self.folder / run.name / STATE)
+        state = read_run_state(self.folder / run.name)
         return state.get("finished_updates", 0) >= self.plan.updates

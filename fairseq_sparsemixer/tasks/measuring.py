@@ -103,7 +103,7 @@ def layer_figures(
     for layer, experts in num_experts.items():
         figures[layer] = {
             "load": _shares(now[layer], experts),
-            "entropy": entropy.get(layer),
+            "entropy": number(entropy.get(layer)),
             "drift": _drift(before[layer], now[layer]) if layer in before else None,
         }
         if domains is not None:

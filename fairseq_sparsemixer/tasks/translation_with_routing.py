@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
+from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
 from fairseq.tasks import register_task
@@ -299,7 +300,7 @@ class TranslationWithRoutingTask(TranslationTask):
         return dict(sorted(translations.items()))
 
     def _subwords(self) -> "subwords.Subwords":
-        return subwords.find_subwords([Path(self.cfg.data.split(":")[0])])
+        return subwords.find_subwords([Path(utils.split_paths(self.cfg.data)[0])])
 
 
 def _is_sharded(model: torch.nn.Module) -> bool:

@@ -13,6 +13,8 @@ from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.text import BPE_CODES, SENTENCEPIECE_MODEL, moses
 
+_CURE = "copy it again, or give the folder of the right one with --data"
+
 
 class SentencePiece:
     """Pieces of the raw text; ``path`` is the SentencePiece model."""
@@ -25,8 +27,19 @@ class SentencePiece:
         self.path = path
 
     def encoder(self) -> Any:
-        """fairseq's encoder of pieces."""
-        return SentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(self.path)))
+        """fairseq's encoder of pieces.
+
+        Raises:
+            UserError: sentencepiece is not installed, or the model is damaged.
+        """
+        try:
+            return SentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(self.path)))
+        except ImportError as error:
+            raise UserError(f"{self.path} needs sentencepiece: install it with pip") from error
+        except Exception as error:  # whatever its bytes lead to
+            raise UserError(
+                f"cannot read the SentencePiece model {self.path} ({error}); {_CURE}"
+            ) from error
 
     def tokenise(self, line: str, language: str) -> str:
         """A raw line as the encoder takes it: as it is."""
@@ -85,11 +98,8 @@ class _SubwordNMT(SubwordNMTBPE):
             with codes.open(encoding="utf-8") as file:
                 self.bpe = apply_bpe.BPE(file)
         # subword-nmt exits where a line is not two symbols.
-        except (UnicodeDecodeError, SystemExit) as error:
-            raise UserError(
-                f"{codes} holds no codes of subword-nmt; copy it again, or give the folder of the "
-                "right ones with --data"
-            ) from error
+        except (OSError, ValueError, SystemExit) as error:
+            raise UserError(f"{codes} holds no codes of subword-nmt; {_CURE}") from error
         self.bpe_symbol = f"{self.bpe.separator} "
 
 

@@ -52,16 +52,16 @@ def copy_model_files(binary: Path, folder: Path) -> None:
 
 def progress(line: str) -> str:
     """What to show on the terminal for a line of fairseq's log; empty for most."""
-    stats = line_stats(line, "train_inner")
+    stats = line_stats(line, "train_inner", "num_updates", "loss", "wps")
     if stats is not None:
         text = f"update {stats['num_updates']:.0f}  train loss {stats['loss']:.2f}"
-        if "balance_loss" in stats:
+        if "balance_loss" in stats and "min_expert_share" in stats:
             text += (
                 f"  balance {stats['balance_loss']:.2f}"
                 f"  smallest share of an expert {100 * stats['min_expert_share']:.0f} %"
             )
         return f"{text}  {stats['wps']:.0f} words/s"
-    stats = line_stats(line, "valid")
+    stats = line_stats(line, "valid", "valid_num_updates", "valid_loss")
     if stats is not None:
         return f"update {stats['valid_num_updates']:.0f}  validation loss {stats['valid_loss']:.2f}"
     return ""

@@ -9,6 +9,7 @@ from typing import Any, Dict, NamedTuple, Optional
 import torch
 from fairseq.data import Dictionary
 
+from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 
@@ -60,10 +61,16 @@ def build_on_meta(settings: Any, task: Any) -> Any:
         task: the fairseq task, for its dictionaries.
 
     Raises:
-        ConfigError: for a setting that is unknown, out of range or not supported.
+        UserError: for a setting that is unknown, out of range or not supported.
     """
-    with torch.device("meta"):
-        return task.build_model(settings)
+    try:
+        with torch.device("meta"):
+            return task.build_model(settings)
+    except UserError:
+        raise
+    except Exception as error:  # fairseq checks few settings: they fail wherever they are used
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"fairseq cannot build a model of these settings ({reason})") from error
 
 
 def assumed_dictionary(size: int = VOCABULARY) -> Any:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_sparsemixer  # noqa: F401  (registers the model)
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.models.ranges import check_numbers
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parent
@@ -77,9 +78,11 @@ def compose(configs: Path, overrides: List[str], name: str) -> Any:
             with hydra.initialize_config_dir(str(configs), version_base="1.1"):
                 cfg = hydra.compose(name, overrides)
             add_defaults(cfg)
+            resolved(cfg)  # what refers to nothing is found out here
+            check_numbers(cfg)
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"hydra: {error}") from error
     for key in sorted(cfg.keys() - FairseqConfig.__dataclass_fields__.keys()):
         raise UserError(f"{key}: fairseq has no such group of settings")

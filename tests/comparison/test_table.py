@@ -1,10 +1,13 @@
 """The table of runs, on fabricated run folders and real ones."""
 
 import csv
+import io
 import json
+import os
 import re
 import statistics
 import subprocess
+import sys
 
 import pytest
 from support import commands
@@ -96,14 +99,14 @@ def test_what_the_train_command_recorded(place):
     record = {
         "parameters": {"total": 7000000, "active": 3000000},
         "versions": {"torch": "2"},
-        "git": "abc",
+        "git": {"revision": "abc", "dirty": False},
     }
     write_json(folder / "run.json", record)
     report, rows, text = place.table()
     assert rows["switch-4"]["parameters_active"] == 3000000
     assert "7.0 M / 3.0 M" in text
     assert report["runs"][0]["versions"] == {"torch": "2"}
-    assert report["runs"][0]["git"] == "abc"
+    assert report["runs"][0]["git"]["revision"] == "abc"
 
 
 def test_what_else_rows_differ_in_is_noted(place):
@@ -286,3 +289,19 @@ def test_settings_of_any_text_break_no_table(place):
         "switch-4,router_options=a\\|b\\`c\\` \\<img src=x>",
     }
     assert not re.search(r"(?<!\\)[<`]", text)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_console_that_has_not_all_characters(place, encoding, monkeypatch):
+    """Nor does a folder's name have to be text."""
+    place.run("a", seed=1)
+    place.run("b", seed=2)
+    place.run("c", router="hash").rename(place.runs / os.fsdecode(b"\xff-\xc3\xbc"))
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    report, _, text = place.table()
+    assert console.errors == "strict"
+    printed = console.buffer.getvalue().decode(encoding)
+    assert ("±" if encoding != "ascii" else "\\xb1") in printed
+    assert "±" in text
+    assert any(run["folder"].endswith("/\udcff-ü") for run in report["runs"])

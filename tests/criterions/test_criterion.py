@@ -343,6 +343,7 @@ def test_logging_outputs_are_sums():
     ("settings", "message"),
     [
         ({"balance_weight": -1.0}, "--balance-weight must be"),
+        ({"z_loss_weight": 1e30}, "--z-loss-weight must be .* below 10000"),
         ({"z_loss_weight": math.nan}, "--z-loss-weight must be"),
         ({"routing_loss": "released", "z_loss_weight": 0.1}, "--z-loss-weight must be 0 with"),
         ({"routing_loss": "released", "balance_loss": "importance"}, "--balance-loss must be"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.commands import command
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import average
 from fairseq_sparsemixer.runs import checkpoints
@@ -136,3 +137,22 @@ def test_average_of_files_takes_no_choice_and_reads_no_junk(tmp_path):
         command("average", "--inputs", junk, "--output", tmp_path / "out.pt")
     with pytest.raises(UserError, match=r"no checkpoint .*gone.pt"):
         command("average", "--inputs", tmp_path / "gone.pt", "--output", tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_training_that_diverged_are_refused(run_dir, tmp_path, value, capsys):
+    good = run_dir / "checkpoint_last.pt"
+    state = torch.load(good)
+    state["model"]["decoder.layers.0.moe.experts.w1"].view(-1)[7] = value
+    bad = tmp_path / "bad.pt"
+    torch.save(state, bad)
+    named = f"{bad} is of a training that diverged"
+    output = str(tmp_path / "averaged.pt")
+    assert cli.main(["average", "--inputs", str(good), str(bad), "--output", output]) == 2
+    assert f"{named} (decoder.layers.0.moe.experts.w1 is not finite); leave" in (
+        capsys.readouterr().err
+    )
+    assert cli.main(["translate", str(bad), "--input", str(__file__), "--beam", "1"]) == 2
+    assert f"{named} (decoder.layers.0.moe.experts.w1 is not finite); choose an earlier" in (
+        capsys.readouterr().err
+    )

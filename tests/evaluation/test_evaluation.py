@@ -16,6 +16,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scored_text, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
+from fairseq_sparsemixer.moe.feed_forward import moe_layers
 
 TOO_LONG = " ".join(["red house and blue car"] * 12)
 # Blank lines first, in the middle and last; U+2028 is no line break; Ω is in no dictionary.
@@ -383,3 +384,19 @@ def test_comparison_tells_a_real_difference_from_none():
         assert "bs:1000|seed:12345" in result[metric]["signature"]
     same = scoring.compare(worse, worse, references)
     assert same["bleu"]["difference"] == 0 and same["bleu"]["p_value"] == 1
+
+
+# Checkpoints of other machines
+
+
+def test_a_checkpoint_of_a_gpu_translates_anywhere(run_dir, translator, tmp_path):
+    """What it was trained with is no demand of who translates."""
+    state = torch.load(run_dir / "checkpoint_best.pt")
+    assert state["cfg"]["model"]["moe_backend"] == "auto"
+    for backend, taken in (("triton", "auto"), ("loop", "loop")):
+        state["cfg"]["model"]["moe_backend"] = backend
+        torch.save(state, tmp_path / f"{backend}.pt")
+        other = Translator(str(tmp_path / f"{backend}.pt"))
+        assert {layer.backend for layer in moe_layers(other.model)} == {taken}
+        lines = LINES[1:5]
+        assert texts(other.translate(lines)) == texts(translator.translate(lines))

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 
 import pytest
 import torch
@@ -398,6 +399,14 @@ def test_experts_are_laid_out_when_fairseq_prepares_to_translate(dtype, monkeypa
         ({"share_all_embeddings": True, "decoder_embed_dim": 8}, "--share-all-embeddings"),
         ({"expert_activation_dropout": 2.0}, "--expert-activation-dropout must be 0 to 1"),
         ({"router_init_scale": -1.0}, "--router-init-scale must be"),
+        ({"router_init_scale": 1e30}, "--router-init-scale must be .* below 10000, not 1e"),
+        ({"router_init_scale": math.nan}, "--router-init-scale must be"),
+        ({"balance_bias_rate": 1e30}, "--balance-bias-rate must be .* below 10000"),
+        ({"num_experts": 10**30}, "--num-experts must be at least 1"),
+        ({"encoder_embed_dim": 10**30}, "--encoder-embed-dim must be at least 1"),
+        ({"router_options": '{"x": NaN}'}, "--router-options: x must be a number, not nan"),
+        ({"router_options": '{"x": 1e999}'}, "--router-options: x must be a number, not inf"),
+        ({"router_options": "[" * 100_000}, "--router-options is not JSON"),
         ({"router_options": "{"}, "--router-options is not JSON"),
         ({"router_options": "[]"}, "--router-options must be a JSON object"),
         ({"router_options": '{"x": 1}'}, "--router-options for --router sparsemixer: .*'x'"),

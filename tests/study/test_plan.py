@@ -1,11 +1,14 @@
 """The YAML file of a study."""
 
 import json
+from pathlib import Path
 
 import pytest
 from support.small_study import TINY, write_plan
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.study.engine import scoring_command
 from fairseq_sparsemixer.study.plan import read_plan
 from fairseq_sparsemixer.training.settings import CONFIGS, compose
 
@@ -49,6 +52,10 @@ WRONG_PLANS = [
     ({"overrides": ["dropout"]}, "overrides must be a list of KEY=VALUE"),
     ({"overrides": ["experts=two"]}, "experts is not set here: use router and experts"),
     ({"overrides": ["common.seed=3"]}, "common.seed is not set here: use seeds"),
+    ({"arms": {"a" * 201: {"router": "dense"}}}, "200 at most"),
+    ({"arms": {"a": {"router": "switch", "experts": 10**30}}}, "at most 2147483647"),
+    ({"updates": 10**30}, "at most 2147483647"),
+    ({"seeds": [2**31]}, "at most 2147483647"),
 ]
 
 
@@ -61,10 +68,49 @@ def test_wrong_plans_are_told(tmp_path, change, message):
 
 
 def test_a_plan_that_is_no_yaml_is_told(tmp_path):
-    for text in ("arms: [", "just words", "", "data: 5", "arms: {a: 1, a: 2}"):
+    odd = ("a: " + "[" * 3000, "a: 2026-99-99", "a: !!timestamp x", "a: !!int []", "? [a]\n: 1")
+    for text in ("arms: [", "just words", "", "data: 5", "arms: {a: 1, a: 2}", *odd):
         (tmp_path / "plan.yaml").write_text(text)
         with pytest.raises(UserError, match="plan"):
             read_plan(tmp_path / "plan.yaml")
+
+
+def test_names_are_taken_as_they_are_written(tmp_path):
+    """For YAML 1.1 some are truth values, nothing, or numbers of other bases."""
+    path = write_plan(tmp_path / "plan.yaml", "data", arms={"only": {"router": "dense"}})
+    for name in ("no", "Yes", "null", "010", "8", "1e3", "0x10", "2026-01-01", "-x", "1_0"):
+        text = path.read_text().replace("only:", f"{name}:")
+        (tmp_path / "named.yaml").write_text(text)
+        assert list(read_plan(tmp_path / "named.yaml").arms) == [name]
+    path.write_text(path.read_text().replace("only:", "12:30:"))
+    with pytest.raises(UserError, match=r"arm 12:30: a name has letters"):
+        read_plan(path)
+
+
+def test_numbers_are_taken_as_they_are_written(tmp_path):
+    path = write_plan(tmp_path / "plan.yaml", "data")
+    good = path.read_text()
+    assert "updates: 90" in good
+    for number in ("0132", "0x5a", "1:30", "0b1011010", "9" * 5000):
+        path.write_text(good.replace("updates: 90", f"updates: {number}"))
+        with pytest.raises(UserError, match=r"cannot read the plan"):
+            read_plan(path)
+    path.write_text(good.replace("updates: 90", "updates: 9_0"))
+    assert read_plan(path).updates == 90
+
+
+def test_arms_may_share_parts(tmp_path):
+    arms = "arms:\n  a: &a {router: switch, experts: 2}\n  b:\n    <<: *a\n    experts: 4\n"
+    path = write_plan(tmp_path / "plan.yaml", "data", arms=None)
+    path.write_text(path.read_text().replace("arms: null\n", arms))
+    assert read_plan(path).arms["b"][-1] == "model.num_experts=4"
+
+
+def test_a_run_of_any_name_is_scored():
+    command = scoring_command("-x-seed1", "last.pt", "-data", "-x-seed1/test.json", "--beam", "1")
+    args = cli.build_parser().parse_args(command[3:])
+    assert args.run_dir == "-x-seed1"
+    assert (args.data, args.output) == (Path("-data"), Path("-x-seed1/test.json"))
 
 
 def test_runs_go_seed_by_seed(tmp_path):
@@ -89,7 +135,7 @@ def test_options_of_an_arm_are_those_of_its_router(tmp_path):
     }
     arms = {"a": {"router": "composed", "experts": 2, "options": options}}
     plan = read_plan(write_plan(tmp_path / "plan.yaml", "data", arms=arms))
-    cfg = compose(CONFIGS, plan.arms["a"], plan.config)
+    cfg = compose(CONFIGS, [*plan.arms["a"], "checkpoint.save_dir=."], plan.config)
     assert json.loads(cfg.model.router_options) == options
 
 

@@ -33,6 +33,10 @@ def test_figures_of_layers_by_hand():
         "a": {"nll_loss": round(4 / 8 / math.log(2), 4), "tokens": 8},
         "b": {"nll_loss": round(2 / 4 / math.log(2), 4), "tokens": 4},
     }
+    diverged = measuring.layer_figures(
+        sentences, domains, {"encoder.0": 4}, {"router_entropy/encoder.0": math.nan}, before
+    )
+    assert diverged["encoder.0"]["entropy"] is None
     other = {"encoder.0": np.zeros((9, 1))}  # another validation set
     del figures["encoder.0"]["load_by_domain"]
     figures["encoder.0"].update(drift=None, entropy=None)

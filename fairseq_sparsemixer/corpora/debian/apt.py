@@ -10,7 +10,6 @@ import dataclasses
 import email.parser
 import gzip
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
     decode_line,
+    read_json,
     replace_durably,
     scratch_folder,
     sha256_of,
@@ -180,8 +180,10 @@ def read_record(folder: Path) -> Optional[Downloads]:
     path = folder / _RECORD
     if not path.is_file():
         return None
+    cure = "it is to be a record of downloads; remove it, or name another folder with --downloads"
+    shape = {"indices": [{"file": str}], "packages": [{"file": str}], "not_found": [str]}
+    content = read_json(path, shape, cure)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         downloads = Downloads(
             [Index(**entry) for entry in content["indices"]],
             [Package(**entry) for entry in content["packages"]],
@@ -191,11 +193,8 @@ def read_record(folder: Path) -> Optional[Downloads]:
             if Path(entry["file"]).name != entry["file"]:
                 raise ValueError("a file outside of the folder")
         return downloads
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a record of downloads: remove it, or name another folder with "
-            "--downloads"
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path} ({error}): {cure}") from error
 
 
 def index_lines(folder: Path, index: Index) -> Iterator[str]:

@@ -6,7 +6,7 @@ The record can be kept, shared and given to others, who then get the same bytes 
 
 import hashlib
 import http.client
-import json
+import re
 import socket
 import time
 import urllib.error
@@ -20,13 +20,20 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import replace_durably, sha256_of, write_json
+from fairseq_sparsemixer.files import (
+    check_writable,
+    read_json,
+    replace_durably,
+    sha256_of,
+    write_json,
+)
 
 ATTEMPTS = 5
 """Connections tried in a row without a byte of progress."""
 _TIMEOUT = 60  # seconds without a byte
 _BLOCK = 1 << 16
 _WHOLE, _PART = 200, 206  # what else succeeds (204: no content) is not a file
+_LENGTH = re.compile(r"[0-9]{1,18}")
 # Not every OSError: a full disk is no reason to try again.
 _NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -66,16 +73,11 @@ class Checksums:
         if path.is_dir():
             raise UserError(f"--checksums {path} is a folder; give it the name of a file")
         self.entries: Dict[str, Dict[str, Any]] = {}
-        if path.is_file():
-            try:
-                self.entries = json.loads(path.read_text(encoding="utf-8"))
-                for entry in self.entries.values():
-                    entry["sha256"], entry["bytes"]
-            except (ValueError, AttributeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path} is not a record of checksums: remove it, or name another with "
-                    "--checksums"
-                ) from error
+        if not path.is_file():
+            check_writable(path, "--checksums")  # before the first download
+        else:
+            cure = "it is to be a record of checksums; remove it, or name another with --checksums"
+            self.entries = read_json(path, {str: {"sha256": str, "bytes": int}}, cure)
 
     def expected(self, name: str) -> Optional[str]:
         """The recorded SHA-256 of a file, or None."""
@@ -232,13 +234,16 @@ def _fetch_rest(url: str, partial: Path) -> None:
             )
         resumed = response.status == _PART
         starts_here = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if resumed and not (starts_here and new_tag in ("", tag)):
+        if resumed and not (tag and starts_here and new_tag in ("", tag)):
             partial.unlink(missing_ok=True)
             raise ConnectionError("the server sent another part, or of another version")
+        length = response.headers.get("Content-Length")
+        if length is not None and not _LENGTH.fullmatch(length):
+            raise ConnectionError(f"the server sent a length that is none ({length[:20]})")
         start = have if resumed else 0
         total = None if response.length is None else start + response.length
         whole = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if resumed and whole.isdecimal():
+        if resumed and _LENGTH.fullmatch(whole):
             total = int(whole)  # the server may send less than the rest
         with (
             partial.open("ab" if resumed else "wb") as file,

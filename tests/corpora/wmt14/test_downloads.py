@@ -136,7 +136,7 @@ def test_no_such_file_and_no_server(quick, tmp_path):
 
 def test_a_record_that_is_none(quick, tmp_path):
     (tmp_path / "pins.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="not a record of checksums"):
+    with pytest.raises(UserError, match="a record of checksums"):
         statmt.prepare(quick, tmp_path / "out")
 
 
@@ -208,3 +208,25 @@ def test_a_server_that_sends_a_part_of_the_rest(quick, tmp_path):
     del quick.answers[statmt.EUROPARL]
     record = statmt.prepare(quick, tmp_path / "out")
     assert record["source"]["training-parallel-europarl-v7.tgz"]["bytes"] == len(content)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((206, {"Content-Range": "bytes 4-9/10"}, b"456789"), "another part"),
+        ((206, {"Content-Range": "bytes 0-9/10"}, b"0123456789"), "another part"),
+        ((200, {"Content-Length": "many"}, b"0123"), "a length that is none"),
+        ((200, {"Content-Length": "-4"}, b"0123"), "a length that is none"),
+        ((200, {"Content-Length": "9" * 5000}, b"0123"), "a length that is none"),
+    ],
+)
+def test_answers_that_nobody_asked_for(answer, reason, quick, tmp_path):
+    """To a request for the whole file; what lies there is of an unknown version."""
+    quick.answers["/x"] = answer
+    partial = tmp_path / ".x.partial"
+    for left_over in (None, b"0123"):
+        if left_over is not None:
+            partial.write_bytes(left_over)
+        with pytest.raises(UserError, match=f"cannot be downloaded .*{reason}"):
+            downloads._download(f"{quick.url}/x", partial)
+        assert not partial.exists() or partial.read_bytes() == left_over
