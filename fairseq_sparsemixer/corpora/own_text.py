@@ -25,6 +25,7 @@ from fairseq_sparsemixer.corpora.split_step import (
 from fairseq_sparsemixer.corpora.text_to_binary import DEFAULT_VOCAB_SIZE, finish
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
+from fairseq_sparsemixer.text.bleu import find_tokeniser
 from fairseq_sparsemixer.version import __version__
 
 
@@ -47,6 +48,7 @@ def prepare_raw_text(
             space; an unsuitable ``vocab_size``.
     """
     languages = (source_lang, target_lang)
+    tokeniser = find_tokeniser(target_lang)
     names = check_raw_dir(raw_dir, output, languages)
     domain_names = _domain_names(raw_dir)
     names += domain_names
@@ -65,7 +67,10 @@ def prepare_raw_text(
     def score() -> StepResult:
         train, *parts = (_pairs(output, split, languages) for split in SPLITS)
         copies = splitting.copies(train, parts)
-        scores = dict(zip(SPLITS[1:], map(splitting.score_copies, copies, parts)))
+        scores = {
+            name: splitting.score_copies(copied, part, tokeniser)
+            for name, copied, part in zip(SPLITS[1:], copies, parts)
+        }
         copied_path = copy_path(output, languages)
         write_lines(copied_path, scores["test"].hypotheses)
         return [copied_path], {"copy_score": describe_scores(scores), "versions": split_versions()}
@@ -75,7 +80,8 @@ def prepare_raw_text(
         checksums = {name: sha256_of(raw_dir / name) for name in names}
         settings = {"version": __version__, "sha256": checksums}
         copied = steps.run("copy-text", settings, [], copy_text)
-        scored = steps.run("copy-score", {"version": __version__}, raw_paths, score)
+        settings = {"version": __version__, "tokeniser": tokeniser}
+        scored = steps.run("copy-score", settings, raw_paths, score)
         record = {
             "corpus": "own text",
             "source": {"folder": str(raw_dir), "sha256": checksums},

@@ -173,18 +173,24 @@ def choose_lines(count: int, sentences: Sentences, domains: Optional[Sequence[st
 
 
 def translation_figures(
-    hypotheses: Mapping[int, str], references: Sequence[str], domains: Optional[Sequence[str]]
+    hypotheses: Mapping[int, str],
+    references: Sequence[str],
+    domains: Optional[Sequence[str]],
+    tokeniser: str,
 ) -> Dict[str, Any]:
     """``bleu``, ``chrf``, ``sentences``, ``signatures``, and the first three ``by_domain``.
 
     Args:
         hypotheses: detokenised text by line.
         references, domains: of each line of the validation set.
+        tokeniser: of BLEU, see :func:`.text.bleu.find_tokeniser`.
     """
     from fairseq_sparsemixer.evaluation import scoring
 
     def score(lines: Sequence[int]) -> Dict[str, Any]:
-        return scoring.score([hypotheses[n] for n in lines], [references[n] for n in lines])
+        return scoring.score(
+            [hypotheses[n] for n in lines], [references[n] for n in lines], tokeniser
+        )
 
     whole = score(list(hypotheses))
     figures: Dict[str, Any] = {**_short(whole), "sentences": len(hypotheses)}

@@ -275,10 +275,10 @@ def test_a_prompt_answers_each_line_until_ctrl_d(run_dir, translator, monkeypatc
 # Scoring and the evaluate command
 
 
-def sacrebleu(reference, hypothesis):
+def sacrebleu(reference, hypothesis, *flags):
     """What sacrebleu's command prints: scores with 6 decimals, and signatures."""
     printed = python(
-        "-m", "sacrebleu", reference, "-i", hypothesis, "-m", "bleu", "chrf", "-w", 6
+        "-m", "sacrebleu", reference, "-i", hypothesis, "-m", "bleu", "chrf", "-w", 6, *flags
     )  # fmt: skip
     return {entry["name"]: (entry["score"], entry["signature"]) for entry in json.loads(printed)}
 
@@ -318,7 +318,7 @@ def test_report_equals_sacrebleu_and_says_how_it_came_about(
     }
     assert report["generation"]["beam"] == 2
     assert set(report["versions"]) >= {"fairseq", "torch", "sacrebleu", "sentencepiece"}
-    copied = scoring.score(read_lines(corpus / "copy" / "test.de"), read_lines(reference))
+    copied = scoring.score(read_lines(corpus / "copy" / "test.de"), read_lines(reference), "13a")
     assert report["copy"]["scores"] == copied
     comparison = report["comparison"]["bleu"]
     difference = report["scores"]["bleu"]["score"] - report["baseline"]["scores"]["bleu"]["score"]
@@ -326,6 +326,31 @@ def test_report_equals_sacrebleu_and_says_how_it_came_about(
     table = capsys.readouterr().out
     assert f"{report['scores']['bleu']['score']:.2f}" in table
     assert report["scores"]["bleu"]["signature"] in table
+
+
+def test_languages_without_spaces_are_scored_as_sacrebleu_does(run_dir, translator, tmp_path):
+    """With 13a a Chinese sentence is one token, and its BLEU 0."""
+    run, source, reference = tmp_path / "run", tmp_path / "x.en", tmp_path / "x.zh"
+    run.mkdir()
+    for name in ("checkpoint_best.pt", "dict.en.txt", "sentencepiece.bpe.model"):
+        place = run_dir if name.endswith("best.pt") else translator.trained_on
+        (run / name).symlink_to(place / name)
+    (run / "dict.zh.txt").symlink_to(translator.trained_on / "dict.de.txt")
+    write_lines(source, ["the red house", "the old book was here", "a lamp"])
+    good = ["房子是红色的。", "旧书曾经在这里。", "一盏灯。"]
+    write_lines(reference, ["这个房子是红色的。", "那本旧书曾经在这里。", "一盏灯。"])
+    flags = ["--source", source, "--reference", reference, "--source-lang", "en"]
+    flags += ["--target-lang", "zh", "--output", tmp_path / "out.json"]
+    assert scoring.score(good, read_lines(reference), "zh")["bleu"]["score"] > 50
+    for more, wanted in (([], ["-l", "en-zh"]), (["--tokenize", "intl"], ["--tokenize", "intl"])):
+        command("evaluate", run, *flags, *more)
+        scores = json.loads((tmp_path / "out.json").read_bytes())["scores"]
+        score, signature = sacrebleu(reference, tmp_path / "out.zh", *wanted)["BLEU"]
+        assert scores["bleu"]["signature"] == signature
+        assert scores["bleu"]["score"] == pytest.approx(score, abs=1e-6)
+        assert f"tok:{scores['bleu']['tokeniser']}" in signature.split("|")
+    with pytest.raises(UserError, match="sacreBLEU has no tokeniser words"):
+        command("evaluate", run, *flags, "--tokenize", "words")
 
 
 def test_report_finds_the_corpus_and_its_place_alone(corpus, run_dir):
@@ -337,11 +362,14 @@ def test_report_finds_the_corpus_and_its_place_alone(corpus, run_dir):
 
 
 def test_copy_score_of_the_record_where_the_copied_lines_are_gone(tmp_path):
-    record = {"copy_score": {"test": {"bleu": 12.34, "signature": "nrefs:1"}}}
+    record = {"copy_score": {"test": {"bleu": 12.34, "signature": "nrefs:1|tok:13a|v:2"}}}
     (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    text = scored_text.Text(["the house"], ["das Haus"], "13a", None)
     test_set = scored_text.TestSet("test", tmp_path, tmp_path, corpus=tmp_path)
-    scores = scored_text.copy_score(test_set, "de", ["das Haus"])["scores"]
-    assert scores == {"bleu": {"score": 12.34, "signature": "nrefs:1"}}
+    scores = scored_text.copy_score(test_set, "de", text)["scores"]
+    assert scores == {"bleu": {"score": 12.34, "signature": "nrefs:1|tok:13a|v:2"}}
+    of_characters = text._replace(tokeniser="char")
+    assert scored_text.copy_score(test_set, "de", of_characters) is None
 
 
 @pytest.mark.parametrize(
@@ -366,20 +394,20 @@ def test_evaluate_refuses_before_it_translates(run_dir, tmp_path, monkeypatch, f
 
 def test_scores_need_a_reference_for_each_line():
     with pytest.raises(UserError, match=r"2 hypotheses .* 1 reference"):
-        scoring.score(["a", "b"], ["a"])
+        scoring.score(["a", "b"], ["a"], "13a")
     with pytest.raises(UserError, match=r"1 hypotheses .* 2 reference"):
-        scoring.compare(["a", "b"], ["a"], ["a", "b"])
+        scoring.compare(["a", "b"], ["a"], ["a", "b"], "13a")
     with pytest.raises(UserError, match="no lines to score"):
-        scoring.score([], [])
+        scoring.score([], [], "13a")
 
 
 def test_comparison_tells_a_real_difference_from_none():
     _, references = sentences(60, seed=7)
     worse = [line if place % 3 else line[: len(line) // 2] for place, line in enumerate(references)]
-    result = scoring.compare(references, worse, references)
+    result = scoring.compare(references, worse, references, "13a")
     for metric in ("bleu", "chrf"):
         assert result[metric]["difference"] > 1
         assert result[metric]["p_value"] < 0.01
         assert "bs:1000|seed:12345" in result[metric]["signature"]
-    same = scoring.compare(worse, worse, references)
+    same = scoring.compare(worse, worse, references, "13a")
     assert same["bleu"]["difference"] == 0 and same["bleu"]["p_value"] == 1

@@ -1,11 +1,14 @@
 """The task under fairseq's own commands."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import sacrebleu
 import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
+from fairseq.tasks.translation import TranslationTask
 from support import small_run
 
 from fairseq_sparsemixer.models.config import ConfigError
@@ -13,10 +16,10 @@ from fairseq_sparsemixer.runs import points
 from fairseq_sparsemixer.tasks.translation_with_routing import TranslationWithRoutingTask
 
 
-def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
-    """fairseq-train with flags: points where asked for, and none without."""
-    common = [
-        "-m", "fairseq_cli.train", corpus / "bin", "--cpu", *small_run.USER_DIR,
+def train_command(data):
+    """A model that is trained for seconds."""
+    return [
+        "-m", "fairseq_cli.train", data, "--cpu", *small_run.USER_DIR,
         "--task", "translation_with_routing", "--arch", "switch_transformer_demo",
         "--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16,
         "--decoder-embed-dim", 16, "--encoder-ffn-embed-dim", 32, "--decoder-ffn-embed-dim", 32,
@@ -25,6 +28,11 @@ def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
         "--max-update", 3, "--required-batch-size-multiple", 1, "--no-progress-bar",
         "--num-workers", 0,
     ]  # fmt: skip
+
+
+def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
+    """fairseq-train with flags: points where asked for, and none without."""
+    common = train_command(corpus / "bin")
     small_run.python(*common, "--save-dir", tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("points*"))
     file = tmp_path / "own" / "p.jsonl"
@@ -48,6 +56,33 @@ def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
     _, last = points.read_points(file)
     unknown = ("seconds", "cpu_seconds", "words", "words_per_second")
     assert [last[key] for key in unknown] == [None] * 4
+
+
+def test_validation_is_scored_as_the_target_language_asks(corpus, tmp_path, monkeypatch):
+    """German that is called Chinese: in the points, and by fairseq's own --eval-bleu."""
+    for folder in ("bin", "raw"):
+        (tmp_path / folder).mkdir()
+        for path in (corpus / folder).iterdir():
+            name = path.name.replace("en-de", "en-zh").replace(".de", ".zh")
+            shutil.copy(path, tmp_path / folder / name)
+    file = tmp_path / "p.jsonl"
+    points_flags = ["--points-file", file, "--points-text", tmp_path / "raw"]
+    save = ["--save-dir", tmp_path / "run", "--no-save"]
+    small_run.python(*train_command(tmp_path / "bin"), *save, *points_flags)
+    (point,) = points.read_points(file)
+    assert "tok:zh" in point["signatures"]["bleu"].split("|")
+
+    task = TranslationWithRoutingTask.__new__(TranslationWithRoutingTask)
+    task.cfg = SimpleNamespace(target_lang="zh")
+    scored = {"sys": ["旧书在这里。"], "refs": [["那本旧书在这里。"]]}
+    monkeypatch.setattr(
+        TranslationTask,
+        "_inference_with_bleu",
+        lambda *_: sacrebleu.corpus_bleu(scored["sys"], scored["refs"]),
+    )
+    expected = sacrebleu.corpus_bleu(scored["sys"], scored["refs"], tokenize="zh")
+    assert task._inference_with_bleu(None, {}, None).score == expected.score > 50
+    assert sacrebleu.corpus_bleu(scored["sys"], scored["refs"]).sys_len == 1
 
 
 @pytest.mark.parametrize(
