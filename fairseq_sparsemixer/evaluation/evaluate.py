@@ -23,7 +23,7 @@ from fairseq_sparsemixer.evaluation.system import (
     score_system,
 )
 from fairseq_sparsemixer.evaluation.translator import Translator, load_translator
-from fairseq_sparsemixer.files import read_lines, write_json
+from fairseq_sparsemixer.files import in_turn, read_lines, write_json
 from fairseq_sparsemixer.runs.record import versions
 
 
@@ -64,20 +64,21 @@ def evaluate(
     output = output or _default_output(translator, test_set)
     stem = output.with_suffix("")
     _check_outputs(stem, test_set, translator.target_lang)
-    copied = copy_score(test_set, translator.target_lang, text)
-    evaluation = score_system(translator, text, search, further, stem, model.run)
-    evaluation["data"] = describe_test_set(test_set, translator, text.official)
-    evaluation["copy"] = copied
-    if baseline is not None:
-        other = model._replace(run=baseline)
-        if not Path(baseline).is_dir():  # checkpoint files are taken as they are
-            other = other._replace(average=None)
-        evaluation.update(_compare(evaluation, other, text, search, further, stem))
-    evaluation["generation"] = generation_settings(translator, search)
-    packages = ("fairseq_sparsemixer", "fairseq", "torch", "sacrebleu")
-    evaluation["versions"] = versions((*packages, *translator.subwords.packages))
-    evaluation["seconds"]["total"] = time.perf_counter() - started
-    write_json(output, evaluation)
+    with in_turn(stem, beside=True):
+        copied = copy_score(test_set, translator.target_lang, text)
+        evaluation = score_system(translator, text, search, further, stem, model.run)
+        evaluation["data"] = describe_test_set(test_set, translator, text.official)
+        evaluation["copy"] = copied
+        if baseline is not None:
+            other = model._replace(run=baseline)
+            if not Path(baseline).is_dir():  # checkpoint files are taken as they are
+                other = other._replace(average=None)
+            evaluation.update(_compare(evaluation, other, text, search, further, stem))
+        evaluation["generation"] = generation_settings(translator, search)
+        packages = ("fairseq_sparsemixer", "fairseq", "torch", "sacrebleu")
+        evaluation["versions"] = versions((*packages, *translator.subwords.packages))
+        evaluation["seconds"]["total"] = time.perf_counter() - started
+        write_json(output, evaluation)
     print(format_evaluation(evaluation))
     print(f"written: {evaluation['hypotheses']} and {output}")
 
