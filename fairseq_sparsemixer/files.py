@@ -62,19 +62,24 @@ def iterate_lines(path: Path) -> Iterator[str]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it there when the block ends without error.
 
-    Who writes the same file meanwhile waits.
+    Who writes the same file meanwhile waits. Of a symbolic link it is the file that it points to,
+    and of what cannot be replaced (a device, a pipe) ``path`` itself is yielded.
 
     Raises:
         FullDiskError: it does not fit on the disk.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if _is_special(path):
+            yield path
+            return
+        target = Path(os.path.realpath(path))
+        partial = target.with_name(f".{target.name}.partial")
+        target.parent.mkdir(parents=True, exist_ok=True)
         # An empty one is there already, and locked.
         with _locked(partial, path):
             try:
                 yield partial
-                replace_durably(partial, path)
+                replace_durably(partial, target)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
                     partial.unlink()
@@ -86,6 +91,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if reason is None:
             raise
         raise FullDiskError(cannot_write(reason, path)) from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder, at the end of all links."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def full_disk(error: BaseException) -> Optional[OSError]:
@@ -351,10 +361,15 @@ def check_writable(path: Path) -> None:
     """Refuse an output that cannot become a file.
 
     Raises:
-        UserError: ``path`` is a folder, or in a place that cannot be written to.
+        UserError: ``path`` is a folder or socket, or in a place that cannot be written to.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; give --output the name of a file")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if _is_special(path):
+        if path.is_socket() or not os.access(path, os.W_OK):
+            raise UserError(f"cannot write into {path}; give --output the name of a file")
+        return
+    target = Path(os.path.realpath(path))
+    nearest = next(parent for parent in target.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"cannot write into {nearest}; choose another place with --output")

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 from support.busy import busy
@@ -41,6 +43,52 @@ def test_full_disk_is_a_user_error(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(PermissionError), files.report_full_disk(tmp_path, 150):
         raise PermissionError(errno.EACCES, "not the disk")
+
+
+# Outputs that are no regular file
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "store").mkdir()
+    path, target = tmp_path / "link", tmp_path / "store" / "text"
+    path.symlink_to("store/text")
+    for lines in (["made"], ["made anew"]):
+        files.check_writable(path)
+        files.write_lines(path, lines)
+        assert path.is_symlink() and not target.is_symlink()
+        assert files.read_lines(target) == lines
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["link", "store", "text"]
+
+
+def test_what_is_no_file_is_written_into(tmp_path):
+    """A pipe here; a device would be replaced likewise by whoever may, such as root."""
+    pipe, link, received = tmp_path / "pipe", tmp_path / "link", tmp_path / "received"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with received.open("wb") as file:
+            reader = subprocess.Popen(["cat", pipe], stdout=file)
+        files.check_writable(path)
+        files.write_lines(path, ["a", "b"])
+        assert reader.wait(60) == 0
+        assert received.read_bytes() == b"a\nb\n"
+        assert pipe.is_fifo() and link.is_symlink()
+
+
+def test_a_device_is_written_into_and_stays(tmp_path, monkeypatch):
+    link = tmp_path / "null"
+    link.symlink_to("/dev/null")
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    files.write_json(link, {})
+    assert link.is_symlink() and os.path.samefile(link, "/dev/null")
+    with pytest.raises(files.FullDiskError, match=r"cannot write .*full .No space left"):
+        files.write_lines(full, ["x" * 100_000])
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # names of sockets are short
+        server.bind("s")
+        with pytest.raises(UserError, match="give --output the name of a file"):
+            files.check_writable(Path("s"))
 
 
 # One at a time
