@@ -1,5 +1,6 @@
 """Translating and scoring, against fairseq's and sacrebleu's own command lines."""
 
+import io
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import torch
 from support.commands import command
 from support.small_run import MAX_POSITIONS, USER_DIR, python, sentences
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scored_text, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
@@ -257,6 +259,25 @@ def test_a_file_becomes_a_file(run_dir, translator, tmp_path, capsys):
         command("translate", run_dir, "--input", tmp_path / "gone.en")
     with pytest.raises(UserError, match="--output the name of a file"):
         command("translate", run_dir, "--input", source, "--output", tmp_path)
+
+
+def test_a_bad_line_in_a_pipe_comes_after_the_good_ones(
+    run_dir, translator, monkeypatch, capsysbinary
+):
+    """In their order, whatever the buffer; what follows it is not read."""
+    good = ["the red house", "", "the old book was here", "a lamp"]
+    expected = "".join(f"{line}\n" for line in texts(translator.translate(good))).encode()
+    text = "".join(f"{line}\n" for line in good).encode() + b"\xff\nthe car\n"
+    for size in (3, 4, 64):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        flags = ["translate", str(run_dir), "--buffer-size", str(size)]
+        assert cli.main(flags) == 2
+        captured = capsysbinary.readouterr()
+        assert captured.out == expected
+        (error,) = [line for line in captured.err.split(b"\n") if b"error: " in line]
+        assert error.endswith(
+            b"stdin, line 5: not UTF-8 (byte 1 of the line); convert the text to UTF-8"
+        )
 
 
 def test_a_prompt_answers_each_line_until_ctrl_d(run_dir, translator, monkeypatch, capsysbinary):
