@@ -44,10 +44,15 @@ def prepare_raw_text(
     say of which domain each line is. Returns what is in ``record.json``.
 
     Raises:
-        UserError: a file is missing, empty, not UTF-8, or not as long as its translation; no disk
-            space; an unsuitable ``vocab_size``.
+        UserError: both languages are one; a file is missing, empty, not UTF-8, or not as long as
+            its translation; no disk space; an unsuitable ``vocab_size``.
     """
     languages = (source_lang, target_lang)
+    if source_lang == target_lang:
+        raise UserError(
+            f"--source-lang and --target-lang are both {source_lang}, which would make a corpus of "
+            f"copies; name the endings of the two sides in {raw_dir}"
+        )
     tokeniser = find_tokeniser(target_lang)
     names = check_raw_dir(raw_dir, output, languages)
     domain_names = _domain_names(raw_dir)

@@ -358,9 +358,14 @@ def find_languages(
     fairseq-train keeps them in the checkpoint only where they were given as flags.
 
     Raises:
-        UserError: no folder holds binarised data.
+        UserError: no folder holds binarised data, or both languages are one.
     """
     if source_lang and target_lang:
+        if source_lang == target_lang:
+            raise UserError(
+                f"source and target language are both {source_lang}; give those of the model with "
+                "--source-lang and --target-lang"
+            )
         return source_lang, target_lang
     for folder in filter(Path.is_dir, data_folders):
         pair = data_utils.infer_language_pair(str(folder))

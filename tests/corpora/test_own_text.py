@@ -123,6 +123,16 @@ def test_own_text_problems(own_text, tmp_path, damage, message):
         )
 
 
+def test_own_text_is_in_two_languages(tmp_path):
+    """Or it would be a corpus of copies."""
+    for split in SPLITS:
+        files.write_lines(tmp_path / f"{split}.de", ["das rote Haus", "ein Licht"])
+    flags = ["--source-lang", "de", "--target-lang", "de", "--output", tmp_path / "out"]
+    with pytest.raises(UserError, match="--source-lang and --target-lang are both de"):
+        command("--raw-dir", tmp_path, *flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_own_text_may_not_lie_where_the_copy_goes(own_text, tmp_path):
     raw = tmp_path / "out" / "raw"
     shutil.copytree(own_text, raw)

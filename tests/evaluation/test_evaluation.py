@@ -183,6 +183,8 @@ def test_model_files_are_found_in_the_run_and_in_data(corpus, moved, translator)
     assert Translator(str(moved), data=corpus / "bin").translate(LINES) == expected
     with pytest.raises(UserError, match="give --source-lang and --target-lang"):
         Translator(str(moved))
+    with pytest.raises(UserError, match="both en; give those of the model with --source-lang"):
+        Translator(str(moved), data=corpus, source_lang="en", target_lang="en")
     languages = {"source_lang": "en", "target_lang": "de"}
     with pytest.raises(UserError, match=r"found no dict.en.txt and dict.de.txt .* --data"):
         Translator(str(moved), **languages)
