@@ -274,14 +274,14 @@ class Translator:
 
     def _decode(self, hypothesis: Dict[str, Any], source_cut: bool) -> Translation:
         """The :class:`Translation` of one of fairseq's hypotheses."""
-        tokens = hypothesis["tokens"].cpu()
         longest = min(MAX_LEN_B + 1, self._hub.max_positions[1])
-        text, text_tokens = self.subwords.decode(self._hub.decode(tokens), self.target_lang)
+        pieces = self._hub.decode(hypothesis["text_tokens"].cpu())
+        text, text_tokens = self.subwords.decode(pieces, self.target_lang)
         return Translation(
             text=text,
             score=float(hypothesis["score"]),
             source_cut=source_cut,
-            at_length_limit=len(tokens) >= longest,
+            at_length_limit=len(hypothesis["tokens"]) >= longest,
             tokens=text_tokens,
         )
 

@@ -309,7 +309,7 @@ class TranslationWithRoutingTask(TranslationTask):
         )
         translations = {}
         for line, hypothesis in found:
-            pieces = self.tgt_dict.string(hypothesis["tokens"].int().cpu())
+            pieces = self.tgt_dict.string(hypothesis["text_tokens"].int().cpu())
             text, _ = cutting.decode(encoder.decode(pieces), self.cfg.target_lang)
             translations[line] = text
         return dict(sorted(translations.items()))

@@ -113,6 +113,46 @@ def test_translator_equals_interactive_line_by_line(corpus, run_dir, translator,
     assert len(set(expected)) == len(expected)
 
 
+def test_the_token_of_a_language_is_no_text(translator, monkeypatch):
+    """What a task says is no text is not in the translation, but counts in its length."""
+    (whole,) = texts(translator.translate(["the red house and the lamp"]))
+    task, pieces = translator._hub.task, translator.target_dictionary
+    first = pieces.index(translator.subwords.encoder().encode(whole.split()[0]).split()[0])
+    original = task.build_generator
+
+    def build_generator(*args, **kwargs):
+        kwargs["extra_gen_cls_kwargs"] = {"symbols_to_strip_from_output": {first}}
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(task, "build_generator", build_generator)
+    (rest,) = texts(translator.translate(["the red house and the lamp"]))
+    kept = [p for p in translator.subwords.encoder().encode(whole).split() if p != pieces[first]]
+    assert rest == translator.subwords.encoder().decode(" ".join(kept)) != whole
+
+
+@pytest.mark.slow
+def test_a_model_of_several_languages_translates_without_their_tokens(
+    corpus, tmp_path, monkeypatch
+):
+    """As fairseq-generate; fairseq begins each translation with the token."""
+    size = ["--encoder-embed-dim", 32, "--decoder-embed-dim", 32, "--encoder-layers", 1]
+    size += ["--decoder-layers", 1, "--encoder-ffn-embed-dim", 64, "--decoder-ffn-embed-dim", 64]
+    python(
+        "-m", "fairseq_cli.train", corpus / "bin", "--cpu", *USER_DIR, *size,
+        "--task", "translation_multi_simple_epoch", "--lang-pairs", "en-de", "--langs", "en,de",
+        "--encoder-langtok", "tgt", "--decoder-langtok", "--share-all-embeddings",
+        "--arch", "switch_transformer_demo", "--num-experts", 2, "--optimizer", "adam",
+        "--lr", 0.01, "--max-tokens", 1000, "--max-update", 40, "--no-epoch-checkpoints",
+        "--save-dir", tmp_path, "--no-progress-bar", "--num-workers", 0,
+        "--required-batch-size-multiple", 1,
+    )  # fmt: skip
+    monkeypatch.setenv("SPARSEMIXER_TRUST_CHECKPOINTS", "1")
+    languages = {"source_lang": "en", "target_lang": "de"}
+    model = Translator(str(tmp_path), "checkpoint_last.pt", **languages)
+    found = texts(model.translate(["the red house", "a lamp"]))
+    assert all(text and "__" not in text for text in found)
+
+
 def test_checkpoints_of_an_ensemble_are_looked_up_in_the_run(run_dir):
     names = "checkpoint_7_50.pt:checkpoint_19_150.pt"
     ensemble = Translator(str(run_dir), names)
