@@ -40,19 +40,23 @@ def observe(model: nn.Module, sample: Dict[str, Any], pad: int) -> Iterator[Sent
         pad: symbol of padding.
     """
     outputs: List[Any] = []
-    handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
     sentences: Sentences = {}
-    try:
-        with watch_routing(model) as seen:
+    with watch_routing(model) as seen:
+        # At its end: in the same block --eval-bleu may translate with its layers.
+        handle = model.register_forward_hook(
+            lambda _, __, output: outputs.append((output, dict(seen)))
+        )
+        try:
             yield sentences
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
+    output, routings = outputs[-1]
     target_BL = sample["target"]
-    log_probs = model.get_normalized_probs(outputs[-1], log_probs=True)  # type: ignore[operator]
+    log_probs = model.get_normalized_probs(output, log_probs=True)  # type: ignore[operator]
     kept_BL = target_BL.ne(pad)
     nll_BL = -log_probs.gather(-1, target_BL.unsqueeze(-1)).squeeze(-1)
     nll_B = nll_BL.masked_fill(~kept_BL, 0.0).sum(-1).tolist()
-    choices = choices_of_batch(seen, sample["net_input"], pad)
+    choices = choices_of_batch(routings, sample["net_input"], pad)
     for line, nll, tokens, choice in zip(
         sample["id"].tolist(), nll_B, kept_BL.sum(-1).tolist(), choices
     ):

@@ -205,7 +205,8 @@ class TranslationWithRoutingTask(TranslationTask):
         elif self._watch is not None:
             # Trained again: time goes on from when it was measured.
             self._watch.set(points.Clock(*(point[key] for key in points.Clock._fields)))
-        stats.update(measuring.scalars(point))
+        # What all workers have measured stays: checkpoints and patience go by it.
+        stats.update({**measuring.scalars(point), **stats})
         if self.cfg.tensorboard_logdir:
             _show_load(self.cfg.tensorboard_logdir, point)
 

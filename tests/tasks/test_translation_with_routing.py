@@ -8,7 +8,9 @@ import sacrebleu
 import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.distributed.fully_sharded_data_parallel import FullyShardedDataParallel
+from fairseq.logging import meters
 from fairseq.tasks.translation import TranslationTask
+from fairseq.trainer import Trainer
 from support import small_run
 
 from fairseq_sparsemixer.models.config import ConfigError
@@ -83,6 +85,30 @@ def test_validation_is_scored_as_the_target_language_asks(corpus, tmp_path, monk
     expected = sacrebleu.corpus_bleu(scored["sys"], scored["refs"], tokenize="zh")
     assert task._inference_with_bleu(None, {}, None).score == expected.score > 50
     assert sacrebleu.corpus_bleu(scored["sys"], scored["refs"]).sys_len == 1
+
+
+def test_the_best_checkpoint_is_by_bleu_from_the_beginning(corpus, tmp_path):
+    """Also where the model says nothing yet, and the points have a BLEU of their own."""
+    command = train_command(corpus / "bin")
+    command += ["--save-dir", tmp_path, "--best-checkpoint-metric", "bleu", "--eval-bleu"]
+    command += ["--maximize-best-checkpoint-metric", "--eval-bleu-remove-bpe", "sentencepiece"]
+    command += ["--eval-bleu-args", '{"min_len": 0, "max_len_b": 0}', "--max-update", 2]
+    command += ["--points-file", tmp_path / "p.jsonl", "--points-text", corpus / "raw"]
+    small_run.python(*command, "--validate-interval-updates", 1)
+    best = torch.load(tmp_path / "checkpoint_best.pt")["extra_state"]
+    assert best["val_loss"] == best["best"] == 0
+
+
+def test_a_measure_that_there_is_not_is_told():
+    found = meters.MetersDict()
+    found.add_meter("loss", meters.AverageMeter(), priority=0)
+    with pytest.raises(ConfigError, match=r"--best-checkpoint-metric blue: .* choose from loss$"):
+        found.get_smoothed_values()["blue"]
+    task = TranslationWithRoutingTask.__new__(TranslationWithRoutingTask)
+    task.cfg = SimpleNamespace(eval_bleu=False)
+    cfg = SimpleNamespace(checkpoint=SimpleNamespace(best_checkpoint_metric="bleu"))
+    with pytest.raises(ConfigError, match="--best-checkpoint-metric bleu needs --eval-bleu"):
+        Trainer(cfg, task, None, None)
 
 
 @pytest.mark.parametrize(
