@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import tarfile
+from collections import OrderedDict
 from collections.abc import MutableMapping
 from types import TracebackType
 from typing import Any, Optional, Type
@@ -21,7 +22,9 @@ from fairseq import checkpoint_utils, file_utils, models, utils
 from fairseq.data import Dictionary, data_utils, fasta_dataset
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import meters
 from fairseq.tasks import FairseqTask
+from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
@@ -58,6 +61,8 @@ def apply() -> None:
     _report_unknown_keys()
     _name_damaged_dictionaries()
     _print_user_errors_alone()
+    _measure_bleu_of_nothing()
+    _name_missing_measures()
 
 
 def _check_torch() -> None:
@@ -427,6 +432,57 @@ def _is_of_trainer(error: BaseException) -> bool:
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     return traceback.tb_frame.f_globals.get("__name__") == "fairseq.trainer"
+
+
+def _measure_bleu_of_nothing() -> None:
+    """Let ``--eval-bleu`` find 0 where a model at its beginning says nothing.
+
+    fairseq then logs no BLEU at all, and ends where that is the measure of the best checkpoint.
+    """
+    original = TranslationTask.reduce_metrics
+
+    @functools.wraps(original)
+    def reduce_metrics(self: Any, logging_outputs: Any, criterion: Any) -> None:
+        found = [output for output in logging_outputs if "_bleu_sys_len" in output]
+        if found and not any(output.get("_bleu_totals_0", 0) > 0 for output in found):
+            # More than none, so that fairseq logs it, and less than makes a difference.
+            rest = [output for output in logging_outputs if output is not found[0]]
+            logging_outputs = [{**found[0], "_bleu_totals_0": 1e-9}, *rest]
+        original(self, logging_outputs, criterion)
+
+    TranslationTask.reduce_metrics = reduce_metrics
+
+
+class _Measured(OrderedDict):
+    """What was measured, by name."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ConfigError(
+            f"--best-checkpoint-metric {name}: validation measures no such thing; choose from "
+            f"{', '.join(key for key in self if not key.startswith('_'))}"
+        )
+
+
+def _name_missing_measures() -> None:
+    """Say what ``--best-checkpoint-metric`` may be; of BLEU, which has a flag, before training."""
+    smoothed, begin = meters.MetersDict.get_smoothed_values, Trainer.__init__
+
+    @functools.wraps(smoothed)
+    def get_smoothed_values(self: Any) -> Any:
+        return _Measured(smoothed(self))
+
+    @functools.wraps(begin)
+    def __init__(self: Any, cfg: Any, task: Any, *args: Any, **kwargs: Any) -> None:
+        if (
+            cfg.checkpoint.best_checkpoint_metric == "bleu"
+            and isinstance(task, TranslationTask)
+            and not task.cfg.eval_bleu
+        ):
+            raise ConfigError("--best-checkpoint-metric bleu needs --eval-bleu")
+        begin(self, cfg, task, *args, **kwargs)
+
+    meters.MetersDict.get_smoothed_values = get_smoothed_values
+    Trainer.__init__ = __init__
 
 
 apply()

@@ -1,20 +1,25 @@
-"""Text that is read strictly, and files that are written whole or not at all."""
+"""Text that is read strictly, files that are written whole or not at all, by one at a time."""
 
 import codecs
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set
 
 from fairseq_sparsemixer.errors import UserError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The last is that of a limit on the size of a file."""
+_NOT_INHERITED: Set[int] = set()
+"""Locks, as file descriptors, that end with this process though it has forked."""
 
 
 class FullDiskError(UserError):
@@ -57,14 +62,28 @@ def iterate_lines(path: Path) -> Iterator[str]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it there when the block ends without error.
 
+    Who writes the same file meanwhile waits. Of a symbolic link it is the file that it points to,
+    and of what cannot be replaced (a device, a pipe) ``path`` itself is yielded.
+
     Raises:
         FullDiskError: it does not fit on the disk.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        replace_durably(partial, path)
+        if _is_special(path):
+            yield path
+            return
+        target = Path(os.path.realpath(path))
+        partial = target.with_name(f".{target.name}.partial")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # An empty one is there already, and locked.
+        with _locked(partial, path):
+            try:
+                yield partial
+                replace_durably(partial, target)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    partial.unlink()
+                raise
     except UserError:
         raise
     except Exception as error:
@@ -72,10 +91,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if reason is None:
             raise
         raise FullDiskError(cannot_write(reason, path)) from error
-    finally:
-        # Only still there after an error.
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder, at the end of all links."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def full_disk(error: BaseException) -> Optional[OSError]:
@@ -221,14 +241,154 @@ def _misfits(value: Dict[Any, Any], shape: Dict[Any, Any]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that is gone after the block; what a killed run left there goes first."""
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
+    """An empty folder that is gone after the block; what a killed run left there goes first.
+
+    Who wants the same meanwhile waits.
+    """
+    with in_turn(path, beside=True):
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def in_turn(place: Path, *, beside: bool = False) -> Iterator[None]:
+    """Work in a folder, or on what has its name, once whoever does so already has ended.
+
+    A process that was killed holds nobody up.
+
+    Args:
+        place: a folder; or, with ``beside``, what is or will be in its parent: a file, or the stem
+            of several.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    lock = place.with_name(f".{place.name}.lock") if beside else place / ".lock"
     try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {lock.parent} ({error.strerror})") from error
+    with _locked(lock, place) as descriptor:
+        _sign(descriptor)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                lock.unlink()
+
+
+@contextlib.contextmanager
+def sole_user(
+    folder: Path, flag: str, *, name: str = ".lock", heirs: bool = True
+) -> Iterator[List[int]]:
+    """Keep others out of a folder for as long as this process or its heir lives.
+
+    Args:
+        folder: that is written to.
+        flag: that names it.
+        name: of the file there that is locked.
+        heirs: whether processes that it forks inherit the lock.
+
+    Yields:
+        The file descriptors to hand to the heir (``keep_open``): a training process that outlives
+        this one, because this one was killed, still keeps others out.
+
+    Raises:
+        UserError: another process is in it, or it cannot be written to.
+    """
+    with _locked(folder / name, folder, flag, heirs=heirs) as descriptor:
+        _sign(descriptor, " or what it started" if heirs else "")
+        try:
+            yield [descriptor]
+        finally:
+            # Not the file itself: an heir may still be at work.
+            os.ftruncate(descriptor, 0)
+
+
+@contextlib.contextmanager
+def _locked(
+    lock: Path, place: Path, flag: Optional[str] = None, *, heirs: bool = False
+) -> Iterator[int]:
+    """Lock a file, which is made; its descriptor.
+
+    Args:
+        lock: the file.
+        place: what it stands for, in messages.
+        flag: that names the place: who comes second is refused; without it, that one waits.
+        heirs: whether processes that this one forks inherit the lock.
+
+    Raises:
+        UserError: see :func:`sole_user`.
+    """
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if full_disk(error):
+                raise
+            cure = f"; choose another place with {flag}" if flag else ""
+            raise UserError(f"cannot write into {lock.parent} ({error.strerror}){cure}") from error
+        if not heirs:
+            _NOT_INHERITED.add(descriptor)
+        try:
+            _wait_for(descriptor, lock, place, flag)
+            # Whoever had it may have removed or moved the file.
+            if lock.exists() and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                yield descriptor
+                return
+        finally:
+            _NOT_INHERITED.discard(descriptor)
+            os.close(descriptor)
+
+
+def _wait_for(descriptor: int, lock: Path, place: Path, flag: Optional[str]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = _signature(lock) or "another process"
+        if flag is not None:
+            raise UserError(
+                f"{who} is at work in {place}: wait for it or end it, or name another folder with "
+                f"{flag}"
+            ) from None
+        print(f"waiting for {who}, which is at work on {place}", file=sys.stderr, flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks
+
+
+def _sign(descriptor: int, more: str = "") -> None:
+    """Write into a file that was locked by whom."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:2]]
+    text = f"process {os.getpid()} on {platform.node()} ({' '.join(words)}){more}"
+    with contextlib.suppress(OSError):  # no room for it
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(errors="replace"), 0)
+
+
+def _signature(lock: Path) -> str:
+    """What :func:`_sign` wrote; empty where it did not."""
+    if not lock.name.endswith(".lock"):
+        return ""
+    try:
+        return lock.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _end_locks() -> None:
+    """In a forked child, whose copies would outlive this process."""
+    for descriptor in _NOT_INHERITED:
+        os.close(descriptor)
+    _NOT_INHERITED.clear()
+
+
+os.register_at_fork(after_in_child=_end_locks)
 
 
 @contextlib.contextmanager
@@ -279,7 +439,8 @@ def check_writable(path: Path, flag: str = "--output") -> None:
         flag: that names it.
 
     Raises:
-        UserError: ``path`` is a folder, too long a name, or in a place that cannot be written to.
+        UserError: ``path`` is a folder or socket, too long a name, or in a place that cannot be
+            written to.
     """
     try:
         if path.is_dir():
@@ -289,6 +450,11 @@ def check_writable(path: Path, flag: str = "--output") -> None:
         pass
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); give {flag} another") from error
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if _is_special(path):
+        if path.is_socket() or not os.access(path, os.W_OK):
+            raise UserError(f"cannot write into {path}; give {flag} the name of a file")
+        return
+    target = Path(os.path.realpath(path))
+    nearest = next(parent for parent in target.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"cannot write into {nearest}; choose another place with {flag}")

@@ -2,10 +2,11 @@
 
 Whoever loads the extension has it, ``fairseq-train --user-dir`` too: checkpoints that are whole or
 missing under every name, a second start that makes the updates that one long run would have made,
-and nothing that one run of a sweep leaves to the next. fairseq's own does otherwise (0.12.2, 0.12.3
-and its last main).
+nothing that one run of a sweep leaves to the next, and a folder for itself alone. fairseq's own
+does otherwise (0.12.2, 0.12.3 and its last main).
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -24,7 +25,7 @@ from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
-from fairseq_sparsemixer.files import FullDiskError, atomic_path
+from fairseq_sparsemixer.files import FullDiskError, atomic_path, sole_user
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def apply() -> None:
     _keep_patience()
     _resume_whole()
     _begin_alone()
+    _save_alone()
 
 
 # Checkpoints
@@ -270,3 +272,23 @@ def _close_log_files(owner: logging.Logger) -> None:
         if isinstance(handler, logging.FileHandler):
             owner.removeHandler(handler)
             handler.close()
+
+
+def _save_alone() -> None:
+    """Refuse to train into a folder that another process trains into."""
+    original = checkpoint_utils.load_checkpoint
+    # Until the process ends, or its next run begins.
+    held = contextlib.ExitStack()
+
+    @functools.wraps(original)
+    def load_checkpoint(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+        held.close()
+        if trainer.is_data_parallel_master and not cfg.no_save:
+            folder = Path(cfg.save_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            # Not the lock of whoever started this process.
+            alone = sole_user(folder, "--save-dir", name=".training.lock", heirs=False)
+            held.enter_context(alone)
+        return original(cfg, trainer, **kwargs)
+
+    checkpoint_utils.load_checkpoint = load_checkpoint

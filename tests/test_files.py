@@ -1,8 +1,15 @@
 """Text read strictly, and files written whole or not at all."""
 
+import contextlib
 import errno
+import fcntl
+import os
+import socket
+import subprocess
+from pathlib import Path
 
 import pytest
+from support.busy import busy
 
 from fairseq_sparsemixer import files
 from fairseq_sparsemixer.errors import UserError
@@ -36,3 +43,139 @@ def test_full_disk_is_a_user_error(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(PermissionError), files.report_full_disk(tmp_path, 150):
         raise PermissionError(errno.EACCES, "not the disk")
+
+
+# Outputs that are no regular file
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "store").mkdir()
+    path, target = tmp_path / "link", tmp_path / "store" / "text"
+    path.symlink_to("store/text")
+    for lines in (["made"], ["made anew"]):
+        files.check_writable(path)
+        files.write_lines(path, lines)
+        assert path.is_symlink() and not target.is_symlink()
+        assert files.read_lines(target) == lines
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["link", "store", "text"]
+
+
+def test_what_is_no_file_is_written_into(tmp_path):
+    """A pipe here; a device would be replaced likewise by whoever may, such as root."""
+    pipe, link, received = tmp_path / "pipe", tmp_path / "link", tmp_path / "received"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with received.open("wb") as file:
+            reader = subprocess.Popen(["cat", pipe], stdout=file)
+        files.check_writable(path)
+        files.write_lines(path, ["a", "b"])
+        assert reader.wait(60) == 0
+        assert received.read_bytes() == b"a\nb\n"
+        assert pipe.is_fifo() and link.is_symlink()
+
+
+def test_a_device_is_written_into_and_stays(tmp_path, monkeypatch):
+    link = tmp_path / "null"
+    link.symlink_to("/dev/null")
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    files.write_json(link, {})
+    assert link.is_symlink() and os.path.samefile(link, "/dev/null")
+    with pytest.raises(files.FullDiskError, match=r"cannot write .*full .No space left"):
+        files.write_lines(full, ["x" * 100_000])
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # names of sockets are short
+        server.bind("s")
+        with pytest.raises(UserError, match="give --output the name of a file"):
+            files.check_writable(Path("s"))
+
+
+# One at a time
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_who_writes_the_same_file_waits(tmp_path, capsys, killed):
+    """Not one of both writes into the other's partial file; killed, it holds nobody up."""
+    path = tmp_path / "text"
+    with busy(lambda: files.atomic_path(path), killed=killed):
+        files.write_lines(path, ["ours"])
+    assert f"waiting for another process, which is at work on {path}" in capsys.readouterr().err
+    assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == {"text": b"ours\n"}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_who_works_in_the_same_place_waits(tmp_path, capsys, beside, killed):
+    place = tmp_path / "place"
+
+    def in_turn():
+        return files.in_turn(place, beside=beside)
+
+    with busy(in_turn, killed=killed) as other, in_turn():
+        pass
+    said = capsys.readouterr().err
+    assert said.startswith(f"waiting for process {other} on ") and str(place) in said
+    assert not [found for found in tmp_path.rglob("*") if found.is_file()]
+
+
+def test_a_scratch_folder_is_not_cleared_while_it_is_used(tmp_path, capsys):
+    scratch = tmp_path / "scratch"
+    with busy(lambda: files.scratch_folder(scratch)) as other, files.scratch_folder(scratch):
+        pass
+    assert f"waiting for process {other} on " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path):
+    """Or what it started, where it was killed itself."""
+
+    def take():
+        with files.sole_user(tmp_path, "--runs"):
+            pass
+
+    with files.sole_user(tmp_path, "--runs") as inherited:
+        heir = subprocess.Popen(["sleep", "60"], pass_fds=inherited)
+    with pytest.raises(UserError, match=r"another process is at work in .* with --runs"):
+        take()
+    heir.kill()
+    heir.wait()
+    take()
+    with (
+        busy(lambda: files.sole_user(tmp_path, "--runs")) as other,
+        pytest.raises(UserError, match=rf"^process {other} on .* or what it started is at work in"),
+    ):
+        take()
+    with busy(lambda: files.sole_user(tmp_path, "--runs"), killed=True):
+        pass
+    take()
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    """Such as a worker that loads data, which outlives a killed training by seconds."""
+    awaited, go = os.pipe()
+
+    @contextlib.contextmanager
+    def with_child():
+        with files.in_turn(tmp_path):
+            if not os.fork():
+                os.close(go)
+                os.read(awaited, 1)
+                os._exit(0)
+            yield
+
+    with busy(with_child, killed=True):
+        pass
+    with open(tmp_path / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(go)
+    os.close(awaited)
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"cannot write into .*file"),
+        files.in_turn(tmp_path / "file" / "x"),
+    ):
+        pass

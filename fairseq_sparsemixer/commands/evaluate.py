@@ -26,7 +26,7 @@ from fairseq_sparsemixer.commands.flags import (
     whole_number,
 )
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.options import FurtherScores
+from fairseq_sparsemixer.evaluation.options import ScoreChoice
 from fairseq_sparsemixer.files import check_writable
 
 DEFAULT_COMET = "Unbabel/wmt22-comet-da"
@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         metavar="OTHER_RUN",
         help="run folder or checkpoint file to compare with, by paired bootstrap",
+    )
+    parser.add_argument(
+        "--tokenize",
+        metavar="NAME",
+        help="sacreBLEU's tokeniser, such as 13a, zh, char or flores200 (default: that of the "
+        "target language)",
     )
     parser.add_argument(
         "--compound-split",
@@ -103,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     evaluate(
         model,
         search_of(args),
-        FurtherScores(args.compound_split, args.comet),
+        ScoreChoice(args.tokenize, args.compound_split, args.comet),
         subset=args.subset,
         files=None if args.source is None else (args.source, args.reference),
         baseline=args.baseline,

@@ -9,6 +9,7 @@ from fairseq_sparsemixer.evaluation.tokens import COMPOUND_SPLIT, TOKENISED
 from fairseq_sparsemixer.files import read_lines, sha256_of
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm
+from fairseq_sparsemixer.text.bleu import DEFAULT_TOKENISER
 
 TOLERANCE = 0.005
 """By how much a difference in BLEU may be off the recorded one."""
@@ -139,7 +140,11 @@ def compare_arms(
     comparisons = []
     for run, other in pairs or [(arm.counted[0], baseline.counted[0])]:
         comparison = scoring.compare(
-            texts[run.folder], texts[other.folder], references, official=_official(run)
+            texts[run.folder],
+            texts[other.folder],
+            references,
+            tokeniser_of(run),
+            official=_official(run),
         )
         recorded = run.scores["bleu"]["score"] - other.scores["bleu"]["score"]
         if abs(comparison["bleu"]["difference"] - recorded) > TOLERANCE:
@@ -164,6 +169,12 @@ def joint_p_value(tests: Sequence[Dict[str, Any]], mean: float) -> float:
     """
     agree = all(test["difference"] * mean > 0 for test in tests)
     return max(test["p_value"] for test in tests) if agree else 1.0
+
+
+def tokeniser_of(run: Run) -> str:
+    """What BLEU was computed with; all runs that are comparable have the same."""
+    # Evaluations of earlier versions tell no tokeniser, and had but this.
+    return run.scores["bleu"].get("tokeniser", DEFAULT_TOKENISER)
 
 
 def _official(run: Run) -> Optional[Dict[str, str]]:

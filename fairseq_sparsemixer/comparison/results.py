@@ -12,6 +12,7 @@ from fairseq_sparsemixer.comparison.conditions import (
     find_text,
     joint_p_value,
     read_texts,
+    tokeniser_of,
 )
 from fairseq_sparsemixer.comparison.means import deviation_or_none
 from fairseq_sparsemixer.comparison.table import build_table
@@ -183,6 +184,7 @@ def _by_domain(
     scores: Dict[str, Dict[str, DomainScore]] = {}
     base = next(arm for arm in arms if arm.name == baseline)
     counted = [base, *(arm for arm in arms if arm.counted and arm is not base)]
+    tokeniser = tokeniser_of(base.counted[0])
     with tqdm(total=len(counted) * len(lines), desc="domains", unit="score", disable=None) as bar:
         for arm in counted:
             for domain, own in lines.items():
@@ -192,7 +194,9 @@ def _by_domain(
                     return [hypotheses[folders[name, seed]][n] for n in own]
 
                 by_seed = {
-                    run.seed: scoring.score(chosen(arm.name, run.seed), reference)["bleu"]["score"]
+                    run.seed: scoring.score(chosen(arm.name, run.seed), reference, tokeniser)[
+                        "bleu"
+                    ]["score"]
                     for run in arm.counted
                 }
                 score = DomainScore(by_seed, None, None)
@@ -205,6 +209,7 @@ def _by_domain(
                                 chosen(arm.name, pair["seed"]),
                                 chosen(baseline, pair["baseline_seed"]),
                                 reference,
+                                tokeniser,
                             )["bleu"]
                             for pair in comparisons[arm.name]
                         ]

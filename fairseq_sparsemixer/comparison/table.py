@@ -23,6 +23,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
     check_writable,
+    in_turn,
     read_lines,
     write_json,
     write_lines,
@@ -55,9 +56,10 @@ def make_table(paths: Sequence[Path], scores: Optional[str], baseline: str, stem
     table = build_table(read_arms(paths, scores), baseline)
     text = table_text(table)
     text_path, csv_path, json_path = outputs
-    write_lines(text_path, [text])
-    _write_rows(table["rows"], csv_path)
-    write_json(json_path, table)
+    with in_turn(stem, beside=True):
+        write_lines(text_path, [text])
+        _write_rows(table["rows"], csv_path)
+        write_json(json_path, table)
     print(text)
     print("written:", ", ".join(map(str, outputs)))
 

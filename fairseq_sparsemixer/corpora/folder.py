@@ -16,7 +16,7 @@ from typing import Callable, Iterator, List, Sequence, Tuple
 from fairseq_sparsemixer.corpora.cleaning import SentencePair
 from fairseq_sparsemixer.corpora.resumable import Steps
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import iterate_lines, report_full_disk, write_lines
+from fairseq_sparsemixer.files import in_turn, iterate_lines, report_full_disk, write_lines
 
 SPLITS = ("train", "valid", "test")
 CORPUS_RECORD = "record.json"
@@ -29,7 +29,10 @@ TextPath = Callable[[Path, str, str], Path]
 
 @contextlib.contextmanager
 def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
-    """Yield the steps of the folder ``output``; errors of the disk become a :class:`UserError`."""
+    """Yield the steps of the folder ``output``; errors of the disk become a :class:`UserError`.
+
+    A preparation that is at work there is waited for: its steps are then done.
+    """
     with report_full_disk(output, megabytes):
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -37,7 +40,8 @@ def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
             raise UserError(f"--output {output} is not a folder") from error
         except PermissionError as error:
             raise UserError(f"--output {output}: {error.strerror}") from error
-        yield Steps(output, seal=output / CORPUS_RECORD)
+        with in_turn(output):
+            yield Steps(output, seal=output / CORPUS_RECORD)
 
 
 def raw_path(folder: Path, split: str, language: str) -> Path:

@@ -26,6 +26,7 @@ from fairseq_sparsemixer.corpora.split_step import (
 from fairseq_sparsemixer.corpora.text_to_binary import DEFAULT_VOCAB_SIZE, finish
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
+from fairseq_sparsemixer.text.bleu import find_tokeniser
 from fairseq_sparsemixer.version import __version__
 
 _LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@+-]{0,49}")
@@ -46,11 +47,17 @@ def prepare_raw_text(
     say of which domain each line is. Returns what is in ``record.json``.
 
     Raises:
-        UserError: a file is missing, empty, not UTF-8, or not as long as its translation; no disk
-            space; an unsuitable ``vocab_size``.
+        UserError: both languages are one; a file is missing, empty, not UTF-8, or not as long as
+            its translation; no disk space; an unsuitable ``vocab_size``.
     """
     languages = (source_lang, target_lang)
     _check_languages(languages)
+    if source_lang == target_lang:
+        raise UserError(
+            f"--source-lang and --target-lang are both {source_lang}, which would make a corpus of "
+            f"copies; name the endings of the two sides in {raw_dir}"
+        )
+    tokeniser = find_tokeniser(target_lang)
     names = check_raw_dir(raw_dir, output, languages)
     domain_names = _domain_names(raw_dir)
     names += domain_names
@@ -69,7 +76,10 @@ def prepare_raw_text(
     def score() -> StepResult:
         train, *parts = (_pairs(output, split, languages) for split in SPLITS)
         copies = splitting.copies(train, parts)
-        scores = dict(zip(SPLITS[1:], map(splitting.score_copies, copies, parts)))
+        scores = {
+            name: splitting.score_copies(copied, part, tokeniser)
+            for name, copied, part in zip(SPLITS[1:], copies, parts)
+        }
         copied_path = copy_path(output, languages)
         write_lines(copied_path, scores["test"].hypotheses)
         return [copied_path], {"copy_score": describe_scores(scores), "versions": split_versions()}
@@ -79,7 +89,8 @@ def prepare_raw_text(
         checksums = {name: sha256_of(raw_dir / name) for name in names}
         settings = {"version": __version__, "sha256": checksums}
         copied = steps.run("copy-text", settings, [], copy_text)
-        scored = steps.run("copy-score", {"version": __version__}, raw_paths, score)
+        settings = {"version": __version__, "tokeniser": tokeniser}
+        scored = steps.run("copy-score", settings, raw_paths, score)
         record = {
             "corpus": "own text",
             "source": {"folder": str(raw_dir), "sha256": checksums},

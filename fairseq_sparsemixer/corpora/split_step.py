@@ -16,6 +16,7 @@ from fairseq_sparsemixer.corpora.folder import (
 )
 from fairseq_sparsemixer.corpora.resumable import StepResult, Steps
 from fairseq_sparsemixer.files import write_lines
+from fairseq_sparsemixer.text.bleu import find_tokeniser
 from fairseq_sparsemixer.version import __version__
 
 
@@ -31,6 +32,7 @@ def split_step(
         UserError: see :func:`.splitting.hold_out`.
     """
     folder = steps.folder
+    tokeniser = find_tokeniser(languages[1])
 
     def build() -> StepResult:
         pairs = read_pairs(pairs_path)
@@ -40,10 +42,14 @@ def split_step(
         parts = [getattr(split, name) for name in SPLITS[1:]]
         before = splitting.copies(unfiltered.train, parts)
         after = splitting.copies(split.train, parts)
-        scores = dict(zip(SPLITS[1:], map(splitting.score_copies, after, parts)))
+        scores = {
+            name: splitting.score_copies(copied, part, tokeniser)
+            for name, copied, part in zip(SPLITS[1:], after, parts)
+        }
         described = describe_scores(scores)
         for name, copied, part in zip(SPLITS[1:], before, parts):
-            described[name]["bleu_before_filter"] = splitting.score_copies(copied, part).bleu
+            score = splitting.score_copies(copied, part, tokeniser)
+            described[name]["bleu_before_filter"] = score.bleu
         copied_path = copy_path(folder, languages)
         write_lines(copied_path, scores["test"].hypotheses)
         result = {
@@ -65,10 +71,12 @@ def split_step(
                 "documents_and_filter": (after, parts),
             }
             result["leaks"] = {
-                name: splitting.describe_leak(*measured, settings.max_cosine)
+                name: splitting.describe_leak(*measured, settings.max_cosine, tokeniser)
                 for name, measured in measures.items()
             }
-            result["copy_bleu_by_domain"] = splitting.bleu_by_domain(after[1], split.test)
+            result["copy_bleu_by_domain"] = splitting.bleu_by_domain(
+                after[1], split.test, tokeniser
+            )
         return [*outputs, copied_path], result
 
     made_with = {"version": __version__, **settings.describe()}

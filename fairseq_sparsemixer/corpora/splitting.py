@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.corpora.cleaning import SentencePair, tokens
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.text.bleu import make_bleu
 
 _QUERIES_AT_ONCE = 256
 _NUMBER = re.compile(r"\d+")
@@ -296,13 +297,16 @@ def copies(train: Sequence[SentencePair], parts: Sequence[Sequence[SentencePair]
     return found
 
 
-def score_copies(copied: Copies, part: Sequence[SentencePair]) -> CopyScore:
+def score_copies(copied: Copies, part: Sequence[SentencePair], tokeniser: str) -> CopyScore:
     """SacreBLEU of the copies for a part against its targets."""
-    return _sacrebleu(copied.targets, [pair.target for pair in part])
+    return _sacrebleu(copied.targets, [pair.target for pair in part], tokeniser)
 
 
 def describe_leak(
-    copied: Sequence[Copies], parts: Sequence[Sequence[SentencePair]], min_cosine: float
+    copied: Sequence[Copies],
+    parts: Sequence[Sequence[SentencePair]],
+    min_cosine: float,
+    tokeniser: str,
 ) -> Dict[str, Any]:
     """How much the held-out pairs have in training: a JSON object.
 
@@ -313,7 +317,7 @@ def describe_leak(
     cosines = [cosine for copy in copied for cosine in copy.cosines]
     references = [pair.target for part in parts for pair in part]
     near = sum(cosine >= min_cosine for cosine in cosines) / len(cosines)
-    bleu = _sacrebleu(targets, references).bleu
+    bleu = _sacrebleu(targets, references, tokeniser).bleu
     return {"sentences": len(references), "bleu": bleu, "near": round(near, 4)}
 
 
@@ -330,19 +334,20 @@ def describe_documents(part: Sequence[SentencePair]) -> Dict[str, Dict[str, Any]
     return found
 
 
-def bleu_by_domain(copied: Copies, part: Sequence[SentencePair]) -> Dict[str, float]:
+def bleu_by_domain(
+    copied: Copies, part: Sequence[SentencePair], tokeniser: str
+) -> Dict[str, float]:
     """BLEU of the copies for each domain of a part."""
     scores = {}
     for domain in sorted({pair.domain for pair in part}):
         rows = [row for row, pair in enumerate(part) if pair.domain == domain]
         hypotheses = [copied.targets[row] for row in rows]
-        scores[domain] = _sacrebleu(hypotheses, [part[row].target for row in rows]).bleu
+        references = [part[row].target for row in rows]
+        scores[domain] = _sacrebleu(hypotheses, references, tokeniser).bleu
     return scores
 
 
-def _sacrebleu(hypotheses: List[str], references: List[str]) -> CopyScore:
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU()
+def _sacrebleu(hypotheses: List[str], references: List[str], tokeniser: str) -> CopyScore:
+    metric = make_bleu(tokeniser)
     bleu = metric.corpus_score(hypotheses, [references]).score
     return CopyScore(round(bleu, 2), str(metric.get_signature()), hypotheses)

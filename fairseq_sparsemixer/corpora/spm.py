@@ -22,6 +22,9 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import iterate_lines, replace_durably, scratch_folder, write_lines
 
 _LINES_AT_ONCE = 10_000
+_RESERVED = "\u2585"
+_NOT_TRAINED_ON = ("<unk>", "<s>", "</s>", "<pad>", _RESERVED)
+"""What SentencePiece's trainer cuts out of a line, and last what makes it leave out the line."""
 # Run in a scratch folder, so that the model (which stores the names of its input files) holds
 # neither a path nor anything else that differs between two machines. Python writes it, since
 # SentencePiece does not notice where its own file is cut off by a full disk.
@@ -98,7 +101,8 @@ def _encode(model: Any, path: Path, threads: int) -> Iterator[str]:
         total=count_lines(path), desc=path.name, unit=" lines", leave=False, disable=None
     ) as progress:
         while batch := list(itertools.islice(lines, _LINES_AT_ONCE)):
-            for pieces in model.encode(batch, out_type=str, num_threads=threads):
+            plain = [line.replace("\0", "") for line in batch]
+            for pieces in model.encode(plain, out_type=str, num_threads=threads):
                 yield " ".join(pieces)
             progress.update(len(batch))
 
@@ -110,7 +114,9 @@ def _train_model(
 
     The only normalisation is that of white space and invisible characters, see
     :func:`~fairseq_sparsemixer.corpora.cleaning.character_map`; it is stored in the model and so
-    also applies to text given to fairseq later.
+    also applies to text given to fairseq later. NUL, which the model cannot hold a rule for, is
+    taken out here and by :class:`.text.subwords.SentencePiece`. U+2581, which stands for a space in
+    pieces, is one.
     """
     with scratch_folder(model_path.parent / ".partial") as scratch:
         longest = _join(texts, scratch / "text")
@@ -127,6 +133,8 @@ def _train_model(
             "pad_id": 3,
             "minloglevel": 2,
         }
+        if character_coverage == 1:
+            options.update(_cover_all(scratch / "text"))
         try:
             run_python(["-c", _TRAINER, json.dumps(options)], cwd=scratch)
         except ProgramError as error:
@@ -135,15 +143,30 @@ def _train_model(
 
 
 def _join(texts: List[Path], joined: Path) -> int:
-    """Write the lines of all ``texts`` to one file; the bytes of the longest."""
+    """Write the lines of all ``texts``, without NUL, to one file; the bytes of the longest."""
     longest = 0
     with joined.open("wb") as file:
         for text in texts:
             with text.open("rb") as source:
                 for line in source:
+                    line = line.replace(b"\0", b"")
                     file.write(line)
                     longest = max(longest, len(line))
     return longest
+
+
+def _cover_all(text: Path) -> Dict[str, Any]:
+    """Options by which all characters of a text get a piece, whatever the trainer leaves out."""
+    lines = (line for line in iterate_lines(text) if any(each in line for each in _NOT_TRAINED_ON))
+    mapping = {**character_map(), ord("\u2581"): " "}
+    found = {character for line in lines for character in line.translate(mapping)} - {" "}
+    options: Dict[str, Any] = {}
+    if _RESERVED in found:
+        # Not taken as a character, but as a piece.
+        options["user_defined_symbols"] = [_RESERVED]
+    if found - {_RESERVED}:
+        options["required_chars"] = "".join(sorted(found - {_RESERVED}))
+    return options
 
 
 def _normalisation_rules() -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
-from fairseq_sparsemixer.evaluation.options import FurtherScores, ModelChoice, Search
+from fairseq_sparsemixer.evaluation.options import ModelChoice, ScoreChoice, Search
 from fairseq_sparsemixer.evaluation.scored_text import (
     TestSet,
     Text,
@@ -23,14 +23,14 @@ from fairseq_sparsemixer.evaluation.system import (
     score_system,
 )
 from fairseq_sparsemixer.evaluation.translator import Translator, load_translator
-from fairseq_sparsemixer.files import check_writable, read_lines, write_json
+from fairseq_sparsemixer.files import check_writable, in_turn, read_lines, write_json
 from fairseq_sparsemixer.runs.record import versions
 
 
 def evaluate(
     model: ModelChoice,
     search: Search,
-    further: FurtherScores,
+    further: ScoreChoice,
     *,
     subset: str,
     files: Optional[Tuple[Path, Path]],
@@ -42,7 +42,7 @@ def evaluate(
     Args:
         model: what to score.
         search: how it translates.
-        further: scores beside sacreBLEU's.
+        further: how BLEU tokenises, and which scores stand beside sacreBLEU's.
         subset: of the prepared corpus, where there are no ``files``.
         files: source and reference.
         baseline: run folder or checkpoint file to compare with.
@@ -59,27 +59,29 @@ def evaluate(
         test_set = find_test_set(translator, model.data, subset)
     else:
         test_set = given_test_set(*files)
-    text = read_text(test_set, f"{translator.source_lang}-{translator.target_lang}")
+    languages = (translator.source_lang, translator.target_lang)
+    text = read_text(test_set, languages, further.tokenise)
     output = output or _default_output(translator, test_set)
     stem = output.with_suffix("")
     stems = [stem, _baseline_stem(stem)] if baseline is not None else [stem]
     check_writable(output)
     for each in stems:
         _check_outputs(each, test_set, translator.target_lang)
-    copied = copy_score(test_set, translator.target_lang, text.references, text.official)
-    evaluation = score_system(translator, text, search, further, stem, model.run)
-    evaluation["data"] = describe_test_set(test_set, translator, text.official)
-    evaluation["copy"] = copied
-    if baseline is not None:
-        other = model._replace(run=baseline)
-        if not Path(baseline).is_dir():  # checkpoint files are taken as they are
-            other = other._replace(average=None)
-        evaluation.update(_compare(evaluation, other, text, search, further, stem))
-    evaluation["generation"] = generation_settings(translator, search)
-    packages = ("fairseq_sparsemixer", "fairseq", "torch", "sacrebleu")
-    evaluation["versions"] = versions((*packages, *translator.subwords.packages))
-    evaluation["seconds"]["total"] = time.perf_counter() - started
-    write_json(output, evaluation)
+    with in_turn(stem, beside=True):
+        copied = copy_score(test_set, translator.target_lang, text)
+        evaluation = score_system(translator, text, search, further, stem, model.run)
+        evaluation["data"] = describe_test_set(test_set, translator, text.official)
+        evaluation["copy"] = copied
+        if baseline is not None:
+            other = model._replace(run=baseline)
+            if not Path(baseline).is_dir():  # checkpoint files are taken as they are
+                other = other._replace(average=None)
+            evaluation.update(_compare(evaluation, other, text, search, further, stem))
+        evaluation["generation"] = generation_settings(translator, search)
+        packages = ("fairseq_sparsemixer", "fairseq", "torch", "sacrebleu")
+        evaluation["versions"] = versions((*packages, *translator.subwords.packages))
+        evaluation["seconds"]["total"] = time.perf_counter() - started
+        write_json(output, evaluation)
     print(format_evaluation(evaluation))
     print(f"written: {evaluation['hypotheses']} and {output}")
 
@@ -109,7 +111,7 @@ def _compare(
     model: ModelChoice,
     text: Text,
     search: Search,
-    further: FurtherScores,
+    further: ScoreChoice,
     stem: Path,
 ) -> Dict[str, Any]:
     """What ``--baseline`` adds: the other model's evaluation, and the test of the difference."""
@@ -117,5 +119,7 @@ def _compare(
     stem = _baseline_stem(stem)
     baseline = score_system(translator, text, search, further, stem, model.run)
     ours, theirs = (read_lines(Path(each["hypotheses"])) for each in (evaluation, baseline))
-    comparison = scoring.compare(ours, theirs, text.references, official=text.official)
+    comparison = scoring.compare(
+        ours, theirs, text.references, text.tokeniser, official=text.official
+    )
     return {"baseline": baseline, "comparison": comparison}

@@ -38,13 +38,15 @@ class Search(NamedTuple):
     precision: str
 
 
-class FurtherScores(NamedTuple):
-    """Which scores stand beside sacreBLEU's.
+class ScoreChoice(NamedTuple):
+    """How translations are scored.
 
     Attributes:
+        tokenise: sacreBLEU's tokeniser; None for that of the target language.
         compound_split: BLEU over Moses tokens with compounds split.
         comet: a model of COMET, if any.
     """
 
+    tokenise: Optional[str]
     compound_split: bool
     comet: Optional[str]

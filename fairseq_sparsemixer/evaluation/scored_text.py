@@ -1,13 +1,15 @@
 """The text that is scored, and what is known of it."""
 
+import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_json, read_lines, sha256_of
+from fairseq_sparsemixer.text.bleu import find_tokeniser
 
 _RECORD = {
     "test?": ({"sacrebleu": (str, None)}, None),
@@ -32,10 +34,14 @@ class TestSet(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What is scored: sources, a reference for each, and ``official`` of :func:`.scoring.score`."""
+    """What is scored, and how: ``tokeniser`` and ``official`` are those of :func:`.scoring.score`.
+
+    There is a reference for each source.
+    """
 
     sources: List[str]
     references: List[str]
+    tokeniser: str
     official: Optional[Dict[str, str]]
 
 
@@ -73,15 +79,18 @@ def find_test_set(translator: Translator, corpus: Optional[Path], subset: str) -
     return TestSet(subset, source, reference, corpus)
 
 
-def read_text(test_set: TestSet, langpair: str) -> Text:
+def read_text(
+    test_set: TestSet, languages: Tuple[str, str], tokeniser: Optional[str] = None
+) -> Text:
     """The lines of a test set.
 
     Args:
         test_set: what to read.
-        langpair: such as ``en-de``, for sacrebleu's signatures.
+        languages: of source and target.
+        tokeniser: sacreBLEU's; None for that of the target language.
 
     Raises:
-        UserError: its files have different numbers of lines.
+        UserError: its files have different numbers of lines, or the tokeniser cannot be used.
     """
     sources = read_lines(test_set.source)
     references = read_lines(test_set.reference)
@@ -91,8 +100,8 @@ def read_text(test_set: TestSet, langpair: str) -> Text:
             f"{len(references)}; give files that match with --source and --reference"
         )
     name = _official_name(test_set)
-    official = {"test_set": name, "langpair": langpair} if name else None
-    return Text(sources, references, official)
+    official = {"test_set": name, "langpair": "-".join(languages)} if name else None
+    return Text(sources, references, find_tokeniser(languages[1], tokeniser), official)
 
 
 def _official_name(test_set: TestSet) -> Optional[str]:
@@ -104,26 +113,24 @@ def _official_name(test_set: TestSet) -> Optional[str]:
     return test["sacrebleu"] if test else None
 
 
-def copy_score(
-    test_set: TestSet,
-    language: str,
-    references: List[str],
-    official: Optional[Dict[str, str]] = None,
-) -> Optional[Dict[str, Any]]:
+def copy_score(test_set: TestSet, language: str, text: Text) -> Optional[Dict[str, Any]]:
     """The scores of copying the nearest training sentence, or None if they are not known.
 
     Computed from the copied lines where they lie in the corpus, so that model and copy are
-    scored alike; else as they stand in its record. ``official`` is that of :func:`.scoring.score`.
+    scored alike; else as they stand in its record, if it has them of the same tokeniser.
     """
     if test_set.corpus is None:
         return None
     copied = test_set.corpus / "copy" / f"{test_set.name}.{language}"
     if copied.is_file():
-        scores = scoring.score(read_lines(copied), references, official)
+        scores = scoring.score(read_lines(copied), text.references, text.tokeniser, text.official)
         return {"source": str(copied), "scores": scores}
     recorded = _read_record(test_set.corpus).get("copy_score", {})
     if test_set.name in recorded:
         bleu, signature = (recorded[test_set.name][key] for key in ("bleu", "signature"))
+        # Of ja-mecab and the like the signature also holds the version.
+        if not re.search(rf"(^|\|)tok:{re.escape(text.tokeniser)}(-|\||$)", signature):
+            return None
         scores = {"bleu": {"score": bleu, "signature": signature}}
         return {"source": str(test_set.corpus / CORPUS_RECORD), "scores": scores}
     return None

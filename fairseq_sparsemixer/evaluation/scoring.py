@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import CHRF
 from sacrebleu.significance import PairedTest
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.text.bleu import make_bleu
 
 # What a token is that stands for a hyphen: of `tokenizer.perl -a`, and of split_compounds.
 SPLIT_HYPHENS = ("@-@", "##AT##-##AT##")
@@ -21,6 +22,7 @@ SPLIT_HYPHENS = ("@-@", "##AT##-##AT##")
 def score(
     hypotheses: Sequence[str],
     references: Sequence[str],
+    tokeniser: str,
     official: Optional[Mapping[str, str]] = None,
 ) -> Dict[str, Any]:
     """BLEU and chrF2 of one system against one reference for each line.
@@ -28,25 +30,27 @@ def score(
     Args:
         hypotheses: detokenised lines.
         references: a line for each.
+        tokeniser: of BLEU, see :func:`.text.bleu.find_tokeniser`; chrF has none.
         official: ``test_set`` (sacrebleu's name of it) and ``langpair``, for the signatures, where
             the reference is that of a published test set.
 
     Returns:
         ``{"bleu": {...}, "chrf": {...}}``, each with ``score`` (0 to 100, not rounded) and
-        ``signature``; BLEU also with its n-gram ``precisions`` (percent), ``brevity_penalty``
-        and the lengths in tokens.
+        ``signature``; BLEU also with its ``tokeniser``, its n-gram ``precisions`` (percent),
+        ``brevity_penalty`` and the lengths in tokens.
 
     Raises:
         UserError: the numbers of lines differ, or there is no line.
     """
     _check_lines(hypotheses, references)
-    bleu, chrf = _name_test_set(BLEU(), official), _name_test_set(CHRF(), official)
+    bleu, chrf = (_name_test_set(metric, official) for metric in (make_bleu(tokeniser), CHRF()))
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)])
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)])
     return {
         "bleu": {
             "score": bleu_score.score,
             "signature": str(bleu.get_signature()),
+            "tokeniser": tokeniser,
             "precisions": list(bleu_score.precisions),
             "brevity_penalty": bleu_score.bp,
             "hypothesis_tokens": bleu_score.sys_len,
@@ -77,7 +81,7 @@ def tokenised_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Dict
     """
     _check_lines(hypotheses, references)
     # Lines that end in " ." are what it is for: no warning.
-    bleu = BLEU(tokenize="none", force=True)
+    bleu = make_bleu("none", force=True)
     result = bleu.corpus_score(list(hypotheses), [list(references)])
     return {"score": result.score, "signature": str(bleu.get_signature())}
 
@@ -147,12 +151,13 @@ def compare(
     hypotheses: Sequence[str],
     baseline: Sequence[str],
     references: Sequence[str],
+    tokeniser: str,
     samples: int = 1000,
     official: Optional[Mapping[str, str]] = None,
 ) -> Dict[str, Any]:
     """Is a system's score different from a baseline's? Paired bootstrap over ``samples`` resamples.
 
-    ``official`` is that of :func:`score`.
+    ``tokeniser`` and ``official`` are those of :func:`score`.
 
     Returns:
         ``{"bleu": {...}, "chrf": {...}}``, each with ``difference`` (system - baseline),
@@ -164,11 +169,12 @@ def compare(
     """
     _check_lines(hypotheses, references)
     _check_lines(baseline, references)
+    cached = [list(references)]
     test = PairedTest(
         [("baseline", list(baseline)), ("system", list(hypotheses))],
         {
-            name: _name_test_set(metric(references=[list(references)]), official)
-            for name, metric in (("bleu", BLEU), ("chrf", CHRF))
+            "bleu": _name_test_set(make_bleu(tokeniser, references=cached), official),
+            "chrf": _name_test_set(CHRF(references=cached), official),
         },
         references=None,
         test_type="bs",

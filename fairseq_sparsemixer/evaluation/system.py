@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
-from fairseq_sparsemixer.evaluation.options import FurtherScores, Search
+from fairseq_sparsemixer.evaluation.options import ScoreChoice, Search
 from fairseq_sparsemixer.evaluation.scored_text import Text
 from fairseq_sparsemixer.evaluation.tokens import (
     COMPOUND_SPLIT,
@@ -25,7 +25,7 @@ def score_system(
     translator: Translator,
     text: Text,
     search: Search,
-    further: FurtherScores,
+    further: ScoreChoice,
     stem: Path,
     run: str,
 ) -> Dict[str, Any]:
@@ -35,7 +35,7 @@ def score_system(
         translator: the system.
         text: what to translate.
         search: how.
-        further: which scores to add.
+        further: which scores to add to sacreBLEU's.
         stem: of the files of translations and tokens, see :func:`output_paths`.
         run: the system's name in errors.
 
@@ -59,7 +59,7 @@ def score_system(
     hypotheses = [translation.text for translation in translations]
     path = _hypotheses_path(stem, language)
     write_lines(path, hypotheses)
-    scores = scoring.score(hypotheses, text.references, text.official)
+    scores = scoring.score(hypotheses, text.references, text.tokeniser, text.official)
     if kind is TOKENISED:
         tokens = [translation.tokens or "" for translation in translations]
         reference = [translator.subwords.tokenise(line, language) for line in text.references]
@@ -80,7 +80,7 @@ def score_system(
     }
 
 
-def _token_score(translator: Translator, further: FurtherScores, run: str) -> Optional[TokenScore]:
+def _token_score(translator: Translator, further: ScoreChoice, run: str) -> Optional[TokenScore]:
     """Which BLEU over tokens the system has, if any."""
     if translator.subwords.pipeline != "moses":
         return COMPOUND_SPLIT if further.compound_split else None

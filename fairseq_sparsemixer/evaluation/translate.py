@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import sys
 from pathlib import Path
-from typing import BinaryIO, ContextManager, Iterator, Optional, TextIO
+from typing import BinaryIO, ContextManager, Iterator, List, Optional, TextIO
 
 from tqdm import tqdm
 
@@ -32,7 +32,8 @@ def translate(
         at_prompt: whether lines are typed, so that each is asked for.
 
     Raises:
-        UserError: there is no such model or input, or the input is not UTF-8.
+        UserError: there is no such model or input, or a line is not UTF-8; the lines before it
+            were translated.
     """
     # A bar would tear translations apart that go to the same terminal.
     progress = output is not None or not sys.stdout.isatty()
@@ -46,7 +47,7 @@ def translate(
         bar = stack.enter_context(
             tqdm(unit=" lines", file=sys.stderr, disable=at_prompt or not progress)
         )
-        for buffer in iter(lambda: list(itertools.islice(lines, buffer_size)), []):
+        for buffer in _buffers(lines, buffer_size):
             translations = translator.translate(
                 buffer, beam=search.beam, lenpen=search.lenpen, max_tokens=search.max_tokens
             )
@@ -76,16 +77,37 @@ def _open_output(path: Optional[Path]) -> Iterator[BinaryIO]:
         yield file
 
 
+def _buffers(lines: Iterator[str], size: int) -> Iterator[List[str]]:
+    """Yield so many lines at a time; where one cannot be read, first those before it."""
+    error: Optional[UserError] = None
+    while error is None:
+        buffer = []
+        try:
+            for line in itertools.islice(lines, size):
+                buffer.append(line)
+        except UserError as reason:
+            error = reason
+        if buffer:
+            yield buffer
+        elif error is None:
+            return
+    raise error
+
+
 def _read_lines(source: BinaryIO, name: str, prompt: Optional[TextIO]) -> Iterator[str]:
     """Yield the lines of ``source`` as they come, asking for each on ``prompt`` if given."""
+    name = "stdin" if name == "-" else name
     for number in itertools.count(1):
         if prompt is not None:
             prompt.write("> ")
             prompt.flush()
-        line = source.readline()
+        try:
+            line = source.readline()
+        except OSError as error:
+            raise UserError(f"cannot read line {number} of {name} ({error.strerror})") from error
         if not line:
             if prompt is not None:
                 # Ctrl-D leaves the cursor behind the last prompt.
                 prompt.write("\n")
             return
-        yield decode_line(line, "stdin" if name == "-" else name, number)
+        yield decode_line(line, name, number)

@@ -275,14 +275,14 @@ class Translator:
 
     def _decode(self, hypothesis: Dict[str, Any], source_cut: bool) -> Translation:
         """The :class:`Translation` of one of fairseq's hypotheses."""
-        tokens = hypothesis["tokens"].cpu()
         longest = min(MAX_LEN_B + 1, self._hub.max_positions[1])
-        text, text_tokens = self.subwords.decode(self._hub.decode(tokens), self.target_lang)
+        pieces = self._hub.decode(hypothesis["text_tokens"].cpu())
+        text, text_tokens = self.subwords.decode(pieces, self.target_lang)
         return Translation(
             text=text,
             score=float(hypothesis["score"]),
             source_cut=source_cut,
-            at_length_limit=len(tokens) >= longest,
+            at_length_limit=len(hypothesis["tokens"]) >= longest,
             tokens=text_tokens,
         )
 
@@ -360,9 +360,14 @@ def find_languages(
     fairseq-train keeps them in the checkpoint only where they were given as flags.
 
     Raises:
-        UserError: no folder holds binarised data.
+        UserError: no folder holds binarised data, or both languages are one.
     """
     if source_lang and target_lang:
+        if source_lang == target_lang:
+            raise UserError(
+                f"source and target language are both {source_lang}; give those of the model with "
+                "--source-lang and --target-lang"
+            )
         return source_lang, target_lang
     for folder in filter(Path.is_dir, data_folders):
         pair = data_utils.infer_language_pair(str(folder))

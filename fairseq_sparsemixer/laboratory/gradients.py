@@ -10,7 +10,14 @@ import torch
 from fairseq_sparsemixer.corpora.folder import raw_path
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json, write_lines
+from fairseq_sparsemixer.files import (
+    check_writable,
+    in_turn,
+    read_json,
+    read_lines,
+    write_json,
+    write_lines,
+)
 from fairseq_sparsemixer.laboratory import plots, tables, toys
 from fairseq_sparsemixer.laboratory.checkpoint import Sentences, build_problem, draw_places
 from fairseq_sparsemixer.laboratory.estimators import (
@@ -29,6 +36,7 @@ from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
 from fairseq_sparsemixer.moe import Router
 
+RESULTS = "gradients.json"
 TOY_EXPERTS = (2, 4, 8)
 TOY_TEMPERATURES = (0.5, 1.0, 2.0)
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -61,8 +69,10 @@ def measure_toys(seed: int, output: Path) -> None:
     Raises:
         UserError: ``output`` holds other results, or cannot be written to.
     """
-    records = _measure_cases(_toy_cases(seed), {"seed": seed}, output)
-    _show(records, output, tables.toy_tables, plots.toy_figures)
+    check_writable(output / RESULTS)
+    with in_turn(output):
+        records = _measure_cases(_toy_cases(seed), {"seed": seed}, output)
+        _show(records, output, tables.toy_tables, plots.toy_figures)
 
 
 def measure_model(
@@ -93,14 +103,15 @@ def measure_model(
         "data": str(data.resolve()) if data else None,
     }
     cases = _model_cases(run_dir, checkpoints, data, layers, sample)
-    records = _measure_cases(cases, settings, output)
-    _show(records, output, tables.model_tables, plots.model_figures)
+    check_writable(output / RESULTS)
+    with in_turn(output):
+        records = _measure_cases(cases, settings, output)
+        _show(records, output, tables.model_tables, plots.model_figures)
 
 
 def _measure_cases(cases: Iterable[Case], settings: Dict[str, Any], output: Path) -> List[Record]:
     """The records of all cases; those that were measured before are read."""
-    path = output / "gradients.json"
-    check_writable(path)
+    path = output / RESULTS
     results = _read_results(path, settings)
     for name, measure_case in cases:
         if results["cases"].get(name):
@@ -135,7 +146,7 @@ def _show(
     """Print and write the tables, and draw the figures where matplotlib is installed."""
     text = as_text(records)
     print(f"\n{text}")
-    written = [output / "gradients.json", output / "gradients.md"]
+    written = [output / RESULTS, output / "gradients.md"]
     write_lines(written[1], [text])
     try:
         written += draw(records, output)

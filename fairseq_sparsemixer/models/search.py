@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, Iterable, Iterator, Sequence, Tuple
 
+import torch
 from fairseq import utils
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.tasks import FairseqTask
@@ -31,14 +32,21 @@ def best_hypotheses(
         max_output: tokens of a translation at most, its end not counted.
         beam: beam size.
         lenpen: length penalty; all else has fairseq's defaults.
+
+    Returns:
+        fairseq's hypotheses, with ``text_tokens`` besides ``tokens``: without what the task says is
+        no text, such as the token of the target language.
     """
     generation = GenerationConfig(
         beam=beam, lenpen=lenpen, max_len_a=MAX_LEN_A, max_len_b=max_output
     )
     generator = task.build_generator(models, OmegaConf.structured(generation))
     device = next(models[0].parameters()).device
+    no_text = torch.tensor(sorted(generator.symbols_to_strip_from_output), device=device)
     for sample in samples:
         sample = utils.apply_to_sample(lambda tensor: tensor.to(device), sample)
         found = task.inference_step(generator, models, sample)
         for number, best_first in zip(sample["id"].tolist(), found):
-            yield number, best_first[0]
+            tokens = best_first[0]["tokens"]
+            text_tokens = tokens[~torch.isin(tokens, no_text)]
+            yield number, {**best_first[0], "text_tokens": text_tokens}

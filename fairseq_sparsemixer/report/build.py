@@ -39,7 +39,8 @@ def build_report(
         if folder.exists():
             shutil.rmtree(folder)
         partial.joinpath(folder.name).replace(folder)
-    write_lines(output, [text])
+        # While no other report can bring other figures.
+        write_lines(output, [text])
     print(f"written: {output} and {folder}")
 
 

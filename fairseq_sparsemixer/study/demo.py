@@ -11,7 +11,7 @@ from fairseq_sparsemixer.corpora.homeassistant import preparation
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_checkpoints
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json
+from fairseq_sparsemixer.files import check_writable, read_json, read_lines, sole_user, write_json
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import last_checkpoints
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
@@ -74,14 +74,20 @@ class Demo(NamedTuple):
         """Train, score and show.
 
         Raises:
-            UserError: a run was trained with other settings, or fails.
+            UserError: a run was trained with other settings, or fails, or another demo is at work.
         """
         if not (CONFIGS / f"{CONFIG}.yaml").is_file():
             raise UserError("the demo runs from a checkout of the repository: configs/ is missing")
         check_writable(self.runs / "results.json", "--runs")
         print(f"== Corpus: {self.data}", flush=True)
         preparation.prepare_homeassistant(self.data)
-        Engine(self._work, lambda job: job.process.show_progress(), _fail).do(self.variants)
+        self.runs.mkdir(parents=True, exist_ok=True)
+        with sole_user(self.runs, "--runs") as lock:
+            Engine(self._work, _show_progress, _fail, keep_open=lock).do(self.variants)
+            self._show()
+
+    def _show(self) -> None:
+        """The last model's samples, and a table of all."""
         folders = [self.runs / variant.name for variant in self.variants]
         results = [_result(folder) for folder in folders]
         _print_samples(folders[-1], self.data)
@@ -133,6 +139,10 @@ def _training(
         state["minutes"] = minutes + (time.monotonic() - started) / 60
         write_json(folder / STATE, state)
     print(flush=True)
+
+
+def _show_progress(job: Job) -> None:
+    job.process.show_progress()
 
 
 def _fail(job: Job, reason: Optional[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Dict, Generator, List, NamedTuple, Optional
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import write_json
+from fairseq_sparsemixer.files import sole_user, write_json
 from fairseq_sparsemixer.runs import points, record
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
@@ -60,7 +60,7 @@ def run(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with process.sole_user(folder, "--output") as lock:
+    with sole_user(folder, "--output") as lock:
         content, parameters = lay_out(plan_file, folder)
         if prepare_only:
             runs = len(content.runs())

@@ -40,19 +40,23 @@ def observe(model: nn.Module, sample: Dict[str, Any], pad: int) -> Iterator[Sent
         pad: symbol of padding.
     """
     outputs: List[Any] = []
-    handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
     sentences: Sentences = {}
-    try:
-        with watch_routing(model) as seen:
+    with watch_routing(model) as seen:
+        # At its end: in the same block --eval-bleu may translate with its layers.
+        handle = model.register_forward_hook(
+            lambda _, __, output: outputs.append((output, dict(seen)))
+        )
+        try:
             yield sentences
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
+    output, routings = outputs[-1]
     target_BL = sample["target"]
-    log_probs = model.get_normalized_probs(outputs[-1], log_probs=True)  # type: ignore[operator]
+    log_probs = model.get_normalized_probs(output, log_probs=True)  # type: ignore[operator]
     kept_BL = target_BL.ne(pad)
     nll_BL = -log_probs.gather(-1, target_BL.unsqueeze(-1)).squeeze(-1)
     nll_B = nll_BL.masked_fill(~kept_BL, 0.0).sum(-1).tolist()
-    choices = choices_of_batch(seen, sample["net_input"], pad)
+    choices = choices_of_batch(routings, sample["net_input"], pad)
     for line, nll, tokens, choice in zip(
         sample["id"].tolist(), nll_B, kept_BL.sum(-1).tolist(), choices
     ):
@@ -173,18 +177,24 @@ def choose_lines(count: int, sentences: Sentences, domains: Optional[Sequence[st
 
 
 def translation_figures(
-    hypotheses: Mapping[int, str], references: Sequence[str], domains: Optional[Sequence[str]]
+    hypotheses: Mapping[int, str],
+    references: Sequence[str],
+    domains: Optional[Sequence[str]],
+    tokeniser: str,
 ) -> Dict[str, Any]:
     """``bleu``, ``chrf``, ``sentences``, ``signatures``, and the first three ``by_domain``.
 
     Args:
         hypotheses: detokenised text by line.
         references, domains: of each line of the validation set.
+        tokeniser: of BLEU, see :func:`.text.bleu.find_tokeniser`.
     """
     from fairseq_sparsemixer.evaluation import scoring
 
     def score(lines: Sequence[int]) -> Dict[str, Any]:
-        return scoring.score([hypotheses[n] for n in lines], [references[n] for n in lines])
+        return scoring.score(
+            [hypotheses[n] for n in lines], [references[n] for n in lines], tokeniser
+        )
 
     whole = score(list(hypotheses))
     figures: Dict[str, Any] = {**_short(whole), "sentences": len(hypotheses)}

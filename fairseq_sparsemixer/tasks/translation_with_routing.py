@@ -1,5 +1,6 @@
 """fairseq's translation task, with a point of measurements at every validation."""
 
+import functools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.models.search import best_hypotheses
 from fairseq_sparsemixer.runs import points
 from fairseq_sparsemixer.tasks import measuring
-from fairseq_sparsemixer.text import subwords
+from fairseq_sparsemixer.text import bleu, subwords
 
 TOKENS_AT_ONCE = 4096
 """In one batch of beam search."""
@@ -172,6 +173,19 @@ class TranslationWithRoutingTask(TranslationTask):
         self._sentences.update(sentences)
         return result
 
+    def _inference_with_bleu(self, generator: Any, sample: Dict[str, Any], model: Any) -> Any:
+        """See fairseq, whose ``--eval-bleu`` cuts every language like English."""
+        import sacrebleu
+
+        original = sacrebleu.corpus_bleu
+        tokeniser = bleu.find_tokeniser(self.cfg.target_lang)
+        # fairseq takes it from the module at each call; of tokenised BLEU it names the tokeniser.
+        sacrebleu.corpus_bleu = functools.partial(original, tokenize=tokeniser)
+        try:
+            return super()._inference_with_bleu(generator, sample, model)
+        finally:
+            sacrebleu.corpus_bleu = original
+
     def post_validate(self, model: Any, stats: Dict[str, Any], agg: Any) -> None:
         """Called by fairseq after each validation set, with its statistics, which it then logs."""
         updates = int(stats["num_updates"])
@@ -192,7 +206,8 @@ class TranslationWithRoutingTask(TranslationTask):
         elif self._watch is not None:
             # Trained again: time goes on from when it was measured.
             self._watch.set(points.Clock(*(point[key] for key in points.Clock._fields)))
-        stats.update(measuring.scalars(point))
+        # What all workers have measured stays: checkpoints and patience go by it.
+        stats.update({**measuring.scalars(point), **stats})
         if self.cfg.tensorboard_logdir:
             _show_load(self.cfg.tensorboard_logdir, point)
 
@@ -225,7 +240,8 @@ class TranslationWithRoutingTask(TranslationTask):
             references = self._text(self.cfg.target_lang)
             lines = measuring.choose_lines(self.cfg.points_sentences, sentences, domains)
             translations = self._translate(model, lines)
-            figures = measuring.translation_figures(translations, references, domains)
+            tokeniser = bleu.find_tokeniser(self.cfg.target_lang)
+            figures = measuring.translation_figures(translations, references, domains, tokeniser)
             for domain, scores in figures.pop("by_domain", {}).items():
                 by_domain[domain].update(scores)
             point.update(figures)
@@ -240,6 +256,7 @@ class TranslationWithRoutingTask(TranslationTask):
             if self.cfg.points_sentences > 0:
                 self._text(self.cfg.target_lang)
                 self._subwords()
+                bleu.find_tokeniser(self.cfg.target_lang)
 
     def _check_translation(self, model: torch.nn.Module) -> None:
         """Refuse what would wait for ever: only the first worker translates."""
@@ -294,7 +311,7 @@ class TranslationWithRoutingTask(TranslationTask):
         )
         translations = {}
         for line, hypothesis in found:
-            pieces = self.tgt_dict.string(hypothesis["tokens"].int().cpu())
+            pieces = self.tgt_dict.string(hypothesis["text_tokens"].int().cpu())
             text, _ = cutting.decode(encoder.decode(pieces), self.cfg.target_lang)
             translations[line] = text
         return dict(sorted(translations.items()))

@@ -1,6 +1,7 @@
 """Raw lines to the pieces that a model reads, and back.
 
 ============  =====================================================================
+``bleu``      the tokeniser that sacreBLEU scores a language with
 ``moses``     the tokens of the Moses scripts, and text from them
 ``subwords``  SentencePiece or Moses tokens cut by BPE, as fairseq's encoders do it
 ============  =====================================================================

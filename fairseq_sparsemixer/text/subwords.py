@@ -42,8 +42,8 @@ class SentencePiece:
             ) from error
 
     def tokenise(self, line: str, language: str) -> str:
-        """A raw line as the encoder takes it: as it is."""
-        return line
+        """A raw line as the encoder takes it: without NUL, which no rule of the model can name."""
+        return line.replace("\0", "")
 
     def decode(self, line: str, language: str) -> Tuple[str, Optional[str]]:
         """The text of an output line whose pieces are joined; it has no tokens."""

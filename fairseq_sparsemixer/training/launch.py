@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import sha256_of, write_json
+from fairseq_sparsemixer.files import sha256_of, sole_user, write_json
 from fairseq_sparsemixer.runs import record
 from fairseq_sparsemixer.runs.folder import LOG
 from fairseq_sparsemixer.runs.logs import read_log
@@ -50,7 +50,7 @@ def _train(launch: Launch) -> None:
     folder, batch = launch.folder, launch.batch
     print(f"== Training {folder.name}: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with process.sole_user(folder) as lock:
+    with sole_user(folder, "--runs") as lock:
         before = record.read_record(folder)
         start = _start(launch)
         if before:

@@ -2,14 +2,13 @@
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
 
@@ -219,31 +218,3 @@ def run_with_progress(
     if process.ended():
         process.check_disk()
         raise process.failure()
-
-
-@contextlib.contextmanager
-def sole_user(folder: Path, flag: str = "--runs") -> Iterator[List[int]]:
-    """Keep others out of a folder for as long as this process or its heir lives.
-
-    Args:
-        folder: that is written to.
-        flag: that names it.
-
-    Yields:
-        The file descriptors to hand to the heir (``keep_open``): a training process that outlives
-        this one, because this one was killed, still keeps others out.
-
-    Raises:
-        UserError: another process is in it.
-    """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {folder}: wait for it or end it, or name another "
-                f"folder with {flag}"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield [file.fileno()]

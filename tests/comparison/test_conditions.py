@@ -115,7 +115,7 @@ def test_scores_that_cannot_be_compared(place, capsys):
 
 def test_published_test_sets_are_named_in_the_signature(place):
     official = {"test_set": "wmt14/full", "langpair": "en-de"}
-    scores = scoring.score(REFERENCE, REFERENCE, official)
+    scores = scoring.score(REFERENCE, REFERENCE, "13a", official)
     for name, router in (("a", "switch"), ("b", "hash")):
         folder = place.run(name, router=router)
         write_lines(folder / "evaluation" / "test.checkpoint_last.de", REFERENCE)
@@ -126,6 +126,25 @@ def test_published_test_sets_are_named_in_the_signature(place):
     assert "test:wmt14/full" in report["signatures"]["p (BLEU)"]
     assert "test:wmt14/full" in report["signatures"]["BLEU"]
     assert rows["hash-4"]["p_value"] == 1.0
+
+
+def test_differences_are_tested_with_the_tokeniser_of_the_scores(place):
+    """Whose translations would seem changed with another; those of before tell none."""
+    for name, router in (("a", "switch"), ("b", "hash")):
+        folder = place.run(name, router=router)
+        text = read_lines(folder / "evaluation" / "test.checkpoint_last.de")
+        scores = scoring.score(text, REFERENCE, "char")
+        place.change(folder, lambda e, scores=scores: e.update(scores=scores))
+    report, _, _ = place.table()
+    assert "|tok:char|" in report["signatures"]["BLEU"]
+    assert "|tok:char|" in report["signatures"]["p (BLEU)"]
+    for name in ("a", "b"):
+        text = read_lines(place.runs / name / "evaluation" / "test.checkpoint_last.de")
+        scores = scoring.score(text, REFERENCE, "13a")
+        del scores["bleu"]["tokeniser"]
+        place.change(place.runs / name, lambda e, scores=scores: e.update(scores=scores))
+    report, _, _ = place.table()
+    assert "|tok:13a|" in report["signatures"]["p (BLEU)"]
 
 
 def test_runs_that_were_moved(place, monkeypatch, tmp_path):

@@ -24,9 +24,9 @@ def test_scores_by_domain_are_those_of_the_lines(study, monkeypatch):
             for run in arms[name].counted:
                 lines = read_lines(run.scores_path.with_suffix(".de"))
                 own, reference = ([each[n] for n in kept] for each in (lines, text.references))
-                expected[run.seed] = scoring.score(own, reference)["bleu"]["score"]
+                expected[run.seed] = scoring.score(own, reference, "13a")["bleu"]["score"]
                 base = read_lines(arms["switch-4"].runs[0].scores_path.with_suffix(".de"))
-                tests.append(scoring.compare(own, [base[n] for n in kept], reference))
+                tests.append(scoring.compare(own, [base[n] for n in kept], reference, "13a"))
             score = results.by_domain[name][domain]
             assert score.by_seed == pytest.approx(expected)
             assert score.mean == pytest.approx(statistics.mean(expected.values()))

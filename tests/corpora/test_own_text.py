@@ -32,6 +32,25 @@ def own_text(messages_corpus, tmp_path):
     return folder
 
 
+@pytest.mark.parametrize(("language", "tokeniser"), [("zh", "zh"), ("tha_Thai", "char")])
+def test_copies_are_scored_as_the_language_asks(language, tokeniser, tmp_path, capsys):
+    raw, sentences = (
+        tmp_path / "raw",
+        ["这个房子是红色的。", "那本旧书在这里。", "一盏灯在房子里。"],
+    )
+    raw.mkdir()
+    for split in SPLITS:
+        files.write_lines(raw / f"{split}.en", ["the red house", "that old book", "a lamp"] * 9)
+        ending = "吗" if split == "test" else ""
+        files.write_lines(raw / f"{split}.{language}", [s + ending for s in sentences] * 9)
+    output = tmp_path / "out"
+    command("--raw-dir", raw, "--output", output, "--vocab-size", 60, "--target-lang", language)
+    score = read_record(output)["copy_score"]["test"]
+    assert score["bleu"] > 50
+    assert f"tok:{tokeniser}" in score["signature"].split("|")
+    assert score["signature"] in capsys.readouterr().out
+
+
 def test_own_text_to_binary(own_text, tmp_path, capsys):
     from fairseq.data import Dictionary, data_utils
 
@@ -102,6 +121,16 @@ def test_own_text_problems(own_text, tmp_path, damage, message):
             target_lang="yy",
             vocab_size=VOCAB_SIZE,
         )
+
+
+def test_own_text_is_in_two_languages(tmp_path):
+    """Or it would be a corpus of copies."""
+    for split in SPLITS:
+        files.write_lines(tmp_path / f"{split}.de", ["das rote Haus", "ein Licht"])
+    flags = ["--source-lang", "de", "--target-lang", "de", "--output", tmp_path / "out"]
+    with pytest.raises(UserError, match="--source-lang and --target-lang are both de"):
+        command("--raw-dir", tmp_path, *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_own_text_may_not_lie_where_the_copy_goes(own_text, tmp_path):

@@ -5,11 +5,14 @@ import errno
 import random
 
 import pytest
+import sentencepiece
+from fairseq.data import Dictionary
 from support.corpora import lines_of, partial_files
 from support.full_disk import room_for
 
 from fairseq_sparsemixer import files
 from fairseq_sparsemixer.corpora import spm
+from fairseq_sparsemixer.text.subwords import SentencePiece
 
 
 def test_model_beside_the_data_encodes_like_the_data(messages_corpus):
@@ -71,3 +74,24 @@ def test_a_model_that_does_not_fit_is_not_taken(tmp_path):
     assert not (tmp_path / "spm" / "spm.model").exists() and not partial_files(tmp_path)
     spm.build_pieces(tmp_path, ("en", "de"), 700)
     assert (tmp_path / "spm" / "spm.model").stat().st_size > 5000
+
+
+def test_whatever_the_training_text_holds_has_pieces(tmp_path):
+    """NUL is taken out; the trainer skips lines of U+2585, and cuts out the names of symbols."""
+    plain = ["das rote Haus ist hier", "ein altes Licht war dort"] * 20
+    odd = ["null\0zeichen", "▅ nur hier: é", "<s>", "</s>", "ein <unk> und ein <pad>", "<s>" * 50]
+    for split in ("train", "valid", "test"):
+        for language in ("en", "de"):
+            files.write_lines(tmp_path / "raw" / f"{split}.{language}", plain + odd)
+    _, result = spm.build_pieces(tmp_path, ("en", "de"), 80)
+    for sides in result["splits"].values():
+        assert [counts["unknown"] for counts in sides.values()] == [0, 0]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm" / "spm.model"))
+    written = lines_of(tmp_path, "train", "de", "spm")[len(plain) :]
+    assert [model.decode(line.split(" ")) for line in written] == ["nullzeichen", *odd[1:]]
+    pieces = {line.rsplit(" ", 1)[0] for line in files.read_lines(tmp_path / "spm" / "dict.txt")}
+    assert not {"<s>", "</s>", "<unk>", "<pad>"} & pieces
+    assert Dictionary.load(str(tmp_path / "spm" / "dict.txt")).unk_index == 3
+    # As is text that comes later.
+    subwords = SentencePiece(tmp_path / "spm" / "spm.model")
+    assert subwords.encoder().encode(subwords.tokenise(odd[0], "de")) == written[0]

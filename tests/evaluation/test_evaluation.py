@@ -1,5 +1,6 @@
 """Translating and scoring, against fairseq's and sacrebleu's own command lines."""
 
+import io
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import torch
 from support.commands import command
 from support.small_run import MAX_POSITIONS, USER_DIR, python, sentences
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scored_text, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
@@ -112,6 +114,46 @@ def test_translator_equals_interactive_line_by_line(corpus, run_dir, translator,
     assert len(set(expected)) == len(expected)
 
 
+def test_the_token_of_a_language_is_no_text(translator, monkeypatch):
+    """What a task says is no text is not in the translation, but counts in its length."""
+    (whole,) = texts(translator.translate(["the red house and the lamp"]))
+    task, pieces = translator._hub.task, translator.target_dictionary
+    first = pieces.index(translator.subwords.encoder().encode(whole.split()[0]).split()[0])
+    original = task.build_generator
+
+    def build_generator(*args, **kwargs):
+        kwargs["extra_gen_cls_kwargs"] = {"symbols_to_strip_from_output": {first}}
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(task, "build_generator", build_generator)
+    (rest,) = texts(translator.translate(["the red house and the lamp"]))
+    kept = [p for p in translator.subwords.encoder().encode(whole).split() if p != pieces[first]]
+    assert rest == translator.subwords.encoder().decode(" ".join(kept)) != whole
+
+
+@pytest.mark.slow
+def test_a_model_of_several_languages_translates_without_their_tokens(
+    corpus, tmp_path, monkeypatch
+):
+    """As fairseq-generate; fairseq begins each translation with the token."""
+    size = ["--encoder-embed-dim", 32, "--decoder-embed-dim", 32, "--encoder-layers", 1]
+    size += ["--decoder-layers", 1, "--encoder-ffn-embed-dim", 64, "--decoder-ffn-embed-dim", 64]
+    python(
+        "-m", "fairseq_cli.train", corpus / "bin", "--cpu", *USER_DIR, *size,
+        "--task", "translation_multi_simple_epoch", "--lang-pairs", "en-de", "--langs", "en,de",
+        "--encoder-langtok", "tgt", "--decoder-langtok", "--share-all-embeddings",
+        "--arch", "switch_transformer_demo", "--num-experts", 2, "--optimizer", "adam",
+        "--lr", 0.01, "--max-tokens", 1000, "--max-update", 40, "--no-epoch-checkpoints",
+        "--save-dir", tmp_path, "--no-progress-bar", "--num-workers", 0,
+        "--required-batch-size-multiple", 1,
+    )  # fmt: skip
+    monkeypatch.setenv("SPARSEMIXER_TRUST_CHECKPOINTS", "1")
+    languages = {"source_lang": "en", "target_lang": "de"}
+    model = Translator(str(tmp_path), "checkpoint_last.pt", **languages)
+    found = texts(model.translate(["the red house", "a lamp"]))
+    assert all(text and "__" not in text for text in found)
+
+
 def test_checkpoints_of_an_ensemble_are_looked_up_in_the_run(run_dir):
     names = "checkpoint_7_50.pt:checkpoint_19_150.pt"
     ensemble = Translator(str(run_dir), names)
@@ -182,6 +224,8 @@ def test_model_files_are_found_in_the_run_and_in_data(corpus, moved, translator)
     assert Translator(str(moved), data=corpus / "bin").translate(LINES) == expected
     with pytest.raises(UserError, match="give --source-lang and --target-lang"):
         Translator(str(moved))
+    with pytest.raises(UserError, match="both en; give those of the model with --source-lang"):
+        Translator(str(moved), data=corpus, source_lang="en", target_lang="en")
     languages = {"source_lang": "en", "target_lang": "de"}
     with pytest.raises(UserError, match=r"found no dict.en.txt and dict.de.txt .* --data"):
         Translator(str(moved), **languages)
@@ -260,6 +304,25 @@ def test_a_file_becomes_a_file(run_dir, translator, tmp_path, capsys):
         command("translate", run_dir, "--input", source, "--output", tmp_path)
 
 
+def test_a_bad_line_in_a_pipe_comes_after_the_good_ones(
+    run_dir, translator, monkeypatch, capsysbinary
+):
+    """In their order, whatever the buffer; what follows it is not read."""
+    good = ["the red house", "", "the old book was here", "a lamp"]
+    expected = "".join(f"{line}\n" for line in texts(translator.translate(good))).encode()
+    text = "".join(f"{line}\n" for line in good).encode() + b"\xff\nthe car\n"
+    for size in (3, 4, 64):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        flags = ["translate", str(run_dir), "--buffer-size", str(size)]
+        assert cli.main(flags) == 2
+        captured = capsysbinary.readouterr()
+        assert captured.out == expected
+        (error,) = [line for line in captured.err.split(b"\n") if b"error: " in line]
+        assert error.endswith(
+            b"stdin, line 5: not UTF-8 (byte 1 of the line); convert the text to UTF-8"
+        )
+
+
 def test_a_prompt_answers_each_line_until_ctrl_d(run_dir, translator, monkeypatch, capsysbinary):
     ours, theirs = pty.openpty()
     os.write(ours, b"the red house\n\nlamp\n\x04")
@@ -276,10 +339,10 @@ def test_a_prompt_answers_each_line_until_ctrl_d(run_dir, translator, monkeypatc
 # Scoring and the evaluate command
 
 
-def sacrebleu(reference, hypothesis):
+def sacrebleu(reference, hypothesis, *flags):
     """What sacrebleu's command prints: scores with 6 decimals, and signatures."""
     printed = python(
-        "-m", "sacrebleu", reference, "-i", hypothesis, "-m", "bleu", "chrf", "-w", 6
+        "-m", "sacrebleu", reference, "-i", hypothesis, "-m", "bleu", "chrf", "-w", 6, *flags
     )  # fmt: skip
     return {entry["name"]: (entry["score"], entry["signature"]) for entry in json.loads(printed)}
 
@@ -319,7 +382,7 @@ def test_report_equals_sacrebleu_and_says_how_it_came_about(
     }
     assert report["generation"]["beam"] == 2
     assert set(report["versions"]) >= {"fairseq", "torch", "sacrebleu", "sentencepiece"}
-    copied = scoring.score(read_lines(corpus / "copy" / "test.de"), read_lines(reference))
+    copied = scoring.score(read_lines(corpus / "copy" / "test.de"), read_lines(reference), "13a")
     assert report["copy"]["scores"] == copied
     comparison = report["comparison"]["bleu"]
     difference = report["scores"]["bleu"]["score"] - report["baseline"]["scores"]["bleu"]["score"]
@@ -327,6 +390,31 @@ def test_report_equals_sacrebleu_and_says_how_it_came_about(
     table = capsys.readouterr().out
     assert f"{report['scores']['bleu']['score']:.2f}" in table
     assert report["scores"]["bleu"]["signature"] in table
+
+
+def test_languages_without_spaces_are_scored_as_sacrebleu_does(run_dir, translator, tmp_path):
+    """With 13a a Chinese sentence is one token, and its BLEU 0."""
+    run, source, reference = tmp_path / "run", tmp_path / "x.en", tmp_path / "x.zh"
+    run.mkdir()
+    for name in ("checkpoint_best.pt", "dict.en.txt", "sentencepiece.bpe.model"):
+        place = run_dir if name.endswith("best.pt") else translator.trained_on
+        (run / name).symlink_to(place / name)
+    (run / "dict.zh.txt").symlink_to(translator.trained_on / "dict.de.txt")
+    write_lines(source, ["the red house", "the old book was here", "a lamp"])
+    good = ["房子是红色的。", "旧书曾经在这里。", "一盏灯。"]
+    write_lines(reference, ["这个房子是红色的。", "那本旧书曾经在这里。", "一盏灯。"])
+    flags = ["--source", source, "--reference", reference, "--source-lang", "en"]
+    flags += ["--target-lang", "zh", "--output", tmp_path / "out.json"]
+    assert scoring.score(good, read_lines(reference), "zh")["bleu"]["score"] > 50
+    for more, wanted in (([], ["-l", "en-zh"]), (["--tokenize", "intl"], ["--tokenize", "intl"])):
+        command("evaluate", run, *flags, *more)
+        scores = json.loads((tmp_path / "out.json").read_bytes())["scores"]
+        score, signature = sacrebleu(reference, tmp_path / "out.zh", *wanted)["BLEU"]
+        assert scores["bleu"]["signature"] == signature
+        assert scores["bleu"]["score"] == pytest.approx(score, abs=1e-6)
+        assert f"tok:{scores['bleu']['tokeniser']}" in signature.split("|")
+    with pytest.raises(UserError, match="sacreBLEU has no tokeniser words"):
+        command("evaluate", run, *flags, "--tokenize", "words")
 
 
 def test_report_finds_the_corpus_and_its_place_alone(corpus, run_dir):
@@ -338,11 +426,14 @@ def test_report_finds_the_corpus_and_its_place_alone(corpus, run_dir):
 
 
 def test_copy_score_of_the_record_where_the_copied_lines_are_gone(tmp_path):
-    record = {"copy_score": {"test": {"bleu": 12.34, "signature": "nrefs:1"}}}
+    record = {"copy_score": {"test": {"bleu": 12.34, "signature": "nrefs:1|tok:13a|v:2"}}}
     (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    text = scored_text.Text(["the house"], ["das Haus"], "13a", None)
     test_set = scored_text.TestSet("test", tmp_path, tmp_path, corpus=tmp_path)
-    scores = scored_text.copy_score(test_set, "de", ["das Haus"])["scores"]
-    assert scores == {"bleu": {"score": 12.34, "signature": "nrefs:1"}}
+    scores = scored_text.copy_score(test_set, "de", text)["scores"]
+    assert scores == {"bleu": {"score": 12.34, "signature": "nrefs:1|tok:13a|v:2"}}
+    of_characters = text._replace(tokeniser="char")
+    assert scored_text.copy_score(test_set, "de", of_characters) is None
 
 
 @pytest.mark.parametrize(
@@ -367,22 +458,22 @@ def test_evaluate_refuses_before_it_translates(run_dir, tmp_path, monkeypatch, f
 
 def test_scores_need_a_reference_for_each_line():
     with pytest.raises(UserError, match=r"2 hypotheses .* 1 reference"):
-        scoring.score(["a", "b"], ["a"])
+        scoring.score(["a", "b"], ["a"], "13a")
     with pytest.raises(UserError, match=r"1 hypotheses .* 2 reference"):
-        scoring.compare(["a", "b"], ["a"], ["a", "b"])
+        scoring.compare(["a", "b"], ["a"], ["a", "b"], "13a")
     with pytest.raises(UserError, match="no lines to score"):
-        scoring.score([], [])
+        scoring.score([], [], "13a")
 
 
 def test_comparison_tells_a_real_difference_from_none():
     _, references = sentences(60, seed=7)
     worse = [line if place % 3 else line[: len(line) // 2] for place, line in enumerate(references)]
-    result = scoring.compare(references, worse, references)
+    result = scoring.compare(references, worse, references, "13a")
     for metric in ("bleu", "chrf"):
         assert result[metric]["difference"] > 1
         assert result[metric]["p_value"] < 0.01
         assert "bs:1000|seed:12345" in result[metric]["signature"]
-    same = scoring.compare(worse, worse, references)
+    same = scoring.compare(worse, worse, references, "13a")
     assert same["bleu"]["difference"] == 0 and same["bleu"]["p_value"] == 1
 
 

@@ -100,13 +100,15 @@ def test_translations_of_the_last_point_are_those_of_the_last_checkpoint(
     assert sorted(domains[n] for n in chosen) == sorted(DOMAINS * 6)
     model = translator.Translator(str(folder), "checkpoint_last.pt")
     texts = [t.text for t in model.translate([sources[n] for n in chosen], beam=1)]
-    expected = scoring.score(texts, [references[n] for n in chosen])
+    expected = scoring.score(texts, [references[n] for n in chosen], "13a")
     assert point["bleu"] == pytest.approx(expected["bleu"]["score"], abs=1e-3)
     assert point["chrf"] == pytest.approx(expected["chrf"]["score"], abs=1e-3)
     assert point["chrf"] > 1
     assert point["signatures"]["bleu"] == expected["bleu"]["signature"]
     poems = [place for place, n in enumerate(chosen) if domains[n] == "poems"]
-    of_poems = scoring.score([texts[i] for i in poems], [references[chosen[i]] for i in poems])
+    of_poems = scoring.score(
+        [texts[i] for i in poems], [references[chosen[i]] for i in poems], "13a"
+    )
     expected_poems = of_poems["chrf"]["score"]
     assert point["by_domain"]["poems"]["chrf"] == pytest.approx(expected_poems, abs=1e-3)
 

@@ -163,7 +163,7 @@ def test_two_studies_do_not_share_a_folder(finished, prepared):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert "another process is training in" in errors and "--output" in errors
+    assert "another process is at work in" in errors and "--output" in errors
 
 
 def test_wrong_use_is_told(prepared, tmp_path, capsys):

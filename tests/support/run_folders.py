@@ -143,7 +143,7 @@ def evaluation(folder, hypotheses, reference, name="evaluation/test.checkpoint_l
     path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(text, hypotheses)
     content = {
-        "scores": scoring.score(hypotheses, read_lines(reference)),
+        "scores": scoring.score(hypotheses, read_lines(reference), "13a"),
         "hypotheses": str(text),
         "checkpoints": [
             {"name": "checkpoint_last.pt", "sha256": "0", "updates": updates, "averaged_from": []}

@@ -12,11 +12,11 @@ from support.wmt14 import TINY
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import sha256_of
+from fairseq_sparsemixer.files import sha256_of, sole_user
 from fairseq_sparsemixer.runs import mending as checkpoints
 from fairseq_sparsemixer.runs import record
 from fairseq_sparsemixer.runs.logs import read_log
-from fairseq_sparsemixer.training import launch, process
+from fairseq_sparsemixer.training import launch
 
 
 def command(corpus, runs, *arguments):
@@ -50,7 +50,7 @@ def test_an_interrupted_run_goes_on(interrupted, corpus, capsys):
     last = folder / "checkpoint_last.pt"
     last.write_bytes(last.read_bytes()[:2000])
     (folder / "checkpoint_1_12.pt.tmp").write_bytes(b"")
-    with process.sole_user(folder):  # whoever trained in it has ended
+    with sole_user(folder, "--runs"):  # whoever trained in it has ended
         pass
     arguments = command(corpus, interrupted, "--max-tokens", "50")
 

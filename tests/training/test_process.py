@@ -12,20 +12,6 @@ from fairseq_sparsemixer.files import FullDiskError
 from fairseq_sparsemixer.training import process
 
 
-def test_only_one_process_trains_in_a_folder(tmp_path):
-    with process.sole_user(tmp_path) as inherited:
-        heir = subprocess.Popen(["sleep", "60"], pass_fds=inherited)
-    with (
-        pytest.raises(UserError, match="another process is training in"),
-        process.sole_user(tmp_path),
-    ):
-        pass
-    heir.kill()
-    heir.wait()
-    with process.sole_user(tmp_path):
-        pass
-
-
 @pytest.mark.parametrize("gpu", [False, True])
 def test_training_on_a_cpu_keeps_the_memory_that_it_releases(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

@@ -25,6 +25,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
     decode_line,
+    in_turn,
     read_json,
     replace_durably,
     scratch_folder,
@@ -147,6 +148,16 @@ def obtain(folder: Path, required: Sequence[str], optional: Sequence[str]) -> Do
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"--downloads {folder}: {error.strerror}") from error
+    # Not the lock of the folder itself: that may be the one of the corpus.
+    with in_turn(folder / "downloads", beside=True):
+        downloads = read_record(folder)  # another process may have fetched them meanwhile
+        if downloads is not None and _complete(folder, downloads, names):
+            return downloads
+        return _obtain_anew(folder, required, names)
+
+
+def _obtain_anew(folder: Path, required: Sequence[str], names: Sequence[str]) -> Downloads:
+    """Fetch what is not there."""
     with scratch_folder(folder.resolve() / ".apt.partial") as scratch:
         apt = _Apt(scratch)
         say("apt fetches the lists of packages and their descriptions (tens of MB)")
@@ -165,7 +176,7 @@ def obtain(folder: Path, required: Sequence[str], optional: Sequence[str]) -> Do
             )
         packages = [_package(offered[name]) for name in dict.fromkeys(names) if name in offered]
         _fetch(apt, packages, folder, scratch)
-    not_found = [name for name in optional if name not in offered]
+    not_found = [name for name in names if name not in offered]
     downloads = Downloads(indices, packages, not_found)
     write_json(folder / _RECORD, downloads.describe())
     return downloads

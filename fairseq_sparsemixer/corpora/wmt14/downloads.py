@@ -22,6 +22,7 @@ from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     check_writable,
+    in_turn,
     read_json,
     replace_durably,
     sha256_of,
@@ -88,8 +89,10 @@ class Checksums:
         if remote.name not in self.entries:
             size = path.stat().st_size
             entry = {"url": remote.url, "bytes": size, "sha256": sha256_of(path)}
-            self.entries[remote.name] = entry
-            write_json(self.path, self.entries)
+            with in_turn(self.path, beside=True):
+                # Another process may have added to it meanwhile.
+                self.entries = {remote.name: entry, **Checksums(self.path).entries}
+                write_json(self.path, self.entries)
 
 
 def obtain(remote: RemoteFile, folder: Path, checksums: Checksums, mirror: Optional[str]) -> Path:
@@ -105,31 +108,38 @@ def obtain(remote: RemoteFile, folder: Path, checksums: Checksums, mirror: Optio
         UserError: no network, no such file, or not the recorded or published bytes.
     """
     path = folder / remote.name
+    if not path.is_file():
+        with in_turn(path, beside=True):
+            if not path.is_file():  # another process may have downloaded it meanwhile
+                _obtain_anew(remote, path, checksums, mirror)
+                return path
+    problem = _problem(remote, path, checksums)
+    if problem:
+        raise UserError(
+            f"{path} is damaged or another file: {problem}. Remove it to have it downloaded again"
+        )
+    return path
+
+
+def _obtain_anew(
+    remote: RemoteFile, path: Path, checksums: Checksums, mirror: Optional[str]
+) -> None:
     url = remote.url
     if mirror is not None:
         url = mirror.rstrip("/") + urllib.parse.urlsplit(remote.url).path
-    if not path.is_file():
-        partial = folder / f".{remote.name}.partial"
-        _download(url, partial)
-        problem = _problem(remote, partial, checksums)
-        tag = _tag_path(partial)
-        if problem:
-            partial.unlink()
-            tag.unlink(missing_ok=True)
-            raise UserError(
-                f"{url} is not the file that was expected: {problem}; name another server with "
-                f"--mirror, or, if this file is right, put its SHA-256 into {checksums.path}"
-            )
-        replace_durably(partial, path)
+    partial = path.with_name(f".{remote.name}.partial")
+    _download(url, partial)
+    problem = _problem(remote, partial, checksums)
+    tag = _tag_path(partial)
+    if problem:
+        partial.unlink()
         tag.unlink(missing_ok=True)
-    else:
-        problem = _problem(remote, path, checksums)
-        if problem:
-            raise UserError(
-                f"{path} is damaged or another file: {problem}. Remove it to have it downloaded "
-                "again"
-            )
-    return path
+        raise UserError(
+            f"{url} is not the file that was expected: {problem}; name another server with "
+            f"--mirror, or, if this file is right, put its SHA-256 into {checksums.path}"
+        )
+    replace_durably(partial, path)
+    tag.unlink(missing_ok=True)
 
 
 def md5_of(path: Path) -> str:

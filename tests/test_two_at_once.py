@@ -1,0 +1,125 @@
+"""Two commands in one place: the second waits, or says who is at work there."""
+
+import os
+import time
+
+import pytest
+from support import commands, small_run
+from support.busy import busy
+from support.corpora import SPLITS, read_record
+
+from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import in_turn, read_lines, scratch_folder, sole_user, write_lines
+from fairseq_sparsemixer.laboratory import gradients
+from fairseq_sparsemixer.report import build
+from fairseq_sparsemixer.study import demo
+
+
+@pytest.fixture
+def waited(capsys):
+    """Says whether what was called waited for the other process."""
+
+    def check(other):
+        said = capsys.readouterr().err
+        assert f"waiting for process {other} on " in said
+        return True
+
+    return check
+
+
+def raw_text(folder, word):
+    """Text in which a word is everywhere."""
+    folder.mkdir()
+    lines = small_run.sentences(60, seed=1)
+    for split in SPLITS:
+        for language, texts in zip(("en", "de"), lines):
+            write_lines(folder / f"{split}.{language}", [f"{text} {word}" for text in texts])
+    return folder
+
+
+def test_two_preparations_are_made_one_after_the_other(tmp_path, capfd):
+    """The folder is the second's, as if the first had ended before."""
+    texts = [raw_text(tmp_path / word, word) for word in ("first", "second")]
+    flags = ["--output", tmp_path / "out", "--vocab-size", 60]
+    first = os.fork()
+    if not first:
+        try:
+            commands.command("prepare", "--raw-dir", texts[0], *flags)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "raw").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    commands.command("prepare", "--raw-dir", texts[1], *flags)
+    assert os.waitpid(first, 0)[1] == 0
+    assert f"waiting for process {first} on " in capfd.readouterr().err
+    out = tmp_path / "out"
+    assert read_record(out)["source"]["folder"] == str(texts[1])
+    for split in SPLITS:
+        assert all(line.endswith(" second") for line in read_lines(out / "raw" / f"{split}.en"))
+        pieces = read_lines(out / "spm" / f"{split}.en")
+        assert all("first" not in line.replace(" ", "") for line in pieces)
+    assert not (out / ".lock").exists()
+
+
+def test_commands_that_write_wait_for_each_other(place, tmp_path, monkeypatch, waited):
+    place.run("a")
+    place.run("b", router="hash")
+    stem = tmp_path / "out" / "table.v1"
+    with busy(lambda: in_turn(stem, beside=True)) as other:
+        place.table()
+        assert waited(other)
+
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(build, "gather_content", lambda *_: {})
+    monkeypatch.setattr(build, "render", lambda _: "page")
+    scratch = page.with_name(".page_figures.partial")
+    with busy(lambda: scratch_folder(scratch)) as other:
+        build.build_report([place.runs], None, None, page)
+        assert waited(other)
+    assert read_lines(page) == ["page"]
+
+    monkeypatch.setattr(gradients, "_measure_cases", lambda *_: [])
+    monkeypatch.setattr(gradients, "_show", lambda *_: None)
+    with busy(lambda: in_turn(tmp_path / "measured")) as other:
+        gradients.measure_toys(1, tmp_path / "measured")
+        assert waited(other)
+
+
+def test_evaluations_with_one_output_wait_for_each_other(run_dir, tmp_path, waited):
+    source, reference = tmp_path / "x.en", tmp_path / "x.de"
+    write_lines(source, ["the red house"])
+    write_lines(reference, ["das rote Haus"])
+    flags = ["--source", source, "--reference", reference, "--output", tmp_path / "o.json"]
+    with busy(lambda: in_turn(tmp_path / "o", beside=True)) as other:
+        commands.command("evaluate", run_dir, *flags)
+        assert waited(other)
+
+
+def test_a_second_demo_or_training_is_refused(tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    monkeypatch.setattr(demo.preparation, "prepare_homeassistant", lambda _: None)
+    with (
+        busy(lambda: sole_user(runs, "--runs")) as other,
+        pytest.raises(UserError, match=rf"^process {other} on .* is at work in .* --runs$"),
+    ):
+        demo.Demo([], tmp_path / "data", runs, []).do()
+
+
+def test_two_trainings_of_fairseq_do_not_share_a_folder(toy_corpus, tmp_path):
+    command = commands.train_command(
+        toy_corpus / "joined", tmp_path, arch={**commands.SIZE, "encoder-layers": 1}, max_update=1
+    )
+
+    def training():
+        return sole_user(tmp_path, "--save-dir", name=".training.lock", heirs=False)
+
+    with busy(training) as other:
+        (result,) = commands.finish(commands.start("fairseq_cli.train", *command))
+        assert result.returncode != 0
+        assert f"\nerror: process {other} on " in result.stderr
+        assert not list(tmp_path.glob("*.pt"))
+    commands.run("fairseq_cli.train", *command)
+    assert list(tmp_path.glob("checkpoint*.pt"))
