@@ -26,6 +26,8 @@ from benchmarks.gpu.kernels import sizes_of
 from benchmarks.measuring import Record
 from fairseq_sparsemixer.moe.kernels import products, projection, sorting
 from fairseq_sparsemixer.moe.kernels.operators import cdiv
+from fairseq_sparsemixer.moe.losses import RoutingStatistics
+from fairseq_sparsemixer.moe.routing import Context, build_router
 from fairseq_sparsemixer.tables import markdown
 
 CALLS, REPLAYS = 10, 5
@@ -157,7 +159,34 @@ def operators(v: Layer) -> Dict[str, Callable[[], Any]]:
         "logits_of": lambda: projection.logits_of(v.x, v.router, None),
         "token_gradient": lambda: projection.token_gradient(v.grad_logits, v.router, dtype),
         "logits_weight_gradient": lambda: projection.logits_weight_gradient(v.grad_logits, v.x),
+        **routings(v),
     }
+
+
+def routings(v: Layer) -> Dict[str, Callable[[], Any]]:
+    """From logits to gates and routing statistics, and back: by kernels, or without them."""
+    number, width = v.router.shape
+    router = build_router("sparsemixer", embed_dim=width, num_experts=number).to(v.x.device)
+    logits = v.grad_logits.clone().requires_grad_()
+
+    def forward(logits: Tensor) -> List[Tensor]:
+        routing = router.select(logits, Context())
+        routing.backend = router.backend
+        return [routing.gate, RoutingStatistics.packed(routing)]
+
+    def there_and_back(backend: str, forward: Callable[[Tensor], List[Tensor]]) -> List[Tensor]:
+        router.backend = backend
+        results = forward(logits)
+        return torch.autograd.grad(results, logits, [torch.ones_like(each) for each in results])
+
+    calls = {
+        "routed by kernels": functools.partial(there_and_back, "triton", forward),
+        "routed by PyTorch": functools.partial(there_and_back, "loop", forward),
+    }
+    if v.x.is_cuda:  # compiling takes long
+        compiled = torch.compile(forward)
+        calls["routed by PyTorch, compiled"] = functools.partial(there_and_back, "loop", compiled)
+    return calls
 
 
 KERNELS = {

@@ -45,7 +45,7 @@ def test_every_operator_has_a_time_and_failures_are_counted(monkeypatch):
     layer = sweep.build((16, 32, 2), 40, FLOAT, "cpu")
     about = {"embed_dim": 16, "num_experts": 2}
     rows = [{**about, "operator": n, "microseconds": 8.0} for n in sweep.operators(layer)]
-    assert table.headline("operators", {"rows": rows}) == "16 operators, 0 other launches"
+    assert table.headline("operators", {"rows": rows}) == "18 operators, 0 other launches"
     tried = [(Setting(16, 16, 16, 4, 3, False), 4.0), (Setting(32, 16, 16, 8, 2, True), 2.0)]
     more = [
         {**about, "operator": "up", "setting": str(setting), "error": 0.001, "microseconds": time}
@@ -53,7 +53,7 @@ def test_every_operator_has_a_time_and_failures_are_counted(monkeypatch):
     ]
     more.append({**about, "operator": "up", "setting": "huge", "failed": "OutOfResources"})
     assert table.headline("sweep", {"rows": [*rows, *more]}) == (
-        "16 operators, 3 other launches, 1 of them failed"
+        "18 operators, 3 other launches, 1 of them failed"
     )
     text = sweep.table([*rows, *more])
     lines = [line for line in text.splitlines() if "stages" in line]
