@@ -74,15 +74,13 @@ def test_drift_is_from_the_point_before_whatever_was_written_last(tmp_path):
 
 def test_a_line_is_json_and_takes_the_place_of_what_came_after(tmp_path):
     path = tmp_path / points.FILE
+    measured = {"seconds": 1.0, "loss": 2.0, "nll_loss": points.number(math.nan), "layers": {}}
     for updates in (10, 20, 30, 20):
-        points.add_point(path, {"updates": updates, "nll_loss": points.number(math.nan)})
-    assert points.read_points(path) == [
-        {"updates": 10, "nll_loss": None},
-        {"updates": 20, "nll_loss": None},
-    ]
-    with pytest.raises(ValueError, match="JSON"):
-        points.add_point(path, {"updates": 30, "nll_loss": math.inf})
-    assert len(points.read_points(path)) == 2
+        points.add_point(path, {"updates": updates, **measured})
+    assert points.read_points(path) == [{"updates": n, **measured} for n in (10, 20)]
+    points.add_point(path, {"updates": 30, **measured, "loss": math.inf})
+    assert [each["loss"] for each in points.read_points(path)] == [2.0, 2.0, None]
+    assert json.loads(path.read_text().splitlines()[2])["nll_loss"] is None
 
 
 def test_translations_of_the_last_point_are_those_of_the_last_checkpoint(
