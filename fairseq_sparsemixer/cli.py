@@ -14,8 +14,8 @@ import sys
 import warnings
 from typing import Any, Iterator, Optional, Sequence
 
+from fairseq_sparsemixer.disk import cannot_write, full_disk
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import cannot_write, full_disk
 from fairseq_sparsemixer.version import __version__
 
 COMMANDS = (

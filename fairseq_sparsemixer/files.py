@@ -2,28 +2,16 @@
 
 import codecs
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Set
+from typing import Any, Dict, Iterable, Iterator, List
 
+from fairseq_sparsemixer.disk import FullDiskError, cannot_write, full_disk
 from fairseq_sparsemixer.errors import UserError
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The last is that of a limit on the size of a file."""
-_NOT_INHERITED: Set[int] = set()
-"""Locks, as file descriptors, that end with this process though it has forked."""
-
-
-class FullDiskError(UserError):
-    """A file does not fit on its disk; what it would have replaced is still there."""
+from fairseq_sparsemixer.locks import in_turn, locked
 
 
 def sha256_of(path: Path) -> str:
@@ -76,7 +64,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial = target.with_name(f".{target.name}.partial")
         target.parent.mkdir(parents=True, exist_ok=True)
         # An empty one is there already, and locked.
-        with _locked(partial, path):
+        with locked(partial, path):
             try:
                 yield partial
                 replace_durably(partial, target)
@@ -96,53 +84,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _is_special(path: Path) -> bool:
     """Whether there is something that is neither a file nor a folder, at the end of all links."""
     return path.exists() and not (path.is_file() or path.is_dir())
-
-
-def full_disk(error: BaseException) -> Optional[OSError]:
-    """The error that says that a disk is full, among ``error`` and what it came from, else None.
-
-    ``torch.save`` and others go on after a write that failed, and stumble over something else.
-    """
-    cause: Optional[BaseException] = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in NO_SPACE:
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def full_disk_in(text: str) -> Optional[OSError]:
-    """The error of a disk that is full, where a program's messages tell of one, else None."""
-    for number in NO_SPACE:
-        if os.strerror(number) in text:
-            return OSError(number, os.strerror(number))
-    return None
-
-
-def check_room(folder: Path) -> None:
-    """Find out whether a few lines of text fit into a folder.
-
-    Raises:
-        FullDiskError: they do not.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(1 << 16))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        if full_disk(error) is None:
-            raise
-        raise FullDiskError(cannot_write(error, folder)) from error
-
-
-def cannot_write(reason: OSError, path: Optional[Path] = None) -> str:
-    """The message for a disk that is full."""
-    what = path or reason.filename or "the output"
-    return (
-        f"cannot write {what} ({reason.strerror}): make room there, or choose another place, and "
-        "run the same command again"
-    )
 
 
 def replace_durably(source: Path, target: Path) -> None:
@@ -253,157 +194,6 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def in_turn(place: Path, *, beside: bool = False) -> Iterator[None]:
-    """Work in a folder, or on what has its name, once whoever does so already has ended.
-
-    A process that was killed holds nobody up.
-
-    Args:
-        place: a folder; or, with ``beside``, what is or will be in its parent: a file, or the stem
-            of several.
-
-    Raises:
-        UserError: the place cannot be written to.
-    """
-    lock = place.with_name(f".{place.name}.lock") if beside else place / ".lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {lock.parent} ({error.strerror})") from error
-    with _locked(lock, place) as descriptor:
-        _sign(descriptor)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                lock.unlink()
-
-
-@contextlib.contextmanager
-def sole_user(
-    folder: Path, flag: str, *, name: str = ".lock", heirs: bool = True
-) -> Iterator[List[int]]:
-    """Keep others out of a folder for as long as this process or its heir lives.
-
-    Args:
-        folder: that is written to.
-        flag: that names it.
-        name: of the file there that is locked.
-        heirs: whether processes that it forks inherit the lock.
-
-    Yields:
-        The file descriptors to hand to the heir (``keep_open``): a training process that outlives
-        this one, because this one was killed, still keeps others out.
-
-    Raises:
-        UserError: another process is in it, or it cannot be written to.
-    """
-    with _locked(folder / name, folder, flag, heirs=heirs) as descriptor:
-        _sign(descriptor, " or what it started" if heirs else "")
-        try:
-            yield [descriptor]
-        finally:
-            # Not the file itself: an heir may still be at work.
-            os.ftruncate(descriptor, 0)
-
-
-@contextlib.contextmanager
-def _locked(
-    lock: Path, place: Path, flag: Optional[str] = None, *, heirs: bool = False
-) -> Iterator[int]:
-    """Lock a file, which is made; its descriptor.
-
-    Args:
-        lock: the file.
-        place: what it stands for, in messages.
-        flag: that names the place: who comes second is refused; without it, that one waits.
-        heirs: whether processes that this one forks inherit the lock.
-
-    Raises:
-        UserError: see :func:`sole_user`.
-    """
-    while True:
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            if full_disk(error):
-                raise
-            cure = f"; choose another place with {flag}" if flag else ""
-            raise UserError(f"cannot write into {lock.parent} ({error.strerror}){cure}") from error
-        if not heirs:
-            _NOT_INHERITED.add(descriptor)
-        try:
-            _wait_for(descriptor, lock, place, flag)
-            # Whoever had it may have removed or moved the file.
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                yield descriptor
-                return
-        finally:
-            _NOT_INHERITED.discard(descriptor)
-            os.close(descriptor)
-
-
-def _wait_for(descriptor: int, lock: Path, place: Path, flag: Optional[str]) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        who = _signature(lock) or "another process"
-        if flag is not None:
-            raise UserError(
-                f"{who} is at work in {place}: wait for it or end it, or name another folder with "
-                f"{flag}"
-            ) from None
-        print(f"waiting for {who}, which is at work on {place}", file=sys.stderr, flush=True)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        pass  # a file system without locks
-
-
-def _sign(descriptor: int, more: str = "") -> None:
-    """Write into a file that was locked by whom."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:2]]
-    text = f"process {os.getpid()} on {platform.node()} ({' '.join(words)}){more}"
-    with contextlib.suppress(OSError):  # no room for it
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(errors="replace"), 0)
-
-
-def _signature(lock: Path) -> str:
-    """What :func:`_sign` wrote; empty where it did not."""
-    if not lock.name.endswith(".lock"):
-        return ""
-    try:
-        return lock.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-
-
-def _end_locks() -> None:
-    """In a forked child, whose copies would outlive this process."""
-    for descriptor in _NOT_INHERITED:
-        os.close(descriptor)
-    _NOT_INHERITED.clear()
-
-
-os.register_at_fork(after_in_child=_end_locks)
-
-
-@contextlib.contextmanager
-def report_full_disk(folder: Path, megabytes: int, flag: str = "--output") -> Iterator[None]:
-    """Turn "no space left" inside the block into a :class:`UserError` that names ``folder``."""
-    try:
-        yield
-    except Exception as error:
-        told = isinstance(error, UserError) and not isinstance(error, FullDiskError)
-        if told or full_disk(error) is None:
-            raise
-        raise UserError(
-            f"no space left on the disk of {folder} (about {megabytes} MB are needed): make room, "
-            f"or choose another folder with {flag}, and run the same command again"
-        ) from error
 
 
 def decode_line(line: bytes, name: str, number: int) -> str:

@@ -25,7 +25,9 @@ from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
-from fairseq_sparsemixer.files import FullDiskError, atomic_path, sole_user
+from fairseq_sparsemixer.disk import FullDiskError
+from fairseq_sparsemixer.files import atomic_path
+from fairseq_sparsemixer.locks import sole_user
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,6 @@
 """Text read strictly, and files written whole or not at all."""
 
-import contextlib
 import errno
-import fcntl
 import os
 import socket
 import subprocess
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.busy import busy
 
-from fairseq_sparsemixer import files
+from fairseq_sparsemixer import disk, files
 from fairseq_sparsemixer.errors import UserError
 
 
@@ -39,9 +37,9 @@ def test_write_lines_keeps_the_old_file_when_interrupted(tmp_path):
 
 def test_full_disk_is_a_user_error(tmp_path):
     message = f"no space left on the disk of {tmp_path} .about 150 MB"
-    with pytest.raises(UserError, match=message), files.report_full_disk(tmp_path, 150):
+    with pytest.raises(UserError, match=message), disk.report_full_disk(tmp_path, 150):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(PermissionError), files.report_full_disk(tmp_path, 150):
+    with pytest.raises(PermissionError), disk.report_full_disk(tmp_path, 150):
         raise PermissionError(errno.EACCES, "not the disk")
 
 
@@ -82,7 +80,7 @@ def test_a_device_is_written_into_and_stays(tmp_path, monkeypatch):
     full.symlink_to("/dev/full")
     files.write_json(link, {})
     assert link.is_symlink() and os.path.samefile(link, "/dev/null")
-    with pytest.raises(files.FullDiskError, match=r"cannot write .*full .No space left"):
+    with pytest.raises(disk.FullDiskError, match=r"cannot write .*full .No space left"):
         files.write_lines(full, ["x" * 100_000])
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)  # names of sockets are short
@@ -104,78 +102,9 @@ def test_who_writes_the_same_file_waits(tmp_path, capsys, killed):
     assert {found.name: found.read_bytes() for found in tmp_path.iterdir()} == {"text": b"ours\n"}
 
 
-@pytest.mark.parametrize("killed", [False, True])
-@pytest.mark.parametrize("beside", [False, True])
-def test_who_works_in_the_same_place_waits(tmp_path, capsys, beside, killed):
-    place = tmp_path / "place"
-
-    def in_turn():
-        return files.in_turn(place, beside=beside)
-
-    with busy(in_turn, killed=killed) as other, in_turn():
-        pass
-    said = capsys.readouterr().err
-    assert said.startswith(f"waiting for process {other} on ") and str(place) in said
-    assert not [found for found in tmp_path.rglob("*") if found.is_file()]
-
-
 def test_a_scratch_folder_is_not_cleared_while_it_is_used(tmp_path, capsys):
     scratch = tmp_path / "scratch"
     with busy(lambda: files.scratch_folder(scratch)) as other, files.scratch_folder(scratch):
         pass
     assert f"waiting for process {other} on " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_only_one_process_trains_in_a_folder(tmp_path):
-    """Or what it started, where it was killed itself."""
-
-    def take():
-        with files.sole_user(tmp_path, "--runs"):
-            pass
-
-    with files.sole_user(tmp_path, "--runs") as inherited:
-        heir = subprocess.Popen(["sleep", "60"], pass_fds=inherited)
-    with pytest.raises(UserError, match=r"another process is at work in .* with --runs"):
-        take()
-    heir.kill()
-    heir.wait()
-    take()
-    with (
-        busy(lambda: files.sole_user(tmp_path, "--runs")) as other,
-        pytest.raises(UserError, match=rf"^process {other} on .* or what it started is at work in"),
-    ):
-        take()
-    with busy(lambda: files.sole_user(tmp_path, "--runs"), killed=True):
-        pass
-    take()
-
-
-def test_a_forked_child_does_not_keep_the_lock(tmp_path):
-    """Such as a worker that loads data, which outlives a killed training by seconds."""
-    awaited, go = os.pipe()
-
-    @contextlib.contextmanager
-    def with_child():
-        with files.in_turn(tmp_path):
-            if not os.fork():
-                os.close(go)
-                os.read(awaited, 1)
-                os._exit(0)
-            yield
-
-    with busy(with_child, killed=True):
-        pass
-    with open(tmp_path / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(go)
-    os.close(awaited)
-
-
-def test_a_place_that_cannot_be_written_to(tmp_path):
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(UserError, match=r"cannot write into .*file"),
-        files.in_turn(tmp_path / "file" / "x"),
-    ):
-        pass

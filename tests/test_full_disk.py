@@ -8,7 +8,8 @@ import torch
 from support.full_disk import room_for
 
 from fairseq_sparsemixer import cli, plotting
-from fairseq_sparsemixer.files import FullDiskError, atomic_path, write_lines
+from fairseq_sparsemixer.disk import FullDiskError
+from fairseq_sparsemixer.files import atomic_path, write_lines
 
 
 def test_what_does_not_fit_leaves_the_file_before(tmp_path):

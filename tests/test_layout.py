@@ -13,7 +13,9 @@ PACKAGE = Path(fairseq_sparsemixer.__file__).parent
 # From the bottom up; a room imports only rooms of lower floors. "" is the package itself.
 FLOORS = [
     ["errors", "version"],
-    ["files", "tables"],
+    ["disk", "tables"],
+    ["locks"],
+    ["files"],
     ["plotting"],
     ["moe"],
     ["models", "text"],

@@ -9,8 +9,9 @@ from support.busy import busy
 from support.corpora import SPLITS, read_record
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import in_turn, read_lines, scratch_folder, sole_user, write_lines
+from fairseq_sparsemixer.files import read_lines, scratch_folder, write_lines
 from fairseq_sparsemixer.laboratory import gradients
+from fairseq_sparsemixer.locks import in_turn, sole_user
 from fairseq_sparsemixer.report import build
 from fairseq_sparsemixer.study import demo
 

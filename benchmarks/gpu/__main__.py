@@ -28,7 +28,8 @@ from benchmarks.gpu import results, steps, table
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import Runner
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import sole_user, write_lines
+from fairseq_sparsemixer.files import write_lines
+from fairseq_sparsemixer.locks import sole_user
 
 KINDS = (
     steps.MACHINE,

@@ -23,11 +23,11 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
     check_writable,
-    in_turn,
     read_lines,
     write_json,
     write_lines,
 )
+from fairseq_sparsemixer.locks import in_turn
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm, further_differences, read_arms
 from fairseq_sparsemixer.runs.points import number

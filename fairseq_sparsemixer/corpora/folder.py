@@ -15,8 +15,10 @@ from typing import Callable, Iterator, List, Sequence, Tuple
 
 from fairseq_sparsemixer.corpora.cleaning import SentencePair
 from fairseq_sparsemixer.corpora.resumable import Steps
+from fairseq_sparsemixer.disk import report_full_disk
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import in_turn, iterate_lines, report_full_disk, write_lines
+from fairseq_sparsemixer.files import iterate_lines, write_lines
+from fairseq_sparsemixer.locks import in_turn
 
 SPLITS = ("train", "valid", "test")
 CORPUS_RECORD = "record.json"

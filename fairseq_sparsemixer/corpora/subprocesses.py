@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
 
-from fairseq_sparsemixer.files import full_disk_in
+from fairseq_sparsemixer.disk import full_disk_in
 
 
 class ProgramError(Exception):
@@ -23,7 +23,7 @@ def run_python(
     ``environment`` is added to the variables of this process.
 
     Raises:
-        OSError: one of :data:`~fairseq_sparsemixer.files.NO_SPACE`: there was no room on the disk.
+        OSError: one of :data:`~fairseq_sparsemixer.disk.NO_SPACE`: there was no room on the disk.
         ProgramError: any other failure.
     """
     process = subprocess.run(

@@ -23,7 +23,8 @@ from fairseq_sparsemixer.evaluation.system import (
     score_system,
 )
 from fairseq_sparsemixer.evaluation.translator import Translator, load_translator
-from fairseq_sparsemixer.files import check_writable, in_turn, read_lines, write_json
+from fairseq_sparsemixer.files import check_writable, read_lines, write_json
+from fairseq_sparsemixer.locks import in_turn
 from fairseq_sparsemixer.runs.record import versions
 
 

@@ -10,14 +10,7 @@ import torch
 from fairseq_sparsemixer.corpora.folder import raw_path
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import (
-    check_writable,
-    in_turn,
-    read_json,
-    read_lines,
-    write_json,
-    write_lines,
-)
+from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json, write_lines
 from fairseq_sparsemixer.laboratory import plots, tables, toys
 from fairseq_sparsemixer.laboratory.checkpoint import Sentences, build_problem, draw_places
 from fairseq_sparsemixer.laboratory.estimators import (
@@ -32,6 +25,7 @@ from fairseq_sparsemixer.laboratory.estimators import (
 from fairseq_sparsemixer.laboratory.measures import as_dict, measure
 from fairseq_sparsemixer.laboratory.problems import Problem
 from fairseq_sparsemixer.laboratory.tables import Record
+from fairseq_sparsemixer.locks import in_turn
 from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
 from fairseq_sparsemixer.moe import Router

@@ -9,6 +9,7 @@ import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.runs.archives import reason
 from fairseq_sparsemixer.runs.reading import CheckpointError, read
 
 EPOCH_PATTERN = re.compile(r"checkpoint(\d+)\.pt")
@@ -96,7 +97,7 @@ def load_state(path: Path, to_average: bool = False) -> Dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(path, error.refusal, cure) from error
     except Exception as error:  # of what fairseq makes of old and of foreign settings
-        raise UserError(f"cannot read the checkpoint {path} ({_reason(error)}); {cure}") from error
+        raise UserError(f"cannot read the checkpoint {path} ({reason(error)}); {cure}") from error
 
 
 def check_finite(path: Path, state: Dict[str, Any], to_average: bool = False) -> None:
@@ -119,11 +120,6 @@ def check_finite(path: Path, state: Dict[str, Any], to_average: bool = False) ->
             )
 
 
-def _reason(error: Exception) -> str:
-    """In one line; fairseq's own may be no more than a key."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
 @contextlib.contextmanager
 def building(path: Path) -> Iterator[None]:
     """A context in which the task and the model of a checkpoint are built.
@@ -137,7 +133,7 @@ def building(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # fairseq checks few settings: they fail wherever they are used
         raise UserError(
-            f"cannot build the model of the checkpoint {path} ({_reason(error)}); choose another "
+            f"cannot build the model of the checkpoint {path} ({reason(error)}); choose another "
             "with --checkpoint"
         ) from error
 

@@ -11,7 +11,8 @@ from fairseq_sparsemixer.corpora.homeassistant import preparation
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_checkpoints
 from fairseq_sparsemixer.evaluation.translator import Translator
-from fairseq_sparsemixer.files import check_writable, read_json, read_lines, sole_user, write_json
+from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json
+from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import last_checkpoints
 from fairseq_sparsemixer.runs.logs import by_layer, read_log

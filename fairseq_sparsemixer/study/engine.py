@@ -16,8 +16,9 @@ from typing import (
     Sequence,
 )
 
+from fairseq_sparsemixer.disk import FullDiskError
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import FullDiskError, read_json
+from fairseq_sparsemixer.files import read_json
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.mending import mend_last
 from fairseq_sparsemixer.training.process import POLL_SECONDS, Process, copy_model_files

@@ -9,7 +9,8 @@ from typing import Any, Dict, Generator, List, NamedTuple, Optional
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import sole_user, write_json
+from fairseq_sparsemixer.files import write_json
+from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs import points, record
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any, Dict
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import sha256_of, sole_user, write_json
+from fairseq_sparsemixer.files import sha256_of, write_json
+from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs import record
 from fairseq_sparsemixer.runs.folder import LOG
 from fairseq_sparsemixer.runs.logs import read_log

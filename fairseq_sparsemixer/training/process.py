@@ -12,14 +12,9 @@ from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
 
+from fairseq_sparsemixer.disk import FullDiskError, cannot_write, check_room, full_disk_in
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import (
-    FullDiskError,
-    atomic_path,
-    cannot_write,
-    check_room,
-    full_disk_in,
-)
+from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.logs import line_stats
 from fairseq_sparsemixer.text import BPE_CODES, SENTENCEPIECE_MODEL
 

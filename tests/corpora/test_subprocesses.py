@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from fairseq_sparsemixer import files
+from fairseq_sparsemixer import disk
 from fairseq_sparsemixer.corpora import subprocesses
 
 
-@pytest.mark.parametrize("number", files.NO_SPACE)
+@pytest.mark.parametrize("number", disk.NO_SPACE)
 def test_full_disk_in_a_subprocess(number):
     """A disk, a quota, or a limit on the size of a file."""
     program = f"import sys; sys.exit('pip: ERROR: {os.strerror(number)}')"

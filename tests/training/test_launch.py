@@ -12,7 +12,8 @@ from support.wmt14 import TINY
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import sha256_of, sole_user
+from fairseq_sparsemixer.files import sha256_of
+from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs import mending as checkpoints
 from fairseq_sparsemixer.runs import record
 from fairseq_sparsemixer.runs.logs import read_log

@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.full_disk import room_for
 
+from fairseq_sparsemixer.disk import FullDiskError
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import FullDiskError
 from fairseq_sparsemixer.training import process
 
 

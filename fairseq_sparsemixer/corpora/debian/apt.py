@@ -25,13 +25,13 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
     decode_line,
-    in_turn,
     read_json,
     replace_durably,
     scratch_folder,
     sha256_of,
     write_json,
 )
+from fairseq_sparsemixer.locks import in_turn
 
 _RECORD = "downloads.json"
 ELSEWHERE = (

@@ -9,8 +9,8 @@ from fairseq_sparsemixer.corpora.folder import steps_in, write_pairs
 from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.split_step import split_step
 from fairseq_sparsemixer.corpora.text_to_binary import finish
+from fairseq_sparsemixer.disk import report_full_disk
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import report_full_disk
 from fairseq_sparsemixer.version import __version__
 
 DEBIAN_VOCAB_SIZE = 8000

@@ -22,12 +22,12 @@ from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     check_writable,
-    in_turn,
     read_json,
     replace_durably,
     sha256_of,
     write_json,
 )
+from fairseq_sparsemixer.locks import in_turn
 
 ATTEMPTS = 5
 """Connections tried in a row without a byte of progress."""

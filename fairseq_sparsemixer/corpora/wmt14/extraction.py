@@ -15,13 +15,9 @@ from fairseq_sparsemixer.corpora.parallel_text import ParallelFiles, write_paral
 from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.wmt14.archives import extract_members
 from fairseq_sparsemixer.corpora.wmt14.downloads import Checksums, RemoteFile, md5_of, obtain
+from fairseq_sparsemixer.disk import report_full_disk
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import (
-    iterate_lines,
-    report_full_disk,
-    scratch_folder,
-    write_lines,
-)
+from fairseq_sparsemixer.files import iterate_lines, scratch_folder, write_lines
 
 LANGUAGES = ("en", "de")
 TEST_SET = "wmt14/full"
