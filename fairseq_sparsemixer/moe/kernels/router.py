@@ -113,10 +113,9 @@ class _Choice(torch.autograd.Function):
         d_masked_TN: Optional[Tensor] = None,
     ) -> Any:
         estimator = ctx.estimator
-        index_T1, *rest = ctx.saved_tensors
-        slope_T2 = rest.pop() if estimator.slopes else None
-        probs_TN, *masked = rest
-        masked_TN = masked[0] if masked else None
+        index_T1, probs_TN, *rest = ctx.saved_tensors
+        masked_TN = None if estimator.jitter_eps is None else rest[0]
+        slope_T2 = rest[-1] if estimator.slopes else None
         d_logits_TN = route_backward(
             *(index_T1, probs_TN, masked_TN, slope_T2, d_gate_T1, d_probs_TN, d_masked_TN),
             estimator.temperature,

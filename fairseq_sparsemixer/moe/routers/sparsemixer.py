@@ -80,17 +80,18 @@ class QuadratureRule(NamedTuple):
     terms: Tuple[float, float] = (1.0, 1.0)
     """1 for what is estimated of grad_1 and grad_0, else 0."""
 
-    @property
-    def full(self) -> Tuple[float, float]:
-        """Factors of dg_D and g_D dlog q_D where m = 1."""
-        return self.terms[0] / self.chance, self.terms[1] * self.weight / self.chance
 
-    @property
-    def other(self) -> Tuple[float, float]:
-        """Factors of dg_D and g_D dlog q_D where m = m'; 0 where m is always 1."""
-        if self.chance == 1:
-            return 0.0, 0.0
-        return 0.0, self.terms[1] * (1 - self.weight) / (1 - self.chance)
+# Functions, because Dynamo of torch 2.6 knows no properties of tuples.
+def _slopes_at_full(rule: QuadratureRule) -> Tuple[float, float]:
+    """Factors of dg_D and g_D dlog q_D where m = 1."""
+    return rule.terms[0] / rule.chance, rule.terms[1] * rule.weight / rule.chance
+
+
+def _slopes_at_other(rule: QuadratureRule) -> Tuple[float, float]:
+    """Factors of dg_D and g_D dlog q_D where m = m'; 0 where m is always 1."""
+    if rule.chance == 1:
+        return 0.0, 0.0
+    return 0.0, rule.terms[1] * (1 - rule.weight) / (1 - rule.chance)
 
 
 GRAD_1 = QuadratureRule(terms=(1.0, 0.0))
@@ -194,7 +195,9 @@ class SparseMixerBase(Router):
         is_best = index_T1 == best_T1
         full_T1, point_T1 = self._evaluation_point(gate_T1, is_best)
         if self.gate_is_chance:
-            gate_T1 = scale_gradient(gate_T1, forward=point_T1, backward=sum(self.rule.full))
+            gate_T1 = scale_gradient(
+                gate_T1, forward=point_T1, backward=sum(_slopes_at_full(self.rule))
+            )
         else:
             log_prob_T1 = kept_TN.log_softmax(dim=-1).gather(-1, index_T1)
             own_T1, choice_T1 = self._factors(gate_T1, full_T1, is_best)
@@ -218,7 +221,7 @@ class SparseMixerBase(Router):
     def _factors(self, gate_T1: Tensor, full_T1: Tensor, is_best: Tensor) -> Tuple[Tensor, Tensor]:
         """(T, 1) each: the factors of dg_D and of g_D dlog q_D in the gradient of the gate."""
         rule, factors = self.rule, []
-        for full, other, term in zip(rule.full, rule.other, rule.terms):
+        for full, other, term in zip(_slopes_at_full(rule), _slopes_at_other(rule), rule.terms):
             factor_T1 = torch.where(full_T1, gate_T1.new_full((), full), other)
             if self.first_order_on_argmax:
                 factor_T1 = torch.where(is_best, gate_T1.new_full((), term), factor_T1)
@@ -230,15 +233,16 @@ class SparseMixerBase(Router):
         rule = self.rule if self.training else GRAD_1
         if self.top_k > 1 or rule.point is None:
             return None
+        full = _slopes_at_full(rule)
         return fused_router.FusedEstimator(
             self.jitter_eps if self.masked else None,
             self.temperature,
             self.sampled and self.training,
             (rule.chance, rule.point),
             self.first_order_on_argmax,
-            sum(rule.full),
+            sum(full),
             "chance" if self.gate_is_chance else self.gate,
-            () if self.gate_is_chance else (*rule.full, *rule.other, *rule.terms),
+            () if self.gate_is_chance else (*full, *_slopes_at_other(rule), *rule.terms),
         )
 
 
