@@ -18,6 +18,7 @@ FLOORS = [
     ["moe"],
     ["models", "text"],
     ["criterions", "optim", "restarts"],
+    ["watchdogs"],
     ["runs"],
     ["compat"],
     ["corpora"],
