@@ -98,6 +98,14 @@ def test_a_sinking_loss_scale():
 
 # Training
 
+WORKERS = {
+    "ddp_backend": "legacy_ddp",
+    "distributed_world_size": 2,
+    "distributed_no_spawn": True,
+    "distributed_backend": "gloo",
+    "max_tokens": 200,
+}
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -109,20 +117,24 @@ def server():
 def train(server, toy_corpus, tmp_path):
     """Train a small model; (exit status, output, its warnings as (updates, text))."""
 
-    def run(save_dir="run", prelude="", updates=40, router="switch", **settings):
+    def run(save_dir="run", prelude="", updates=20, router="switch", workers=1, **settings):
         user_dir = tmp_path / "user"
         user_dir.mkdir(exist_ok=True)
         (user_dir / "__init__.py").write_text(f"import fairseq_sparsemixer\n{prelude}")
+        if workers > 1:
+            settings.update(WORKERS, distributed_init_method=f"file://{tmp_path}/rendezvous")
         words = commands.train_command(
             toy_corpus / "joined",
             tmp_path / save_dir,
             arch={**commands.SIZE, "encoder-layers": 1, "decoder-layers": 1, "router": router},
             **{"user_dir": user_dir, "max_update": updates, "log_interval": 2, **settings},
-            watchdog_updates=settings.pop("watchdog_updates", 10),
+            watchdog_updates=10,
         )
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
-        (status,) = server.run(["fairseq_cli.train", *words], output=log)
+        ranks = [["--distributed-rank", rank] if workers > 1 else [] for rank in range(workers)]
+        processes = [["fairseq_cli.train", *words, *rank] for rank in ranks]
+        status = max(map(abs, server.run(*processes, output=log)))
         output = log.read_text()
         lines = [
             line for line in output.splitlines() if "| fairseq_sparsemixer.watchdogs |" in line
@@ -161,12 +173,15 @@ FairseqTask.train_step = train_step
 """As fairseq logs it of fp16, which needs a GPU."""
 
 
-def test_a_normal_run_is_silent_and_logs_the_gradients(train):
-    status, output, warnings = train(router="sparsemixer", updates=24)
+def test_a_normal_run_is_silent_and_logs_the_gradients(train, tmp_path):
+    board = tmp_path / "board"
+    status, output, warnings = train(router="sparsemixer", updates=24, tensorboard_logdir=board)
     assert (status, warnings) == (0, [])
     for entry in commands.logged(output, "train_inner"):
-        ratios = [entry[f"router_gradient/{layer}"] for layer in LAYERS]
-        assert all(0 < ratio < 1 for ratio in ratios)
+        norms = [entry[f"router_gradient/{layer}"] for layer in LAYERS]
+        assert all(0 < norm < entry["gnorm"] for norm in norms)
+    shown = commands.events(board / "train_inner")["router_gradient/encoder.0"]
+    assert [updates for updates, _ in shown] == list(range(2, 25, 2))
 
 
 def told(warnings, text):
@@ -174,9 +189,11 @@ def told(warnings, text):
     return sorted((n, said.split(",")[0]) for n, said in warnings if text in said)
 
 
-def test_starved_experts(train):
-    status, _, warnings = train(prelude=BIASED, balance_weight=0, updates=20)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_starved_experts(train, workers):
+    status, _, warnings = train(prelude=BIASED, balance_weight=0, workers=workers)
     assert status == 0
+    assert len(set(warnings)) == len(warnings), "each once, however many workers"
     assert told(warnings, "experts 1, 2, 3 got less than 0.5 %") == [
         (12, "decoder.0"),
         (12, "encoder.0"),
