@@ -28,7 +28,7 @@ from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
-from fairseq_sparsemixer import restarts
+from fairseq_sparsemixer import restarts, watchdogs
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
@@ -56,6 +56,7 @@ def apply() -> None:
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
+    watchdogs.apply()
     _refuse_senseless_numbers()
     _draw_differently_by_worker()
     _report_unknown_keys()

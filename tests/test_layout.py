@@ -20,6 +20,7 @@ FLOORS = [
     ["moe"],
     ["models", "text"],
     ["criterions", "optim", "restarts"],
+    ["watchdogs"],
     ["runs"],
     ["compat"],
     ["corpora"],

@@ -22,6 +22,7 @@ from fairseq_sparsemixer.moe import RoutingStatistics
 RoutingLoss: Any = ChoiceEnum(["corrected", "released"])
 BalanceLoss: Any = ChoiceEnum(["switch", "importance"])
 BalanceScope: Any = ChoiceEnum(["all-workers", "worker"])
+WatchdogMode: Any = ChoiceEnum(["off", "warn", "stop"])
 
 Meters = Dict[str, Any]
 
@@ -59,6 +60,20 @@ class LabelSmoothedCrossEntropyWithRoutingConfig(LabelSmoothedCrossEntropyCriter
     )
     z_loss_weight: float = field(
         default=0.0, metadata={"help": "weight of the router's z-loss (ST-MoE uses 0.001)"}
+    )
+    watchdogs: WatchdogMode = field(
+        default="warn",
+        metadata={
+            "help": "when experts starve, a router's entropy collapses, its gradient vanishes or "
+            "explodes, or the loss scale sinks: warn in the log, stop training too, or nothing"
+        },
+    )
+    watchdog_share: float = field(
+        default=0.02,
+        metadata={"help": "an expert starves below this part of an even share of the tokens"},
+    )
+    watchdog_updates: int = field(
+        default=500, metadata={"help": "how long it has to last (not of the loss scale)"}
     )
 
 
@@ -107,6 +122,9 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         balance_loss: str = "switch",
         balance_scope: str = "all-workers",
         z_loss_weight: float = 0.0,
+        watchdogs: str = "warn",
+        watchdog_share: float = 0.02,
+        watchdog_updates: int = 500,
     ) -> None:
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         for flag, weight in (
@@ -126,6 +144,10 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
         self.balance_scope = balance_scope
         self.balance_weight = balance_weight
         self.z_loss_weight = z_loss_weight
+        # Read by :mod:`fairseq_sparsemixer.watchdogs`.
+        self.watchdogs = watchdogs
+        self.watchdog_share = watchdog_share
+        self.watchdog_updates = watchdog_updates
 
     def forward(
         self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True

@@ -19,6 +19,8 @@ RANGES: Dict[str, Tuple[float, float]] = {
     "common.log_interval": _COUNT,
     "common.min_loss_scale": _NUMBER,
     "criterion.label_smoothing": _SHARE,
+    "criterion.watchdog_share": _SHARE,
+    "criterion.watchdog_updates": _COUNT,
     "dataset.max_tokens": _COUNT,
     "dataset.batch_size": _COUNT,
     "dataset.required_batch_size_multiple": _COUNT,

@@ -67,6 +67,13 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
         "loads_of_test_set": [
             arm for arm, each in routing.items() if each["layers"] and arm not in loads
         ],
+        "warned": [
+            (arm, run, warned)
+            for arm in arms
+            for run in arm.runs
+            if run.log
+            for warned in run.log.warnings
+        ],
         **_of_experts(routing),
         "routing_problems": routing_problems,
         **_of_settings(arms),

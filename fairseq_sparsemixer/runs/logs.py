@@ -18,12 +18,23 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 from fairseq_sparsemixer.errors import UserError
 
 LINE = re.compile(
-    r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\]\[(?P<logger>[^\]]*)\]\[INFO\] - (?P<text>.*)"
+    r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3})\]\[(?P<logger>[^\]]*)\]"
+    r"\[(?:INFO|WARNING)\] - (?P<text>.*)"
 )
 """A log line as hydra writes it: time, logger and text."""
 LOADED = re.compile(r"Loaded checkpoint .* \(epoch \d+ @ (\d+) updates\)")
 SAVED = re.compile(r"(?:Preparing to save|Saved) checkpoint .*\bepoch \d+ @ (\d+) updates")
 PARAMETERS = re.compile(r"num\. (?:shared|expert) model params: ([\d,]+)")
+
+WARNING = re.compile(r"update (\d+): (.*)")
+"""What :mod:`fairseq_sparsemixer.watchdogs` logs."""
+
+
+class Warned(NamedTuple):
+    """A warning of the watchdogs: after how many updates, and the text without them."""
+
+    updates: int
+    text: str
 
 
 class Validation(NamedTuple):
@@ -69,6 +80,7 @@ class TrainingLog(NamedTuple):
         parameters: of the whole model; None if not logged.
         ended: whether training came to its own end (its last update or epoch, early stopping)
             and was not stopped, be it by its time limit.
+        warnings: of the watchdogs, in order.
     """
 
     training: List[TrainingPoint]
@@ -76,6 +88,7 @@ class TrainingLog(NamedTuple):
     words_per_second: Optional[float]
     parameters: Optional[int]
     ended: bool
+    warnings: List[Warned]
 
 
 def line_stats(
@@ -147,6 +160,7 @@ def read_log(path: Path, subset: str = "valid") -> TrainingLog:
         else None,
         parameters=sum(reader.parameters) if reader.parameters else None,
         ended=reader.ended,
+        warnings=reader.warnings,
     )
 
 
@@ -160,6 +174,7 @@ class _LogReader:
         self.marks: List[Tuple[int, Optional[float]]] = []
         """Updates, and the seconds of training at which the log tells them."""
         self.parameters: List[int] = []
+        self.warnings: List[Warned] = []
         self.ended = False
         self._begin_session()
 
@@ -197,6 +212,10 @@ class _LogReader:
             saved = SAVED.match(text)
             if saved:
                 self.marks.append((int(saved[1]), self._seconds(time)))
+        elif logger == "fairseq_sparsemixer.watchdogs":
+            warned = WARNING.match(text)
+            if warned:
+                self.warnings.append(Warned(int(warned[1]), warned[2]))
         elif logger == "fairseq_cli.train":
             if text.startswith("Stopping training due to cumulative_training_time"):
                 self.out_of_time = True
@@ -225,6 +244,7 @@ class _LogReader:
         """Forget what came after ``updates``: it is trained again."""
         self.validations = [v for v in self.validations if v.updates <= updates]
         self.training = [point for point in self.training if point.updates <= updates]
+        self.warnings = [warned for warned in self.warnings if warned.updates <= updates]
         self.marks = [mark for mark in self.marks if mark[0] <= updates]
         reached, seconds = self.marks[-1] if self.marks else (0, 0.0)
         # Less, where the training before the checkpoint is not, or not all, in this log.

@@ -20,13 +20,16 @@ RECORD = "run.json"
 _MAY_CHANGE = (
     "checkpoint.save_dir",
     "common.user_dir",
+    "criterion.watchdogs",
+    "criterion.watchdog_share",
+    "criterion.watchdog_updates",
     "dataset.max_tokens",
     "dataset.max_tokens_valid",
     "distributed_training.",
     "optimization.update_freq",
 )
-"""Settings (or, with a dot, groups of them) that say where and on how many GPUs a run is trained;
-the tokens of an update, which are compared apart, stay."""
+"""Settings (or, with a dot, groups of them) that say where and on how many GPUs a run is trained,
+and what is warned of; the tokens of an update, which are compared apart, stay."""
 _KEPT = "dataset.update_epoch_batch_itr"
 """A setting that earlier configs did not make: a run goes on with the value that it has."""
 _STARTED = {

@@ -55,6 +55,8 @@ def test_what_the_page_says(report, outline):
     assert "5 arms, 6 runs, of which 4 are finished and scored" in text
     assert "travel & <food>" in text
     assert "travel &amp;amp;" not in report.read_text()
+    assert "Training warned of switch-4: see" in text
+    assert "switch-4 2 40 encoder.0, since update 20: expert 1 starves <&>" in text
     assert "never reached it" in text
     assert "its last validation nll is nan" in text
     assert "not scored; fairseq-sparsemixer evaluate" in text

@@ -128,3 +128,24 @@ def test_training_that_was_taken_back_is_not_drawn(tmp_path):
         (20, 9.5),
         (30, 9.5),
     ]
+
+
+def test_warnings_of_the_watchdogs(tmp_path):
+    """Those of updates that were trained again count as they were trained last."""
+    log = Log()
+    log.begin()
+    log.train()
+    log.inner(10)
+    log.save(10)
+    log.warn(10, "encoder.0, since update 5: expert 1")
+    log.warn(20, "lost")
+    log.begin(10)
+    log.train()
+    log.warn(30, "decoder.0: more")
+    log.add("fairseq_sparsemixer.watchdogs", "of another kind", level="WARNING")
+    log.add("other", "update 30: no watchdog's", level="WARNING")
+    log.write(tmp_path / "hydra_train.log")
+    assert read_log(tmp_path / "hydra_train.log").warnings == [
+        (10, "encoder.0, since update 5: expert 1"),
+        (30, "decoder.0: more"),
+    ]

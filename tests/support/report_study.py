@@ -16,6 +16,8 @@ from support.run_folders import config, evaluation, straight_log
 
 DOMAINS = ["ding", "travel & <food>"]
 LAYERS = ("encoder.0", "decoder.0")
+WARNED = "switch-4-seed2"
+"""A run in whose log there is a warning."""
 CPU = 0.1
 """Seconds of an update by which CPU time exceeds the other, in fabricated points."""
 TINY = [
@@ -48,7 +50,10 @@ def write_run(study, name, points, keep=0.8, curve=None, scored=True, **settings
     folder = study / name
     (folder / ".hydra").mkdir(parents=True)
     OmegaConf.save(config(max_update=60, **settings), folder / ".hydra" / "config.yaml")
-    straight_log(curve or {20: 9.0, 40: 7.0, 60: 6.0}).write(folder / "hydra_train.log")
+    log = straight_log(curve or {20: 9.0, 40: 7.0, 60: 6.0})
+    if name == WARNED:
+        log.warn(40, "encoder.0, since update 20: expert 1 starves <&>")
+    log.write(folder / "hydra_train.log")
     if points:
         write_lines(folder / "points.jsonl", map(json.dumps, points))
     if scored:

@@ -29,10 +29,10 @@ class Log:
     def wait(self, seconds):
         self.now += timedelta(seconds=seconds)
 
-    def add(self, logger, text):
+    def add(self, logger, text, level="INFO"):
         # Three digits of milliseconds.
         time = self.now.strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
-        self.lines.append(f"[{time}][{logger}][INFO] - {text}")
+        self.lines.append(f"[{time}][{logger}][{level}] - {text}")
 
     def begin(self, updates=0):
         """A session up to its first update, from a checkpoint of ``updates``."""
@@ -59,6 +59,9 @@ class Log:
     def inner(self, updates, wps=2000.0):
         stats = {"epoch": 1, "update": 0.1, "loss": "9.5", "wps": f"{wps}", "clip": None}
         self.add("train_inner", json.dumps({**stats, "num_updates": str(updates), "wall": "9"}))
+
+    def warn(self, updates, text):
+        self.add("fairseq_sparsemixer.watchdogs", f"update {updates}: {text}", level="WARNING")
 
     def valid(self, updates, nll):
         self.add("fairseq_cli.train", 'begin validation on "valid" subset')
