@@ -294,10 +294,10 @@ def _spoil_text(rng, file):
     """Odd lines, in place of some or beside them, or bytes; what was done."""
     if rng.random() < 0.4:
         return fuzz_damage.spoil(rng, file)
-    lines = read_lines(file)
+    lines = file.read_bytes().split(b"\n")
     for _ in range(rng.randint(1, 10)):
-        lines[rng.randrange(len(lines))] = fuzz_damage.line(rng)
-    write_lines(file, lines)
+        lines[rng.randrange(len(lines))] = fuzz_damage.line(rng).encode()
+    file.write_bytes(b"\n".join(lines))
     return f"{file.name}: odd lines"
 
 
