@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, NoReturn, Optional, Sequence
 
 from fairseq_sparsemixer.disk import cannot_write, full_disk
 from fairseq_sparsemixer.errors import UserError
@@ -33,9 +33,16 @@ COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, too, whatever they quote."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(str(UserError(message)))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fairseq-sparsemixer",
         description="Train, translate with and score Switch Transformers routed with SparseMixer.",
     )

@@ -45,6 +45,15 @@ def test_a_user_error_is_one_line_and_status_2(monkeypatch, capsys):
     )
 
 
+def test_an_error_of_the_flags_is_one_line_whatever_it_quotes(capsys):
+    for words in (["translate", "run", "--odd\nflag"], ["table", "run", "--x", "a\r\nb"]):
+        with pytest.raises(SystemExit) as info:
+            cli.main(words)
+        assert info.value.code == 2
+        *usage, last = capsys.readouterr().err.splitlines()
+        assert usage[0].startswith("usage: ") and ": error: " in last
+
+
 LONG = "x" * 300
 
 

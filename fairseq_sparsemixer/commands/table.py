@@ -57,10 +57,12 @@ def run(args: argparse.Namespace) -> None:
     """Do it.
 
     Raises:
-        UserError: ``--output`` is the name of a file.
+        UserError: ``--output`` is the name of a file, or none.
     """
     from fairseq_sparsemixer.comparison import table
 
+    if args.output.name in ("", ".."):
+        raise UserError(f"--output {args.output} is no stem of file names; give one, such as table")
     if args.output.suffix in table.SUFFIXES:
         raise UserError(
             f"--output {args.output} is the stem of three files; leave out {args.output.suffix}"

@@ -92,7 +92,7 @@ def _hypotheses_path(run: Run) -> Path:
     written = Path(run.evaluation["hypotheses"])
     # `evaluate` writes them beside the scores; a path relative to where it ran may by now be
     # another run's.
-    for path in (run.scores_path.with_name(written.name), written):
+    for path in (run.scores_path.parent / written.name, written):
         if path.is_file():
             return path
     raise UserError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Sequence, Tuple
 
 from fairseq_sparsemixer.corpora.cleaning import SentencePair
-from fairseq_sparsemixer.corpora.resumable import Steps
+from fairseq_sparsemixer.corpora.resumable import STEPS, Steps
 from fairseq_sparsemixer.disk import report_full_disk
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import iterate_lines, write_lines
@@ -23,6 +23,7 @@ from fairseq_sparsemixer.locks import in_turn
 SPLITS = ("train", "valid", "test")
 CORPUS_RECORD = "record.json"
 """Written last, so that a folder that has it is complete."""
+_MADE = ("raw", "spm", "bpe", "bin", "copy")
 
 Languages = Tuple[str, str]
 TextPath = Callable[[Path, str, str], Path]
@@ -33,7 +34,8 @@ TextPath = Callable[[Path, str, str], Path]
 def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
     """Yield the steps of the folder ``output``; errors of the disk become a :class:`UserError`.
 
-    A preparation that is at work there is waited for: its steps are then done.
+    A preparation that is at work there is waited for: its steps are then done. Text that none has
+    made, which the steps would replace, is refused.
     """
     with report_full_disk(output, megabytes):
         try:
@@ -43,7 +45,22 @@ def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
         except PermissionError as error:
             raise UserError(f"--output {output}: {error.strerror}") from error
         with in_turn(output):
+            _make_own(output)
             yield Steps(output, seal=output / CORPUS_RECORD)
+
+
+def _make_own(output: Path) -> None:
+    """Refuse a folder with files of somebody else's where steps write theirs."""
+    if (output / STEPS).is_dir():
+        return
+    for name in _MADE:
+        if any((output / name).glob("*")):
+            raise UserError(
+                f"{output / name} holds files that were not prepared here, and would be replaced: "
+                f"move them, or name another folder than {output}"
+            )
+    # Before the first step, which may be killed: what it leaves is no stranger's.
+    (output / STEPS).mkdir()
 
 
 def raw_path(folder: Path, split: str, language: str) -> Path:

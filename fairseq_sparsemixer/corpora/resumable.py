@@ -15,6 +15,8 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_json, sha256_of, write_json
 
+STEPS = ".steps"
+"""In the output folder: a record of each step."""
 _RECORD = ({"made_from": dict, "outputs": dict, "result": dict}, {"outputs": dict})
 """Of a finished step, and of one that is done again."""
 StepResult = Tuple[List[Path], Dict[str, Any]]
@@ -51,7 +53,7 @@ class Steps:
             "settings": settings,
             "inputs": {self._relative(path): self._fingerprint(path) for path in inputs},
         }
-        record_path = self.folder / ".steps" / f"{name}.json"
+        record_path = self.folder / STEPS / f"{name}.json"
         record = _read_record(record_path)
         known = "result" in record and record.get("made_from") == made_from
         if known and self._outputs_intact(record):

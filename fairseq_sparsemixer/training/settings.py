@@ -9,9 +9,7 @@ from typing import Any, Dict, Iterable, List, Sequence, Set, Union
 import hydra
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import add_defaults, hydra_init
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_sparsemixer  # noqa: F401  (registers the model)
 from fairseq_sparsemixer.errors import UserError
@@ -82,7 +80,7 @@ def compose(configs: Path, overrides: List[str], name: str) -> Any:
             check_numbers(cfg)
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except Exception as error:  # of any kind: hydra stumbles over odd overrides where it may
         raise UserError(f"hydra: {error}") from error
     for key in sorted(cfg.keys() - FairseqConfig.__dataclass_fields__.keys()):
         raise UserError(f"{key}: fairseq has no such group of settings")

@@ -305,3 +305,13 @@ def test_a_console_that_has_not_all_characters(place, encoding, monkeypatch):
     assert ("±" if encoding != "ascii" else "\\xb1") in printed
     assert "±" in text
     assert any(run["folder"].endswith("/\udcff-ü") for run in report["runs"])
+
+
+def test_names_that_are_none(place, capsys):
+    """Of the table's files, and of the translations that were scored."""
+    folder = place.run("a")
+    for name in ("", ".", "..", "/"):
+        assert "is no stem of file names" in place.error(capsys, place.runs, "--output", name)
+    place.run("b", router="hash")
+    place.change(folder, lambda content: content.update(hypotheses=""))
+    assert "there is no ., which" in place.error(capsys) and not list(place.folder.glob("out*"))

@@ -13,7 +13,7 @@ WHERE = "checkpoint.save_dir=."
 @pytest.mark.parametrize(
     "override",
     ["common.fp16=${nope}", "common.fp16=${common.fp16}", "common.seed=${oc.env:NOPE_NOPE}", "=",
-     "~common", "optimization.lr=abc", "common.fp16=${"],
+     "~common", "optimization.lr=abc", "common.fp16=${", "model=[1,2]"],
 )  # fmt: skip
 def test_what_refers_to_nothing_is_told(override):
     with pytest.raises(UserError, match=r"^hydra: "):
