@@ -38,6 +38,7 @@ def raw_text(folder, word):
     return folder
 
 
+@pytest.mark.slow
 def test_two_preparations_are_made_one_after_the_other(tmp_path, capfd):
     """The folder is the second's, as if the first had ended before."""
     texts = [raw_text(tmp_path / word, word) for word in ("first", "second")]

@@ -189,7 +189,7 @@ def told(warnings, text):
     return sorted((n, said.split(",")[0]) for n, said in warnings if text in said)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_starved_experts(train, workers):
     status, _, warnings = train(prelude=BIASED, balance_weight=0, workers=workers)
     assert status == 0
@@ -200,22 +200,26 @@ def test_starved_experts(train, workers):
     ]
 
 
+@pytest.mark.slow
 def test_a_collapsed_entropy(train):
     _, _, warnings = train(router_init_scale=1000, updates=14)
     assert told(warnings, "entropy is below") == [(12, "decoder.0"), (12, "encoder.0")]
 
 
+@pytest.mark.slow
 def test_a_vanished_gradient(train):
     _, _, warnings = train(prelude=DETACHED, balance_weight=0, updates=14)
     assert told(warnings, "learns nothing") == [(12, "decoder.0"), (12, "encoder.0")]
 
 
+@pytest.mark.slow
 def test_an_exploded_gradient(train):
     _, _, warnings = train(balance_weight=0, z_loss_weight=5000, lr=1e-6, updates=14)
     assert warnings == [(n, said) for n, said in warnings if "thrown about" in said]
     assert told(warnings, "thrown about") == [(12, "decoder.0"), (12, "encoder.0")]
 
 
+@pytest.mark.slow
 def test_a_sunk_loss_scale(train):
     _, _, warnings = train(prelude=SINKING, updates=12)
     assert told(warnings, "sunk from 128 to 0.5") == [
@@ -223,6 +227,7 @@ def test_a_sunk_loss_scale(train):
     ]
 
 
+@pytest.mark.slow
 def test_stop_and_going_on(train, tmp_path):
     """The next start has as long to get better, and other runs of a process know nothing of it."""
     settings = {"prelude": BIASED, "balance_weight": 0, "save_interval_updates": 4}

@@ -19,6 +19,7 @@ def own_text(folder, corpus, *languages):
     return folder
 
 
+@pytest.mark.slow
 def test_hyphens_colons_and_long_paths_work(corpus, tmp_path):
     raw = own_text(tmp_path / "raw", corpus, "zh-tw", "pt-br")
     output = tmp_path / "a: 1,2 (ü)" / ("x" * 200) / ("y" * 150)

@@ -87,6 +87,7 @@ def test_validation_is_scored_as_the_target_language_asks(corpus, tmp_path, monk
     assert sacrebleu.corpus_bleu(scored["sys"], scored["refs"]).sys_len == 1
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_by_bleu_from_the_beginning(corpus, tmp_path):
     """Also where the model says nothing yet, and the points have a BLEU of their own."""
     command = train_command(corpus / "bin")
