@@ -110,6 +110,7 @@ def test_a_second_demo_or_training_is_refused(tmp_path, monkeypatch):
         demo.Demo([], tmp_path / "data", runs, []).do()
 
 
+@pytest.mark.slow
 def test_two_trainings_of_fairseq_do_not_share_a_folder(toy_corpus, tmp_path):
     command = commands.train_command(
         toy_corpus / "joined", tmp_path, arch={**commands.SIZE, "encoder-layers": 1}, max_update=1

@@ -18,6 +18,7 @@ def no_steps(monkeypatch):
     monkeypatch.setattr(round_trip, "run", lambda folder: iter([("train", 1.0)]))
 
 
+@pytest.mark.slow
 def test_everything_once(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cli.main(["check"]) == 0

@@ -142,6 +142,7 @@ def test_routers_get_the_settings_that_they_cannot_do_without():
     assert [arm.name for arm in every] == [f"{name}-4" for name in ROUTERS]
 
 
+@pytest.mark.slow
 def test_several_routers_make_one_table(corpus, tmp_path, capfd):
     results = run_demo(tmp_path, "--max-update", "5", "--router", "expert-choice,dense")
     assert [result["model"] for result in results] == ["expert-choice-4", "dense"]

@@ -110,6 +110,7 @@ def test_a_machine_without_its_precision_is_refused(laid_out, begun, machine, mi
         choice.check(run, laid_out.folder, machine)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_left_is_refused_and_no_other(finished, tmp_path):
     """A study that was begun in bf16 on a GPU."""
     folder = shutil.copytree(finished, tmp_path / "study")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import pytest
 from support.small_study import PLAN, TINY, lines_of, start, study, write_plan
 
 from fairseq_sparsemixer import cli
@@ -72,6 +73,7 @@ def test_killed_it_goes_on_and_loses_no_point(finished, prepared, tmp_path):
     assert None not in seconds and seconds == sorted(seconds)
 
 
+@pytest.mark.slow
 def test_a_time_budget_ends_it_in_order(prepared, tmp_path):
     plan = write_plan(tmp_path / "plan.yaml", prepared, updates=4000, evaluate_every=20)
     folder = tmp_path / "study"
@@ -84,6 +86,7 @@ def test_a_time_budget_ends_it_in_order(prepared, tmp_path):
     assert not list(folder.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_killed_in_scoring_it_trains_no_further(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "study")
     state = json.loads((folder / "dense-seed1" / "study.json").read_text())
@@ -121,6 +124,7 @@ def test_a_plan_may_grow_but_not_change(finished, prepared, tmp_path, capsys):
     assert (folder / "plan.yaml").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_keep_the_others_from_work(prepared, tmp_path):
     arms = {
         "bad": {"router": "dense", "overrides": ["dataset.train_subset=lost"]},

@@ -32,6 +32,7 @@ def train_command(data):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_task_without_points_is_fairseqs(corpus, tmp_path):
     """fairseq-train with flags: points where asked for, and none without."""
     common = train_command(corpus / "bin")

@@ -51,7 +51,9 @@ def sacrebleu(reference, hypotheses, *arguments):
     return float(subprocess.run(map(str, command), capture_output=True, check=True).stdout)
 
 
-@pytest.mark.parametrize("pipeline", ["sentencepiece", "moses"])
+@pytest.mark.parametrize(
+    "pipeline", ["sentencepiece", pytest.param("moses", marks=pytest.mark.slow)]
+)
 def test_from_archives_to_the_table(pipeline, tmp_path):
     corpus, runs = tmp_path / "corpus", tmp_path / "runs"
     with statmt.serving() as server:
