@@ -14,6 +14,8 @@ import subprocess
 import sys
 import traceback
 
+from support.forks import status_of
+
 
 class ForkServer:
     """Used as a context."""
@@ -75,17 +77,7 @@ def _fork(command, request):
         return pid
     status = 1
     try:
-        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.environ.update(request["environment"])
-        _run(*command)
-        status = 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
+        status = status_of(lambda: _begin(command, request))
     finally:
         try:
             atexit._run_exitfuncs()
@@ -94,6 +86,15 @@ def _fork(command, request):
         except BaseException:
             traceback.print_exc()
         os._exit(status)
+
+
+def _begin(command, request):
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["environment"])
+    _run(*command)
 
 
 def _run(module, *arguments):

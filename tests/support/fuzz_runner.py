@@ -19,6 +19,7 @@ from fairseq_sparsemixer.corpora import binarise, spm
 from fairseq_sparsemixer.corpora.subprocesses import ProgramError
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.study import demo
+from support.forks import status_of
 from support.hostile import CANARY
 
 VERDICTS = ("right", "clear error", "unclear error", "wrong", "traceback", "hang", "lost data",
@@ -104,8 +105,7 @@ def _wait(child):
 
 
 def _in_child(trial, place, given, streams):
-    status = 70
-    try:
+    def work():
         os.setsid()
         os.chdir(place / "cwd")
         os.dup2(given, 0)
@@ -115,17 +115,21 @@ def _in_child(trial, place, given, streams):
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         _without_starting()
-        status = _call(trial.call)
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException as error:
-        status = 1
-        sys.__excepthook__(type(error), error, error.__traceback__)
+        return _call(trial.call)
+
+    _end_with(work)
+
+
+def _end_with(work):
+    """End this fork with the status of what it is for; every exception shows its traceback."""
+    status = 70
+    try:
+        status = status_of(work, sys.__excepthook__)
     finally:
         with contextlib.suppress(BaseException):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status or 0)
+        os._exit(status)
 
 
 def _stream(number):
@@ -168,32 +172,25 @@ def _without_starting():
 
 def _run_python(arguments, cwd=None, environment=None):
     """As corpora.subprocesses.run_python, of a module or of code."""
+
+    def program():
+        os.chdir(cwd or ".")
+        os.environ.update(environment or {})
+        os.dup2(2, 1)
+        os.dup2(errors.fileno(), 2)
+        kind, source, *rest = arguments
+        sys.argv = [source, *rest]
+        if kind == "-m":
+            runpy.run_module(source, run_name="__main__")
+        else:
+            exec(source, {"__name__": "__main__"})
+
     with tempfile.TemporaryFile() as errors:
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
         if not child:
-            status = 1
-            try:
-                os.chdir(cwd or ".")
-                os.environ.update(environment or {})
-                os.dup2(2, 1)
-                os.dup2(errors.fileno(), 2)
-                kind, source, *rest = arguments
-                sys.argv = [source, *rest]
-                if kind == "-m":
-                    runpy.run_module(source, run_name="__main__")
-                else:
-                    exec(source, {"__name__": "__main__"})
-                status = 0
-            except SystemExit as error:
-                status = error.code if isinstance(error.code, int) else int(error.code is not None)
-            except BaseException as error:
-                sys.__excepthook__(type(error), error, error.__traceback__)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status or 0)
+            _end_with(program)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status:
             errors.seek(0)

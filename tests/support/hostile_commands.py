@@ -26,6 +26,7 @@ import fairseq_sparsemixer
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.files import sha256_of
 from support import hostile
+from support.forks import status_of
 from support.small_run import MAX_POSITIONS
 
 USER_DIR = ["--user-dir", str(Path(fairseq_sparsemixer.__file__).parent)]
@@ -82,7 +83,14 @@ def from_pretrained(run, name, data):
     model.translate("the red house")
 
 
-def _in_child(module, arguments):
+def _in_child(module, arguments, folder, said):
+    os.chdir(folder)
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(0)
+    # What would be taken without a bound ends here, rather than the machine.
+    resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
     sys.argv = [str(module), *map(str, arguments)]
     if module is None:
         return cli.main(sys.argv[1:])
@@ -100,22 +108,11 @@ def run(module, arguments, folder):
     if not child:
         status = 1
         try:
-            os.chdir(folder)
-            descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(descriptor, stream)
-            os.close(0)
-            # What would be taken without a bound ends here, rather than the machine.
-            resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
-            status = _in_child(module, arguments)
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+            status = status_of(lambda: _in_child(module, arguments, folder, said))
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status or 0)
+            os._exit(status)
     _, status, usage = os.wait4(child, 0)
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss // 1024, said.read_text()
 
