@@ -57,7 +57,7 @@ def apply() -> None:
     _mark_dummy_batches()
     _end_updates()
     watchdogs.apply()
-    _refuse_senseless_numbers()
+    _refuse_senseless_settings()
     _draw_differently_by_worker()
     _report_unknown_keys()
     _name_damaged_dictionaries()
@@ -306,14 +306,20 @@ def _end_updates() -> None:
     Trainer.zero_grad = drop_gradients
 
 
-def _refuse_senseless_numbers() -> None:
-    """Before the first update (:mod:`.models.ranges`)."""
+def _refuse_senseless_settings() -> None:
+    """Before the first update: numbers (:mod:`.models.ranges`), and a measure that nobody takes."""
     original = Trainer.__init__
 
     @functools.wraps(original)
-    def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, cfg: Any, task: Any, *args: Any, **kwargs: Any) -> None:
         check_numbers(cfg)
-        original(self, cfg, *args, **kwargs)
+        if (
+            cfg.checkpoint.best_checkpoint_metric == "bleu"
+            and isinstance(task, TranslationTask)
+            and not task.cfg.eval_bleu
+        ):
+            raise ConfigError("--best-checkpoint-metric bleu needs --eval-bleu")
+        original(self, cfg, task, *args, **kwargs)
 
     Trainer.__init__ = __init__
 
@@ -465,25 +471,14 @@ class _Measured(OrderedDict):
 
 
 def _name_missing_measures() -> None:
-    """Say what ``--best-checkpoint-metric`` may be; of BLEU, which has a flag, before training."""
-    smoothed, begin = meters.MetersDict.get_smoothed_values, Trainer.__init__
+    """Say what ``--best-checkpoint-metric`` may be."""
+    smoothed = meters.MetersDict.get_smoothed_values
 
     @functools.wraps(smoothed)
     def get_smoothed_values(self: Any) -> Any:
         return _Measured(smoothed(self))
 
-    @functools.wraps(begin)
-    def __init__(self: Any, cfg: Any, task: Any, *args: Any, **kwargs: Any) -> None:
-        if (
-            cfg.checkpoint.best_checkpoint_metric == "bleu"
-            and isinstance(task, TranslationTask)
-            and not task.cfg.eval_bleu
-        ):
-            raise ConfigError("--best-checkpoint-metric bleu needs --eval-bleu")
-        begin(self, cfg, task, *args, **kwargs)
-
     meters.MetersDict.get_smoothed_values = get_smoothed_values
-    Trainer.__init__ = __init__
 
 
 apply()

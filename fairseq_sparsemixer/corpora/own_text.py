@@ -51,12 +51,7 @@ def prepare_raw_text(
             its translation; no disk space; an unsuitable ``vocab_size``.
     """
     languages = (source_lang, target_lang)
-    _check_languages(languages)
-    if source_lang == target_lang:
-        raise UserError(
-            f"--source-lang and --target-lang are both {source_lang}, which would make a corpus of "
-            f"copies; name the endings of the two sides in {raw_dir}"
-        )
+    _check_languages(languages, raw_dir)
     tokeniser = find_tokeniser(target_lang)
     names = check_raw_dir(raw_dir, output, languages)
     domain_names = _domain_names(raw_dir)
@@ -111,14 +106,20 @@ def check_raw_dir(raw_dir: Path, output: Path, languages: Languages) -> List[str
     return names
 
 
-def _check_languages(languages: Languages) -> None:
-    """Refuse what would not do as a part of the names of files."""
+def _check_languages(languages: Languages, raw_dir: Path) -> None:
+    """Refuse what would not do as a part of the names of files, and one language for both sides."""
     for side, language in zip(("source", "target"), languages):
         if not _LANGUAGE.fullmatch(language) or language == "domain":
             raise UserError(
                 f"--{side}-lang {language}: a language has letters A to Z, digits and any of _-@+, "
                 "50 at most, such as pt-br, and is not called domain; rename the files of --raw-dir"
             )
+    source_lang, target_lang = languages
+    if source_lang == target_lang:
+        raise UserError(
+            f"--source-lang and --target-lang are both {source_lang}, which would make a corpus of "
+            f"copies; name the endings of the two sides in {raw_dir}"
+        )
 
 
 def _read_parallel(raw_dir: Path, split: str, languages: Languages) -> List[List[str]]:

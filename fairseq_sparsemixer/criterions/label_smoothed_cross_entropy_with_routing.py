@@ -15,7 +15,7 @@ from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.models.config import LARGEST_FACTOR, ConfigError
 from fairseq_sparsemixer.models.layers import Call, routing_statistics
 from fairseq_sparsemixer.moe import RoutingStatistics
 
@@ -25,9 +25,6 @@ BalanceScope: Any = ChoiceEnum(["all-workers", "worker"])
 WatchdogMode: Any = ChoiceEnum(["off", "warn", "stop"])
 
 Meters = Dict[str, Any]
-
-_LARGEST = 10_000
-"""Of weights: the cross-entropy is about 10."""
 
 PREFIX = "routing_statistics/"
 """Logging outputs of this prefix hold the packed sums of one layer."""
@@ -131,9 +128,10 @@ class LabelSmoothedCrossEntropyWithRouting(LabelSmoothedCrossEntropyCriterion):
             ("--balance-weight", balance_weight),
             ("--z-loss-weight", z_loss_weight),
         ):
-            if not 0 <= weight < _LARGEST:
+            if not 0 <= weight < LARGEST_FACTOR:
                 raise ConfigError(
-                    f"{flag} must be a number of at least 0 and below {_LARGEST}, not {weight}"
+                    f"{flag} must be a number of at least 0 and below {LARGEST_FACTOR}, "
+                    f"not {weight}"
                 )
         if routing_loss == "released" and z_loss_weight > 0:
             raise ConfigError("--z-loss-weight must be 0 with --routing-loss released")

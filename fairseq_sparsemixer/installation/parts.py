@@ -1,5 +1,6 @@
 """What is installed, which devices there are, and which backends of the experts serve them."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,6 @@ from fairseq_sparsemixer.moe.dispatch import BACKENDS, OBSTACLES, backend_for
 from fairseq_sparsemixer.version import __version__
 
 DISTRIBUTION = "fairseq-sparsemixer"
-MISSING, UNSUITABLE = "missing", "which is not"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,12 +49,7 @@ def installed() -> Dict[str, str]:
 
 def unsuitable() -> List[str]:
     """Which of the packages that it needs are missing, or of another version than it needs."""
-    versions = {each.name: _version(each) for each in requirements()}
-    return [
-        f"{name} is {version}"
-        for name, version in versions.items()
-        if version == MISSING or UNSUITABLE in version
-    ]
+    return [f"{each.name} is {_version(each)}" for each in requirements() if not _suits(each)]
 
 
 def extras() -> Dict[str, str]:
@@ -62,9 +57,9 @@ def extras() -> Dict[str, str]:
     found = {}
     metadata = importlib.metadata.metadata(DISTRIBUTION)
     for extra in sorted({*(metadata.get_all("Provides-Extra") or ())} - {"dev"}):
-        versions = {each.name: _version(each) for each in requirements(extra)}
-        found[extra] = ", ".join(f"{name} {version}" for name, version in versions.items())
-        if MISSING in versions.values():
+        needed = requirements(extra)
+        found[extra] = ", ".join(f"{each.name} {_version(each)}" for each in needed)
+        if any(_found(each) is None for each in needed):
             found[extra] += f" (pip install '{DISTRIBUTION}[{extra}]')"
     return found
 
@@ -93,14 +88,24 @@ def _applies(requirement: Requirement, extra: Optional[str]) -> bool:
     return always if extra is None else not always and marker.evaluate({"extra": extra})
 
 
+def _found(requirement: Requirement) -> Optional[str]:
+    """The version that is installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(requirement.name)
+    return None
+
+
+def _suits(requirement: Requirement) -> bool:
+    found = _found(requirement)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
+
+
 def _version(requirement: Requirement) -> str:
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return MISSING
-    if requirement.specifier.contains(version, prereleases=True):
-        return version
-    return f"{version}, {UNSUITABLE} {requirement.specifier}"
+    """The same in words, with what is wrong with it."""
+    found = _found(requirement)
+    if found is None:
+        return "missing"
+    return found if _suits(requirement) else f"{found}, which is not {requirement.specifier}"
 
 
 def machine() -> Dict[str, str]:

@@ -228,8 +228,9 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
     return settings
 
 
-_LARGEST = 10_000
-"""Of factors: logits and steps that are larger by it make softmaxes of ones and zeros."""
+LARGEST_FACTOR = 10_000
+"""Logits and steps that are larger by it make softmaxes of ones and zeros, and the cross-entropy,
+beside which losses are weighted, is about 10."""
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -244,8 +245,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         )
     for flag, below in (
         ("jitter_eps", math.inf),  # a large one masks nothing
-        ("router_init_scale", _LARGEST),
-        ("balance_bias_rate", _LARGEST),
+        ("router_init_scale", LARGEST_FACTOR),
+        ("balance_bias_rate", LARGEST_FACTOR),
     ):
         value = getattr(args, flag)
         if not 0 <= value < below:

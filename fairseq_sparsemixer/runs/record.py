@@ -14,15 +14,14 @@ import torch
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_json
+from fairseq_sparsemixer.runs.settings import WATCHDOGS
 from fairseq_sparsemixer.version import __version__
 
 RECORD = "run.json"
 _MAY_CHANGE = (
     "checkpoint.save_dir",
     "common.user_dir",
-    "criterion.watchdogs",
-    "criterion.watchdog_share",
-    "criterion.watchdog_updates",
+    *WATCHDOGS,
     "dataset.max_tokens",
     "dataset.max_tokens_valid",
     "distributed_training.",

@@ -33,15 +33,15 @@ _PARTS = {
 """What else decides how a model trains. The rest says where files are, or what is logged."""
 SECTIONS = (*_WHOLE_SECTIONS, *_PARTS)
 """The groups of settings that are read."""
+WATCHDOGS = ("criterion.watchdogs", "criterion.watchdog_share", "criterion.watchdog_updates")
+"""What is warned of; training is the same."""
 _WITHOUT_EFFECT = (
+    *WATCHDOGS,
     "task.points_file",
     "task.points_text",
     "task.points_sentences",
     "task.points_beam",
     "optimization.stop_time_hours",
-    "criterion.watchdogs",
-    "criterion.watchdog_share",
-    "criterion.watchdog_updates",
     "model.moe_backend",
     "model.moe_recompute",
     "model.moe_inference_dtype",

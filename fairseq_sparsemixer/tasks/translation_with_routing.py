@@ -173,14 +173,18 @@ class TranslationWithRoutingTask(TranslationTask):
         self._sentences.update(sentences)
         return result
 
+    @functools.cached_property
+    def _tokeniser(self) -> str:
+        """Of BLEU; to find it out is to make one, which takes some languages a dictionary."""
+        return bleu.find_tokeniser(self.cfg.target_lang)
+
     def _inference_with_bleu(self, generator: Any, sample: Dict[str, Any], model: Any) -> Any:
         """See fairseq, whose ``--eval-bleu`` cuts every language like English."""
         import sacrebleu
 
         original = sacrebleu.corpus_bleu
-        tokeniser = bleu.find_tokeniser(self.cfg.target_lang)
         # fairseq takes it from the module at each call; of tokenised BLEU it names the tokeniser.
-        sacrebleu.corpus_bleu = functools.partial(original, tokenize=tokeniser)
+        sacrebleu.corpus_bleu = functools.partial(original, tokenize=self._tokeniser)
         try:
             return super()._inference_with_bleu(generator, sample, model)
         finally:
@@ -240,8 +244,9 @@ class TranslationWithRoutingTask(TranslationTask):
             references = self._text(self.cfg.target_lang)
             lines = measuring.choose_lines(self.cfg.points_sentences, sentences, domains)
             translations = self._translate(model, lines)
-            tokeniser = bleu.find_tokeniser(self.cfg.target_lang)
-            figures = measuring.translation_figures(translations, references, domains, tokeniser)
+            figures = measuring.translation_figures(
+                translations, references, domains, self._tokeniser
+            )
             for domain, scores in figures.pop("by_domain", {}).items():
                 by_domain[domain].update(scores)
             point.update(figures)
@@ -256,7 +261,7 @@ class TranslationWithRoutingTask(TranslationTask):
             if self.cfg.points_sentences > 0:
                 self._text(self.cfg.target_lang)
                 self._subwords()
-                bleu.find_tokeniser(self.cfg.target_lang)
+                _ = self._tokeniser  # found out before anything is trained
 
     def _check_translation(self, model: torch.nn.Module) -> None:
         """Refuse what would wait for ever: only the first worker translates."""

@@ -12,6 +12,7 @@ from fairseq.data import Dictionary
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
+from fairseq_sparsemixer.runs.archives import reason
 
 VOCABULARY = 32_768
 """Entries of the dictionary that is assumed where there are no data yet."""
@@ -69,8 +70,9 @@ def build_on_meta(settings: Any, task: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # fairseq checks few settings: they fail wherever they are used
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(f"fairseq cannot build a model of these settings ({reason})") from error
+        raise UserError(
+            f"fairseq cannot build a model of these settings ({reason(error)})"
+        ) from error
 
 
 def assumed_dictionary(size: int = VOCABULARY) -> Any:

@@ -135,7 +135,7 @@ def route_backward_kernel(
             d_z += own[:, None] * (tl.where(is_chosen, 1.0, 0.0) - tempered) / temperature
         d_log = d_gate * tl.load(slope_ptr + 2 * token + 1, mask=is_token, other=0.0)
         drawn_from = probs
-        if masked_probs_ptr is not None:
+        if masked_probs_ptr is not None:  # loaded again below: held, it takes 27 registers more
             drawn_from = tl.load(masked_probs_ptr + cell, mask=is_cell, other=0.0)
         d_z += d_log[:, None] * (tl.where(is_chosen, 1.0, 0.0) - drawn_from) / temperature
     if masked_probs_ptr is not None:
