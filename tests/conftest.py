@@ -47,8 +47,20 @@ def corpus(shared):
 def run_dir(shared, corpus, tmp_path_factory):
     """150 updates of a Switch Transformer: checkpoints by update, by epoch and by loss."""
     built = shared.directory("small_run", lambda folder: small_run.train(corpus, folder))
-    # Some tests write into it.
-    return shutil.copytree(built, tmp_path_factory.mktemp("runs") / "run")
+    # A copy: what a test leaves in it by mistake is found, and no other process meets it.
+    run = shutil.copytree(built, tmp_path_factory.mktemp("runs") / "run")
+    yield run
+    assert _files(run) == _files(built), "a test wrote into it; own_run is for that"
+
+
+def _files(folder):
+    return {(path.relative_to(folder), path.stat().st_size) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def own_run(run_dir, tmp_path):
+    """A copy of ``run_dir`` to write into."""
+    return shutil.copytree(run_dir, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Commands find out before their work, not after it, that a result cannot be written."""
 
-import shutil
-
 import pytest
 
 from benchmarks import measuring
@@ -33,17 +31,16 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.usefixtures("no_work")
-def test_evaluate(run_dir, corpus, tmp_path, capsys):
+def test_evaluate(own_run, corpus, tmp_path, capsys):
     """A file stands for a folder that cannot be written to: nothing is denied to root."""
-    run = shutil.copytree(run_dir, tmp_path / "run")
-    (run / "evaluation").touch()
-    command = ["evaluate", run, "--data", corpus]
+    (own_run / "evaluation").touch()
+    command = ["evaluate", own_run, "--data", corpus]
     cure = "choose another place with --output"
-    assert refused(capsys, *command).endswith(f"cannot write into {run / 'evaluation'}; {cure}")
+    assert refused(capsys, *command).endswith(f"cannot write into {own_run / 'evaluation'}; {cure}")
     scores = tmp_path / "scores.json"
     for name in ("scores.de", "scores.baseline.de"):
         (tmp_path / name).mkdir()
-        arguments = ["--baseline", run_dir, "--output", scores]
+        arguments = ["--baseline", own_run, "--output", scores]
         assert f"{tmp_path / name} is a folder" in refused(capsys, *command, *arguments)
         (tmp_path / name).rmdir()
     long = tmp_path / f"{'x' * 245}.json"

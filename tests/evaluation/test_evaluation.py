@@ -417,10 +417,10 @@ def test_languages_without_spaces_are_scored_as_sacrebleu_does(run_dir, translat
         command("evaluate", run, *flags, "--tokenize", "words")
 
 
-def test_report_finds_the_corpus_and_its_place_alone(corpus, run_dir):
-    command("evaluate", run_dir, "--subset", "valid")
-    report = json.loads((run_dir / "evaluation" / "valid.checkpoint_best.json").read_bytes())
-    assert report["hypotheses"] == str(run_dir / "evaluation" / "valid.checkpoint_best.de")
+def test_report_finds_the_corpus_and_its_place_alone(corpus, own_run):
+    command("evaluate", own_run, "--subset", "valid")
+    report = json.loads((own_run / "evaluation" / "valid.checkpoint_best.json").read_bytes())
+    assert report["hypotheses"] == str(own_run / "evaluation" / "valid.checkpoint_best.de")
     assert report["counts"]["hypothesis_lines"] == 20
     assert report["copy"] is None
 

@@ -246,14 +246,14 @@ def test_other_tokens_and_layers_keep_their_experts(layer_name, corpus, run_dir)
         assert torch.equal(first, second)
 
 
-def test_models_that_do_not_put_out_one_gated_expert_are_refused(corpus, run_dir, capsys):
-    state = torch.load(run_dir / "checkpoint_best.pt")
+def test_models_that_do_not_put_out_one_gated_expert_are_refused(corpus, own_run, capsys):
+    state = torch.load(own_run / "checkpoint_best.pt")
     state["cfg"]["model"].update(router="hash")
     for name in list(state["model"]):
         if ".router." in name:
             del state["model"][name]
-    torch.save(state, run_dir / "hash.pt")
-    command = ["gradients", str(run_dir), "--data", str(corpus), "--checkpoint", "hash.pt"]
+    torch.save(state, own_run / "hash.pt")
+    command = ["gradients", str(own_run), "--data", str(corpus), "--checkpoint", "hash.pt"]
     assert cli.main(command) == 2
     assert "--top-k 1; not hash" in capsys.readouterr().err
 
