@@ -2,13 +2,14 @@
 
 import functools
 import os
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import CheckpointConfig
-from support import commands, small_run
+from support import commands, pairs, small_run
 from support.busy import busy
 from support.corpora import SPLITS, read_record
 
@@ -202,3 +203,25 @@ def test_two_trainings_of_fairseq_do_not_share_a_folder(toy_corpus, tmp_path):
         assert not list(tmp_path.glob("*.pt"))
     commands.run("fairseq_cli.train", *command)
     assert list(tmp_path.glob("checkpoint*.pt"))
+
+
+@pytest.mark.slow
+def test_the_script_that_tries_every_pair_sees_what_is_wrong(shared, tmp_path):
+    """``scripts/two_at_once.py`` tries them all."""
+    template = shared.directory("pairs", pairs.build_place)
+    place = tmp_path / "place"
+    assert pairs.try_pair("translate", "translate", template, place)[:2] == (pairs.OUTCOMES[1], "")
+    assert pairs.try_killed("average", template, place)[:2] == (pairs.OUTCOMES[0], "")
+    shutil.copytree(template, place)
+    corpus, evaluation = place / "corpus", place / "s" / pairs.RUN / "evaluation"
+    for name, path in (
+        ("prepare", corpus / "raw" / "test.en"),
+        ("prepare", corpus / "spm" / "valid.de"),
+        ("prepare", corpus / "bin" / "train.en-de.en.bin"),
+        ("evaluate", evaluation / "test.de"),
+    ):
+        assert not pairs.fault_of(name, place)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100] + whole[102:] + whole[:2])
+        assert pairs.fault_of(name, place), path
+        path.write_bytes(whole)
