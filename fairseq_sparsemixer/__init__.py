@@ -16,6 +16,8 @@ from typing import Any, Optional
 from fairseq_sparsemixer.version import __version__  # noqa: F401
 
 _REGISTERED = ("compat", "models", "criterions", "tasks", "optim")
+_WHOLE = ("restarts", "watchdogs")
+"""What compat calls when it is imported."""
 
 
 def _register() -> None:
@@ -49,6 +51,10 @@ class _WhenFairseqIsImported(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
+                # What asked for fairseq may be one of these, of which there is half yet: that is
+                # left behind, and its importer gets the one that is there at the end.
+                for part in _WHOLE:
+                    sys.modules.pop(f"{__name__}.{part}", None)
                 _register()
                 sys.meta_path.remove(self)
 

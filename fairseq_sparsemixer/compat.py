@@ -17,9 +17,10 @@ from collections.abc import MutableMapping
 from types import TracebackType
 from typing import Any, Optional, Type
 
+import numpy as np
 import torch
 from fairseq import checkpoint_utils, file_utils, models, utils
-from fairseq.data import Dictionary, data_utils, fasta_dataset
+from fairseq.data import Dictionary, data_utils, fasta_dataset, indexed_dataset
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters
@@ -61,6 +62,7 @@ def apply() -> None:
     _draw_differently_by_worker()
     _report_unknown_keys()
     _name_damaged_dictionaries()
+    _compare_data_and_dictionaries()
     _print_user_errors_alone()
     _measure_bleu_of_nothing()
     _name_missing_measures()
@@ -307,21 +309,45 @@ def _end_updates() -> None:
 
 
 def _refuse_senseless_settings() -> None:
-    """Before the first update: numbers (:mod:`.models.ranges`), and a measure that nobody takes."""
-    original = Trainer.__init__
+    """Before the first update: numbers (:mod:`.models.ranges`), and odd measures of what is best.
+
+    The seed is used before there is a trainer: by all commands, soon after they load extensions.
+    """
+    original, load = Trainer.__init__, utils.import_user_module
 
     @functools.wraps(original)
     def __init__(self: Any, cfg: Any, task: Any, *args: Any, **kwargs: Any) -> None:
         check_numbers(cfg)
-        if (
-            cfg.checkpoint.best_checkpoint_metric == "bleu"
-            and isinstance(task, TranslationTask)
-            and not task.cfg.eval_bleu
-        ):
-            raise ConfigError("--best-checkpoint-metric bleu needs --eval-bleu")
+        _check_best(cfg.checkpoint, task)
         original(self, cfg, task, *args, **kwargs)
 
-    Trainer.__init__ = __init__
+    @functools.wraps(load)
+    def import_user_module(args: Any) -> None:
+        check_numbers(argparse.Namespace(common=args))
+        load(args)
+
+    Trainer.__init__, utils.import_user_module = __init__, import_user_module
+
+
+def _check_best(cfg: Any, task: Any) -> None:
+    """Raise ConfigError for a measure that nobody takes, or that is taken the wrong way round."""
+    metric, most = cfg.best_checkpoint_metric, cfg.maximize_best_checkpoint_metric
+    if metric == "bleu" and isinstance(task, TranslationTask) and not task.cfg.eval_bleu:
+        raise ConfigError("--best-checkpoint-metric bleu needs --eval-bleu")
+    wrong = f"{metric} would keep the worst checkpoint as the best"
+    if metric in _BEST_IS_MOST and not most:
+        raise ConfigError(
+            f"--best-checkpoint-metric {wrong}: add --maximize-best-checkpoint-metric"
+        )
+    if metric in _BEST_IS_LEAST and most:
+        raise ConfigError(
+            f"--maximize-best-checkpoint-metric with --best-checkpoint-metric {wrong}: leave it out"
+        )
+
+
+_BEST_IS_MOST = ("bleu", "chrf", "accuracy")
+_BEST_IS_LEAST = ("loss", "nll_loss", "ppl")
+"""What validations measure; of others nothing is said."""
 
 
 @functools.cache
@@ -409,6 +435,31 @@ def _name_damaged_dictionaries() -> None:
             ) from error
 
     Dictionary.add_from_file = add_from_file
+
+
+def _compare_data_and_dictionaries() -> None:
+    """Name data with other tokens than a dictionary has, which may be cut at the end of a line.
+
+    A model would meet them in its first epoch, or much later. fairseq has just read all of the
+    file, so that it costs little.
+    """
+    original = data_utils.load_indexed_dataset
+
+    @functools.wraps(original)
+    def load_indexed_dataset(path: str, dictionary: Any = None, *args: Any, **kwargs: Any) -> Any:
+        found = original(path, dictionary, *args, **kwargs)
+        for data in getattr(found, "datasets", [found]) if dictionary is not None else ():
+            if isinstance(data, indexed_dataset.MMapIndexedDataset):
+                last = np.frombuffer(data._bin_buffer, dtype=data._index.dtype).max(initial=0)
+                if last >= len(dictionary):
+                    raise UserError(
+                        f"the data {path} have tokens up to number {last}, and their dictionary "
+                        f"only {len(dictionary)} entries: one of the two is cut or of another "
+                        "corpus; copy the folder again, or make the corpus anew"
+                    )
+        return found
+
+    data_utils.load_indexed_dataset = load_indexed_dataset
 
 
 def _print_user_errors_alone() -> None:

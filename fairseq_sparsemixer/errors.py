@@ -1,13 +1,25 @@
 """The one exception for mistakes that the user can mend."""
 
+import unicodedata
+
 
 class UserError(ValueError):
     """A wrong flag, file or environment.
 
     The message is one sentence that names the flag, file or download and the cure. Command
     lines print it alone, without a traceback. It is one line, whatever it quotes: the line breaks
-    of a name, of another error or of a program's output become spaces.
+    of a name, of another error or of a program's output become spaces, and what would change how a
+    terminal shows it (control characters, such as ESC, and signs that turn the direction of text)
+    is written as escapes.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+        line = " ".join(line.strip() for line in message.splitlines())
+        super().__init__("".join(map(_shown, line)))
+
+
+def _shown(character: str) -> str:
+    """The character, or its escape where it is none to be seen."""
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
+        return character
+    return character.encode("unicode_escape").decode()

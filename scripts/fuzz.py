@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from result_lines import add_result, read_results  # noqa: E402
 from support import commands, fuzz_kinds, fuzz_runner, small_run  # noqa: E402
 from support.report_study import build_study  # noqa: E402
 
@@ -47,18 +48,6 @@ def make_goods(folder):
     study = shared.directory("study", lambda made: build_study(corpus, made))
     laid_out = shared.directory("laid_out", lambda made: fuzz_kinds.lay_out(corpus, made))
     return fuzz_kinds.Goods(corpus, run, study, laid_out)
-
-
-def read_results(path):
-    """{number: line} of a file whose last line may be cut."""
-    known = {}
-    if path.is_file():
-        for line in path.read_text().split("\n")[:-1]:
-            result = json.loads(line)
-            known[result["number"]] = result
-        with path.open("rb+") as file:
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
-    return known
 
 
 def table(results):
@@ -92,15 +81,14 @@ def main():
         print(said, json.dumps(result, ensure_ascii=False, indent=2), sep="\n")
         return int(result["verdict"] not in fuzz_runner.GOOD)
     path = folder / f"{args.seed}.jsonl"
-    known = read_results(path)
+    known = read_results(path, "number")
     for number in range(args.number):
         again = args.again and number in known
         if number in known and not (again and known[number]["verdict"] not in fuzz_runner.GOOD):
             continue
         result, _ = fuzz_kinds.try_one(goods, args.seed, number, folder)
         known[number] = result
-        with path.open("ab", buffering=0) as file:
-            file.write(json.dumps(result).encode() + b"\n")
+        add_result(path, result)
     results = [known[number] for number in range(args.number)]
     faults = [each for each in results if each["verdict"] not in fuzz_runner.GOOD]
     for each in faults:

@@ -30,6 +30,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from result_lines import add_result, read_results
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fairseq_sparsemixer"
 FOLDERS = ("moe", "criterions", "models")
@@ -448,19 +450,14 @@ def main():
     sample = [mutant for mutant in all_mutants(folder / "tree") if args.only in mutant["file"]]
     random.Random(args.seed).shuffle(sample)
     results = folder / "results.jsonl"
-    known = {}
-    if results.is_file():
-        for line in results.read_text().splitlines():
-            result = json.loads(line)
-            known[result["key"]] = result
+    known = read_results(results, "key")
     for mutant in sample[: args.number]:
         before = known.get(mutant["key"])
         if before and not (args.again and before["verdict"] in ("survived", "no test")):
             continue
         result = try_mutant(mutant, tests, cases, folder, args.processes)
         known[mutant["key"]] = result
-        with results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        add_result(results, result)
         print(
             f"{result['verdict']}: {result['file']}:{result['line']} {result['after']}", flush=True
         )

@@ -45,6 +45,15 @@ def test_a_user_error_is_one_line_and_status_2(monkeypatch, capsys):
     )
 
 
+def test_what_turns_a_terminal_is_shown_as_escapes(capsys, tmp_path):
+    name = "a\x1b[2Jb\tc\u202ed\x9be é 日"
+    assert cli.main(["translate", str(tmp_path / name)]) == 2
+    assert r"/a\x1b[2Jb\tc\u202ed\x9be é 日;" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["translate", "run", f"--{name}"])
+    assert r"--a\x1b[2Jb\tc" in capsys.readouterr().err
+
+
 def test_an_error_of_the_flags_is_one_line_whatever_it_quotes(capsys):
     for words in (["translate", "run", "--odd\nflag"], ["table", "run", "--x", "a\r\nb"]):
         with pytest.raises(SystemExit) as info:

@@ -99,6 +99,21 @@ def test_what_works_on_a_cpu_is_left_alone(on_a_cpu, environment, settings):
     assert vars(cfg) == before
 
 
+# Data and dictionaries
+
+
+def test_data_of_more_tokens_than_the_dictionary_has(toy_corpus, tmp_path):
+    """As where it was cut at the end of a line."""
+    data = str(toy_corpus / "joined" / "valid.en-de.de")
+    whole = toy_corpus / "joined" / "dict.de.txt"
+    cut = tmp_path / "dict.de.txt"
+    cut.write_text("".join(whole.read_text().splitlines(keepends=True)[:-3]))
+    assert data_utils.load_indexed_dataset(data, Dictionary.load(str(whole)))
+    entries = len(Dictionary.load(str(cut)))
+    with pytest.raises(UserError, match=rf"{data} .* dictionary only {entries} entries"):
+        data_utils.load_indexed_dataset(data, Dictionary.load(str(cut)))
+
+
 # The error that is printed
 
 

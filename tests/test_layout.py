@@ -171,6 +171,8 @@ def test_user_dir_loads_no_tool():
         "import fairseq_sparsemixer.tasks.translation_with_routing",
         "import fairseq_sparsemixer.criterions",
         "from fairseq_sparsemixer.evaluation.translator import Translator",
+        "import fairseq_sparsemixer.restarts",
+        "from fairseq_sparsemixer import watchdogs, compat\nassert watchdogs is compat.watchdogs",
     ],
 )
 def test_all_is_registered_in_whichever_order_it_is_imported(code):
@@ -185,6 +187,24 @@ def test_all_is_registered_in_whichever_order_it_is_imported(code):
         "from fairseq.data import data_utils\n"
         "assert hasattr(data_utils.batch_by_size, '__wrapped__')"
     )
+
+
+@pytest.mark.slow
+def test_each_module_can_be_the_first_that_is_imported():
+    """In forks of a process that has imported nothing of ours."""
+    program = (
+        "import importlib, os, sys, torch\n"
+        "for name in sys.argv[1:]:\n"
+        "    if not os.fork():\n"
+        "        importlib.import_module(name)\n"
+        "        os._exit(0)\n"
+        "    if os.wait()[1]:\n"
+        "        print('cannot be imported:', name)\n"
+        "        os._exit(1)"
+    )
+    command = [sys.executable, "-c", program, *MODULES]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
 
 
 def test_the_layer_alone_loads_no_fairseq():

@@ -1,5 +1,7 @@
-"""``scripts/test.sh`` where nothing can be installed."""
+"""``scripts/test.sh`` where nothing can be installed; results of the long ones."""
 
+import json
+import runpy
 import subprocess
 
 from support import commands
@@ -33,3 +35,18 @@ def test_on_a_gpu_without_network(tmp_path):
         assert any(line.startswith(f"== Left out: {each}") for line in left_out)
     assert command.startswith("pytest got: -m pytest -m not slow and gpu --maxfail=1 tests/")
     assert "tests/moe/test_gpu.py" in command and "tests/test_cli.py" not in command
+
+
+def test_results_of_a_script_that_was_killed_in_the_middle_of_a_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    script = runpy.run_path(str(ROOT / "scripts" / "result_lines.py"))
+    assert script["read_results"](path, "key") == {}
+    lines = [{"key": "é\u2028", "n": 1}, {"key": "b"}, {"key": "é\u2028", "n": 2}]
+    for line in lines:
+        script["add_result"](path, line)
+    with path.open("a") as file:
+        file.write('{"key": "c", "n')
+    found = script["read_results"](path, "key")
+    assert found == {"é\u2028": lines[2], "b": lines[1]}
+    script["add_result"](path, {"key": "c"})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [*lines, {"key": "c"}]

@@ -1,13 +1,18 @@
 """Watchdogs: what they say of trainings that were made to fail, and that they let others be."""
 
+import json
 import math
+import runpy
 
 import pytest
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from support import commands
 from support.fork_server import ForkServer
+from support.report_study import point
+from support.run_folders import Log
 from support.training import LAYERS
 
+from fairseq_sparsemixer.files import write_lines
 from fairseq_sparsemixer.runs.logs import WARNING
 from fairseq_sparsemixer.watchdogs import Layer, Watchdogs
 
@@ -94,6 +99,27 @@ def test_a_sinking_loss_scale():
     assert found[0.25][0].startswith("the loss scale has sunk from 64 to 0.25: ")
     rising = Watchdogs(0.02, 500)
     assert not [w for n in range(40) for w in rising.look_at_scale(2.0 ** (n % 8))]
+
+
+def test_logs_of_before_are_replayed(tmp_path):
+    """The smallest share of a line stands for an expert."""
+    log = Log()
+    for updates in range(100, 1001, 100):
+        line = {"num_updates": str(updates), "gnorm": "1.5", "router_gradient/encoder.0": "0.3"}
+        line["router_entropy/encoder.0"] = "1.2"
+        log.add("train_inner", json.dumps({**line, "min_expert_share/encoder.0": "0.004"}))
+    log.write(tmp_path / "hydra_train.log")
+    loads = [[0.5, 0.496, 0.004, 0.0], [0.5, 0.49, 0.01, 0.0]]
+    points = [point(500 * n, 9.0, 1.0) for n in (1, 2)]
+    for each, load in zip(points, loads):
+        each["layers"] = {"encoder.0": {**each["layers"]["encoder.0"], "load": load}}
+    write_lines(tmp_path / "points.jsonl", map(json.dumps, points))
+    script = runpy.run_path(str(commands.PACKAGE.parent / "scripts" / "replay_watchdogs.py"))
+    (found,) = script["replay"](tmp_path)
+    assert (found["longest"], found["since"], found["updates"]) == (900, 100, 1000)
+    assert found["starved_at_points"] == [2, 1] and found["came_back"] == 1
+    assert found["least_gradient"] == pytest.approx(0.2)
+    assert found["warnings"] == ["encoder.0, since update 100"]
 
 
 # Training

@@ -34,8 +34,14 @@ def run(args: argparse.Namespace) -> None:
         print(line, flush=True)
     print("round trip")
     folder = Path(tempfile.mkdtemp(prefix="fairseq_sparsemixer_check_"))
-    for name, seconds in round_trip.run(folder):
-        print(f"  {name:<9}  {seconds:5.1f} s", flush=True)
+    try:
+        for name, seconds in round_trip.run(folder):
+            print(f"  {name:<9}  {seconds:5.1f} s", flush=True)
+    except UserError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)
     if unsuitable := parts.unsuitable():
         raise UserError(f"the round trip went well, but {', '.join(unsuitable)}")

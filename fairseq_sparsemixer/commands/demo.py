@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, List
 
-from fairseq_sparsemixer.commands.flags import whole_number
+from fairseq_sparsemixer.commands.flags import refuse_without_effect, whole_number
 from fairseq_sparsemixer.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,10 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the sub-command."""
     parser.add_argument(
         "--router",
-        default="sparsemixer",
         metavar="NAME[,NAME...]",
         help="one or more routers, or all; dense is the model without experts "
-        "(default: %(default)s)",
+        "(default: sparsemixer)",
     )
     parser.add_argument("--num-experts", type=whole_number, default=4, help="default: %(default)s")
     parser.add_argument(
@@ -77,12 +76,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def variants(args: argparse.Namespace) -> List["Variant"]:
-    """The models that the flags name, in the order of the table."""
+    """The models that the flags name, in the order of the table.
+
+    Raises:
+        UserError: there is no such router, or too much is named.
+    """
     from fairseq_sparsemixer.moe import ROUTERS
     from fairseq_sparsemixer.runs.arms import DENSE, build_variant
 
-    names = list(dict.fromkeys(args.router.split(",")))
+    names = list(dict.fromkeys((args.router or "sparsemixer").split(",")))
     if args.compare:
+        refuse_without_effect(args, ["router"], "name routers, and --compare names three")
         names = [DENSE, "switch", "sparsemixer"]
     elif args.router == "all":
         names = list(ROUTERS)

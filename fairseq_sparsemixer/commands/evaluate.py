@@ -22,6 +22,7 @@ from pathlib import Path
 from fairseq_sparsemixer.commands.flags import (
     add_translation_arguments,
     model_of,
+    refuse_without_effect,
     search_of,
     whole_number,
 )
@@ -29,6 +30,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import ScoreChoice
 from fairseq_sparsemixer.files import check_writable
 
+DEFAULT_SUBSET = "test"
 DEFAULT_COMET = "Unbabel/wmt22-comet-da"
 HELP = "translate a test set with a trained model and score it"
 
@@ -48,9 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--subset",
-        default="test",
         metavar="NAME",
-        help="raw/NAME.* of the corpus (default: %(default)s)",
+        help=f"raw/NAME.* of the corpus (default: {DEFAULT_SUBSET})",
     )
     parser.add_argument("--source", type=Path, metavar="FILE", help="raw text to translate instead")
     parser.add_argument(
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.output)
     if (args.source is None) != (args.reference is None):
         raise UserError("--source and --reference go together; give both or neither")
+    if args.source is not None:
+        refuse_without_effect(args, ["subset"], "choose from a corpus, and --source is the text")
     model = model_of(args)
     for choice in ("last", "best"):
         count = getattr(args, choice)
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         model,
         search_of(args),
         ScoreChoice(args.tokenize, args.compound_split, args.comet),
-        subset=args.subset,
+        subset=args.subset or DEFAULT_SUBSET,
         files=None if args.source is None else (args.source, args.reference),
         baseline=args.baseline,
         output=args.output,

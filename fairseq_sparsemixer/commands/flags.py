@@ -4,9 +4,12 @@ import argparse
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
+from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import LARGEST, ModelChoice, Search
+
+BEST_CHECKPOINT = "checkpoint_best.pt"
 
 
 def whole_number(text: str) -> int:
@@ -39,6 +42,22 @@ def number(text: str) -> float:
     return value
 
 
+def refuse_without_effect(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Refuse flags that were given and would do nothing.
+
+    Args:
+        args: what was given; None where a flag was not.
+        names: of flags, with ``_``.
+        why: the end of a sentence about them.
+
+    Raises:
+        UserError: names the first.
+    """
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: such flags {why}; leave it out")
+
+
 def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
     """Add the flags that choose a model and how it searches.
 
@@ -51,9 +70,9 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--checkpoint",
-        default="checkpoint_best.pt",
         metavar="NAME",
-        help="checkpoint in RUN_DIR; several joined by ':' are an ensemble (default: %(default)s)",
+        help="checkpoint in RUN_DIR; several joined by ':' are an ensemble (default: "
+        f"{BEST_CHECKPOINT})",
     )
     parser.add_argument(
         "--data",
@@ -92,7 +111,20 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
 
 def model_of(args: argparse.Namespace) -> ModelChoice:
     """The model that the flags of :func:`add_translation_arguments` choose."""
-    return ModelChoice(args.run_dir, args.checkpoint, args.data, args.source_lang, args.target_lang)
+    name = checkpoint_of(args)
+    return ModelChoice(args.run_dir, name, args.data, args.source_lang, args.target_lang)
+
+
+def checkpoint_of(args: argparse.Namespace) -> str:
+    """What ``--checkpoint`` chooses.
+
+    Raises:
+        UserError: RUN_DIR is a file, which leaves no choice.
+    """
+    if not os.path.isdir(args.run_dir):
+        why = f"choose from a run folder, and {args.run_dir} is none"
+        refuse_without_effect(args, ["checkpoint"], why)
+    return args.checkpoint or BEST_CHECKPOINT
 
 
 def search_of(args: argparse.Namespace) -> Search:

@@ -12,10 +12,19 @@ gradients.json, tables and figures; stopped, the same command goes on where it w
 
 import argparse
 from pathlib import Path
+from typing import Any, Dict
 
-from fairseq_sparsemixer.commands.flags import add_trust_argument, whole_number
+from fairseq_sparsemixer.commands.flags import (
+    BEST_CHECKPOINT,
+    add_trust_argument,
+    checkpoint_of,
+    refuse_without_effect,
+    whole_number,
+)
 from fairseq_sparsemixer.errors import UserError
 
+_SAMPLE: Dict[str, Any] = {"subset": "valid", "tokens": 100, "fit_sentences": 400, "max_length": 40}
+"""Of the corpus, where flags do not say otherwise."""
 HELP = "measure the routers' gradients against the exact ones"
 
 
@@ -26,9 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checkpoint",
-        default="checkpoint_best.pt",
         metavar="NAME[,NAME...]",
-        help="checkpoints in RUN_DIR, one after another (default: %(default)s)",
+        help=f"checkpoints in RUN_DIR, one after another (default: {BEST_CHECKPOINT})",
     )
     parser.add_argument(
         "--data",
@@ -37,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prepared corpus (default: the one that the model was trained on)",
     )
     parser.add_argument(
-        "--subset", default="valid", help="raw/SUBSET.* of the corpus (default: %(default)s)"
+        "--subset", help=f"raw/SUBSET.* of the corpus (default: {_SAMPLE['subset']})"
     )
     parser.add_argument(
         "--layers", metavar="NAME[,NAME...]", help="such as encoder.0,decoder.2 (default: all)"
@@ -45,22 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=whole_number,
-        default=100,
-        help="tokens in each layer (default: %(default)s)",
+        help=f"tokens in each layer (default: {_SAMPLE['tokens']})",
     )
     parser.add_argument(
         "--fit-sentences",
         type=whole_number,
-        default=400,
         metavar="N",
         help="training sentences that sparsemixer-cv's predictions are fitted on "
-        "(default: %(default)s)",
+        f"(default: {_SAMPLE['fit_sentences']})",
     )
     parser.add_argument(
         "--max-length",
         type=whole_number,
-        default=40,
-        help="longest sentence, in pieces (default: %(default)s)",
+        help=f"longest sentence, in pieces (default: {_SAMPLE['max_length']})",
     )
     parser.add_argument("--seed", type=whole_number, default=1, help="default: %(default)s")
     parser.add_argument(
@@ -81,17 +86,22 @@ def run(args: argparse.Namespace) -> None:
     from fairseq_sparsemixer.laboratory import gradients
 
     for flag in ("tokens", "fit_sentences", "max_length"):
-        if getattr(args, flag) < 1:
+        value = getattr(args, flag)
+        if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
     if args.run_dir is None:
+        why = "go with a model, and no RUN_DIR is given"
+        refuse_without_effect(args, ["checkpoint", "data", "layers", *_SAMPLE], why)
         gradients.measure_toys(args.seed, args.output or Path("gradients"))
         return
     run_dir = Path(args.run_dir)
+    given = {name: getattr(args, name) for name in _SAMPLE}
+    sample = {name: _SAMPLE[name] if value is None else value for name, value in given.items()}
     gradients.measure_model(
         args.run_dir,
-        args.checkpoint.split(","),
+        checkpoint_of(args).split(","),
         args.data,
         args.layers.split(",") if args.layers else None,
-        gradients.Sample(args.subset, args.tokens, args.fit_sentences, args.max_length, args.seed),
+        gradients.Sample(**sample, seed=args.seed),
         args.output or (run_dir if run_dir.is_dir() else run_dir.parent) / "gradients",
     )

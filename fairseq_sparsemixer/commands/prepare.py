@@ -24,9 +24,9 @@ Every step is skipped when it is already done: after an interruption run the sam
 
 import argparse
 from pathlib import Path
-from typing import Any, Dict, Sequence
+from typing import Any, Dict
 
-from fairseq_sparsemixer.commands.flags import whole_number
+from fairseq_sparsemixer.commands.flags import refuse_without_effect, whole_number
 from fairseq_sparsemixer.corpora.debian.preparation import DEBIAN_VOCAB_SIZE, prepare_debian
 from fairseq_sparsemixer.corpora.homeassistant.preparation import prepare_homeassistant
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
@@ -159,7 +159,8 @@ def run(args: argparse.Namespace) -> None:
     for flag, corpora in _TAKEN_BY.items():
         if args.corpus not in corpora:
             plural = "corpora" if len(corpora) > 1 else "corpus"
-            _refuse(args, [flag], f"go with the {plural} {' and '.join(corpora)} only")
+            why = f"go with the {plural} {' and '.join(corpora)} only"
+            refuse_without_effect(args, [flag], why)
     if args.output is None and args.corpus != "wmt14":
         raise UserError("say where to with --output DIR")
     if args.corpus is None and not own_text:
@@ -167,13 +168,6 @@ def run(args: argparse.Namespace) -> None:
             f"say what to prepare: the name of a corpus ({', '.join(_DOORS)}) or --raw-dir"
         )
     print(summary(_own_text(args) if own_text else _DOORS[args.corpus](args)))
-
-
-def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Raise a :class:`UserError` where a flag is given that would have no effect."""
-    for name in names:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')}: such flags {why}; leave it out")
 
 
 def _own_text(args: argparse.Namespace) -> Dict[str, Any]:
@@ -208,7 +202,7 @@ def _debian(args: argparse.Namespace) -> Dict[str, Any]:
 def _wmt14(args: argparse.Namespace) -> Dict[str, Any]:
     if args.raw_dir is not None:
         why = "belong to the archives, which --raw-dir replaces"
-        _refuse(args, [*_ARCHIVE_FLAGS, "downloads"], why)
+        refuse_without_effect(args, [*_ARCHIVE_FLAGS, "downloads"], why)
     if (args.source_lang, args.target_lang) != _LANGUAGES:
         raise UserError("wmt14 is English-German: leave out --source-lang and --target-lang")
     if args.workers is not None and args.workers < 1:
@@ -219,9 +213,10 @@ def _wmt14(args: argparse.Namespace) -> Dict[str, Any]:
         say(f"{args.checksums} is not there yet: checksums will be recorded in it, not verified")
     pipeline = args.pipeline or PIPELINES[0]
     if pipeline == "moses":
-        _refuse(args, ["vocab_size"], "belong to --pipeline sentencepiece (moses has --merges)")
+        why = "belong to --pipeline sentencepiece (moses has --merges)"
+        refuse_without_effect(args, ["vocab_size"], why)
     else:
-        _refuse(args, ["merges"], "belong to --pipeline moses")
+        refuse_without_effect(args, ["merges"], "belong to --pipeline moses")
     output, downloads = args.output, args.downloads
     if output is None:
         output = _WMT14_FOLDER

@@ -11,19 +11,21 @@
 
 import contextlib
 from pathlib import Path
-from typing import Callable, Iterator, List, Sequence, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.corpora.cleaning import SentencePair
 from fairseq_sparsemixer.corpora.resumable import STEPS, Steps
 from fairseq_sparsemixer.disk import report_full_disk
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import iterate_lines, write_lines
+from fairseq_sparsemixer.files import iterate_lines, read_json, read_lines, write_lines
 from fairseq_sparsemixer.locks import in_turn
 
 SPLITS = ("train", "valid", "test")
 CORPUS_RECORD = "record.json"
 """Written last, so that a folder that has it is complete."""
 _MADE = ("raw", "spm", "bpe", "bin", "copy")
+_NAME = "corpus"
+"""Beside the records of the steps: the name of the corpus."""
 
 Languages = Tuple[str, str]
 TextPath = Callable[[Path, str, str], Path]
@@ -31,11 +33,16 @@ TextPath = Callable[[Path, str, str], Path]
 
 
 @contextlib.contextmanager
-def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
+def steps_in(output: Path, megabytes: int, corpus: str) -> Iterator[Steps]:
     """Yield the steps of the folder ``output``; errors of the disk become a :class:`UserError`.
 
-    A preparation that is at work there is waited for: its steps are then done. Text that none has
-    made, which the steps would replace, is refused.
+    A preparation that is at work there is waited for: its steps are then done. Another corpus, and
+    text that none has made, which the steps would replace, are refused.
+
+    Args:
+        output: the folder; made if need be.
+        megabytes: of disk that the corpus takes.
+        corpus: its name.
     """
     with report_full_disk(output, megabytes):
         try:
@@ -45,22 +52,73 @@ def steps_in(output: Path, megabytes: int) -> Iterator[Steps]:
         except PermissionError as error:
             raise UserError(f"--output {output}: {error.strerror}") from error
         with in_turn(output):
-            _make_own(output)
+            _make_own(output, corpus)
             yield Steps(output, seal=output / CORPUS_RECORD)
 
 
-def _make_own(output: Path) -> None:
+def _make_own(output: Path, corpus: str) -> None:
     """Refuse a folder with files of somebody else's where steps write theirs."""
-    if (output / STEPS).is_dir():
-        return
-    for name in _MADE:
-        if any((output / name).glob("*")):
+    steps = output / STEPS
+    held = _held(output) if any(steps.glob("*.json")) else None
+    if steps.is_dir():
+        if held not in (None, corpus):
             raise UserError(
-                f"{output / name} holds files that were not prepared here, and would be replaced: "
-                f"move them, or name another folder than {output}"
+                f"{output} holds the corpus {held}, which the corpus {corpus} would replace: name "
+                f"another folder, or remove {output}"
             )
-    # Before the first step, which may be killed: what it leaves is no stranger's.
-    (output / STEPS).mkdir()
+    else:
+        for name in _MADE:
+            if any((output / name).glob("*")):
+                raise UserError(
+                    f"{output / name} holds files that were not prepared here, and would be "
+                    f"replaced: move them, or name another folder than {output}"
+                )
+        # Before the first step, which may be killed: what it leaves is no stranger's.
+        steps.mkdir()
+    if held is None:
+        write_lines(steps / _NAME, [corpus])
+
+
+def _held(output: Path) -> Optional[str]:
+    """The corpus of a folder where steps are done; None where that is not known."""
+    name, record = output / STEPS / _NAME, output / CORPUS_RECORD
+    if name.is_file():
+        return "".join(read_lines(name))
+    with contextlib.suppress(UserError):  # one that is damaged is made anew
+        if record.is_file():  # of an earlier version
+            return str(read_json(record, {"corpus": str}, "")["corpus"])
+    return None
+
+
+@contextlib.contextmanager
+def unchanged(corpus: Optional[Path]) -> Iterator[None]:
+    """Refuse a prepared corpus that is made anew while the block reads it; None is no corpus.
+
+    Nothing is locked, as it may be one that others own. A corpus that nobody prepared is taken as
+    it is.
+
+    Raises:
+        UserError: it is not complete, or not the same after the block.
+    """
+    before = _seal(corpus)
+    if before is None and corpus is not None and (corpus / STEPS).is_dir():
+        raise UserError(
+            f"{corpus} is not complete: wait for `fairseq-sparsemixer prepare`, or run it again"
+        )
+    yield
+    if _seal(corpus) != before:
+        raise UserError(
+            f"{corpus} was prepared anew while it was read: wait for `fairseq-sparsemixer "
+            "prepare`, and start the same command again"
+        )
+
+
+def _seal(corpus: Optional[Path]) -> Optional[Tuple[int, int]]:
+    """Of the record, which goes before anything is changed; None where there is none."""
+    if corpus is None or not (corpus / CORPUS_RECORD).is_file():
+        return None
+    status = (corpus / CORPUS_RECORD).stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def raw_path(folder: Path, split: str, language: str) -> Path:

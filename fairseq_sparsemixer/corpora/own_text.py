@@ -79,7 +79,7 @@ def prepare_raw_text(
         write_lines(copied_path, scores["test"].hypotheses)
         return [copied_path], {"copy_score": describe_scores(scores), "versions": split_versions()}
 
-    with steps_in(output, megabytes) as steps:
+    with steps_in(output, megabytes, "own text") as steps:
         raw_paths = paths_of(raw_path, output, languages)
         checksums = {name: sha256_of(raw_dir / name) for name in names}
         settings = {"version": __version__, "sha256": checksums}

@@ -6,10 +6,8 @@ from typing import Any, Dict, Optional
 from fairseq_sparsemixer.corpora import binarise, bpe, spm
 from fairseq_sparsemixer.corpora.folder import (
     CORPUS_RECORD,
-    SPLITS,
     Languages,
     TextPath,
-    domain_path,
     paths_of,
     piece_path,
     raw_path,
@@ -79,13 +77,7 @@ def _made_with(languages: Languages) -> Dict[str, Any]:
 def write_record(
     steps: Steps, languages: Languages, record: Dict[str, Any], cut: Dict[str, Any]
 ) -> Dict[str, Any]:
-    """Write ``record.json``: ``record`` and what the steps said of the pieces; returns it.
-
-    Domains that an earlier corpus left in the folder are no longer those of its lines.
-    """
-    if "domains" not in record:
-        for split in SPLITS:
-            domain_path(steps.folder, split).unlink(missing_ok=True)
+    """Write ``record.json``: ``record`` and what the steps said of the pieces; returns it."""
     record = {
         **record,
         "languages": list(languages),

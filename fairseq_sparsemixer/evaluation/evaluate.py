@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
+from fairseq_sparsemixer.corpora.folder import unchanged
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.options import ModelChoice, ScoreChoice, Search
@@ -61,7 +62,12 @@ def evaluate(
     else:
         test_set = given_test_set(*files)
     languages = (translator.source_lang, translator.target_lang)
-    text = read_text(test_set, languages, further.tokenise)
+    with unchanged(test_set.corpus):
+        text = read_text(test_set, languages, further.tokenise)
+        read = {
+            "data": describe_test_set(test_set, translator, text.official),
+            "copy": copy_score(test_set, translator.target_lang, text),
+        }
     output = output or _default_output(translator, test_set)
     stem = output.with_suffix("")
     stems = [stem, _baseline_stem(stem)] if baseline is not None else [stem]
@@ -69,10 +75,8 @@ def evaluate(
     for each in stems:
         _check_outputs(each, test_set, translator.target_lang)
     with in_turn(stem, beside=True):
-        copied = copy_score(test_set, translator.target_lang, text)
         evaluation = score_system(translator, text, search, further, stem, model.run)
-        evaluation["data"] = describe_test_set(test_set, translator, text.official)
-        evaluation["copy"] = copied
+        evaluation.update(read)
         if baseline is not None:
             other = model._replace(run=baseline)
             if not Path(baseline).is_dir():  # checkpoint files are taken as they are

@@ -16,6 +16,7 @@ from fairseq import checkpoint_utils, tasks, utils
 from fairseq.data import data_utils
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.hub_utils import GeneratorHubInterface
+from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
@@ -156,11 +157,35 @@ class Translator:
         return self._hub.task.target_dictionary
 
     def encode_pair(self, source: str, target: str) -> EncodedPair:
-        """A sentence and its translation as tokens."""
+        """A sentence and its translation as tokens; with those of languages, where the model has
+        learnt with them.
+
+        Raises:
+            UserError: the model begins its translations with the token of a language in place of
+                the end of a sentence.
+        """
         target = self._hub.tokenize(self.subwords.tokenise(target, self.target_lang))
         pieces = self._hub.apply_bpe(target)
-        encoded = self.target_dictionary.encode_line(pieces, add_if_not_exist=False)
-        return EncodedPair(self._encode_source(source), encoded.long())
+        encoded = self.target_dictionary.encode_line(pieces, add_if_not_exist=False).long()
+        tokens = self._encode_source(source)
+        data = self._hub.task.build_dataset_for_inference([tokens], torch.tensor([len(tokens)]))
+        read = data.collater([data[0]])["net_input"]["src_tokens"][0]
+        return EncodedPair(read, torch.cat([self._begin(encoded), encoded]))
+
+    def _begin(self, target: torch.Tensor) -> torch.Tensor:
+        """The tokens before those of a target's text."""
+        task = self._hub.task
+        if not isinstance(task, TranslationMultiSimpleEpochTask):
+            return target[:0]
+        if task.args.lang_tok_replacing_bos_eos:
+            raise UserError(
+                "experts and gradients are not measured of a model that was trained with "
+                "--lang-tok-replacing-bos-eos"
+            )
+        token = task.data_manager.get_decoder_langtok(
+            self.target_lang, task.args.langtoks["main"][1]
+        )
+        return target[:0] if token is None else target.new_tensor([token])
 
     def translate(
         self,

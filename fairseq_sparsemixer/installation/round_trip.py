@@ -52,8 +52,13 @@ def run(folder: Path) -> Iterator[Tuple[str, float]]:
     for step in steps(folder):
         log, begin = log_of(folder, step.name), time.monotonic()
         process = Process(step.command, log, env=training_environment(os.environ), with_parent=True)
-        while (status := process.ended(60)) is None:
-            pass
+        try:
+            while (status := process.ended(60)) is None:
+                pass
+        except BaseException:
+            process.stop()
+            process.wait()
+            raise
         last = read(log).strip() or "it says nothing"
         fault = last.splitlines()[-1] if status else step.fault()
         if fault:

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 
 import torch
 
-from fairseq_sparsemixer.corpora.folder import raw_path
+from fairseq_sparsemixer.corpora.folder import raw_path, unchanged
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json, write_lines
@@ -313,7 +313,8 @@ def _read_pairs(
     for path in paths:
         if not path.is_file():
             raise UserError(f"there is no {path}; name a prepared corpus with --data")
-    lines = list(zip(*map(read_lines, paths)))
+    with unchanged(corpus):
+        lines = list(zip(*map(read_lines, paths)))
     generator = torch.Generator().manual_seed(sample.seed)
     pairs: List[EncodedPair] = []
     for place in torch.randperm(len(lines), generator=generator).tolist():

@@ -25,6 +25,13 @@ def last_checkpoints(folder: Path, count: int) -> List[Path]:
     Raises:
         UserError: there are fewer.
     """
+    found = in_order(folder)
+    _check_count(len(found), count, "--last", f"checkpointE.pt or checkpoint_E_U.pt in {folder}")
+    return found[-count:]
+
+
+def in_order(folder: Path) -> List[Path]:
+    """All epoch and update checkpoints of ``folder``, oldest first."""
     found: List[Tuple[Tuple[int, float], Path]] = []
     for path in folder.iterdir():
         epoch, update = EPOCH_PATTERN.fullmatch(path.name), UPDATE_PATTERN.fullmatch(path.name)
@@ -33,8 +40,7 @@ def last_checkpoints(folder: Path, count: int) -> List[Path]:
             found.append(((int(epoch[1]), float("inf")), path))
         elif update:
             found.append(((int(update[1]), int(update[2])), path))
-    _check_count(len(found), count, "--last", f"checkpointE.pt or checkpoint_E_U.pt in {folder}")
-    return [path for _, path in sorted(found)[-count:]]
+    return [path for _, path in sorted(found)]
 
 
 def best_checkpoints(folder: Path, count: int) -> List[Path]:

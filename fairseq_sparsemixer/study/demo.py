@@ -7,15 +7,18 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Generator, List, NamedTuple, Optional
 
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
 from fairseq_sparsemixer.corpora.homeassistant import preparation
+from fairseq_sparsemixer.corpora.text_to_binary import DEFAULT_VOCAB_SIZE
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_checkpoints
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import check_writable, read_json, read_lines, write_json
 from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs.arms import Variant
-from fairseq_sparsemixer.runs.checkpoints import last_checkpoints
+from fairseq_sparsemixer.runs.checkpoints import in_order
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
+from fairseq_sparsemixer.runs.mending import LAST
 from fairseq_sparsemixer.runs.record import kept_overrides, refuse_other
 from fairseq_sparsemixer.study.engine import (
     Engine,
@@ -52,7 +55,8 @@ _SCORES = {
 }
 AVERAGE = "checkpoint_average.pt"
 AVERAGED = 5
-"""Checkpoints of the end of training that are averaged, as many as configs/demo.yaml keeps."""
+"""Checkpoints of the end of training that are averaged, if there are so many: configs/demo.yaml
+keeps no more."""
 SAMPLES = 5
 
 
@@ -81,6 +85,7 @@ class Demo(NamedTuple):
             raise UserError("the demo runs from a checkout of the repository: configs/ is missing")
         check_writable(self.runs / "results.json", "--runs")
         print(f"== Corpus: {self.data}", flush=True)
+        _check_vocabulary(self.data)
         preparation.prepare_homeassistant(self.data)
         self.runs.mkdir(parents=True, exist_ok=True)
         with sole_user(self.runs, "--runs") as lock:
@@ -118,9 +123,26 @@ class Demo(NamedTuple):
             yield from _training(folder, self.data, settings, kept, state.get("minutes", 0.0))
         print(f"== Scoring {name} on the test set", flush=True)
         if not (folder / SCORES).is_file():
-            average_checkpoints(last_checkpoints(folder, AVERAGED), folder / AVERAGE)
+            # A short one has written fewer, or only the last.
+            last = in_order(folder)[-AVERAGED:] or [folder / LAST]
+            average_checkpoints(last, folder / AVERAGE)
             command = scoring_command(folder, AVERAGE, self.data, folder / SCORES)
             yield Stage("evaluate", command)
+
+
+def _check_vocabulary(data: Path) -> None:
+    """Refuse a corpus that was cut into other pieces, which would be made anew."""
+    path = data / CORPUS_RECORD
+    if not path.is_file():
+        return
+    shape = {"corpus?": str, "settings?": {"vocab_size?": int}}
+    record = read_json(path, shape, f"remove it, and {data} is completed anew")
+    size = record.get("settings", {}).get("vocab_size", DEFAULT_VOCAB_SIZE)
+    if record.get("corpus") == "homeassistant" and size != DEFAULT_VOCAB_SIZE:
+        raise UserError(
+            f"--data {data} was prepared with --vocab-size {size}, and the demo takes "
+            f"{DEFAULT_VOCAB_SIZE}: name another folder, which is made if need be"
+        )
 
 
 def _training(

@@ -7,7 +7,7 @@ from typing import Any, Dict, Tuple
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationTask
 
-from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD, unchanged
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import find_languages
 from fairseq_sparsemixer.files import atomic_path, read_json
@@ -88,8 +88,12 @@ def _copy_corpus(data: Path, target: Path, plan_file: Path) -> None:
             f"there is no prepared corpus with a test set in {data}: make it with "
             f"`fairseq-sparsemixer prepare`, or change data in {plan_file}"
         )
-    for path in [*data.glob("bin/*"), *held_out, *data.glob("copy/*"), source]:
-        _copy(path, target / path.relative_to(data))
+    with unchanged(data):
+        for path in [*data.glob("bin/*"), *held_out, *data.glob("copy/*")]:
+            _copy(path, target / path.relative_to(data))
+        record = source.read_bytes()
+    with atomic_path(copy) as partial:
+        partial.write_bytes(record)
 
 
 def _copy_configs(config: Path, target: Path, plan_file: Path) -> None:

@@ -152,6 +152,19 @@ def test_a_model_of_several_languages_translates_without_their_tokens(
     model = Translator(str(tmp_path), "checkpoint_last.pt", **languages)
     found = texts(model.translate(["the red house", "a lamp"]))
     assert all(text and "__" not in text for text in found)
+    source, target = model.encode_pair("the red house", "das rote Haus")
+    for tokens in (source, target):
+        assert model.target_dictionary[tokens[0]] == "__de__"
+        assert "__de__" not in model.target_dictionary.string(tokens[1:])
+    task = model._hub.task
+    task.load_dataset("valid")
+    first = task.datasets["valid"][0]
+    lines = [
+        read_lines(corpus / "raw" / f"valid.{language}")[first["id"]]
+        for language in languages.values()
+    ]
+    for ours, theirs in zip(model.encode_pair(*lines), (first["source"], first["target"])):
+        assert ours.tolist() == theirs.tolist()
 
 
 def test_checkpoints_of_an_ensemble_are_looked_up_in_the_run(run_dir):
@@ -160,6 +173,12 @@ def test_checkpoints_of_an_ensemble_are_looked_up_in_the_run(run_dir):
     assert [checkpoint.updates for checkpoint in ensemble.checkpoints] == [50, 150]
     with pytest.raises(UserError, match=r"no checkpoint .*checkpoint_8.pt"):
         Translator(str(run_dir), f"{names}:checkpoint_8.pt")
+
+
+def test_there_is_nothing_to_choose_where_the_checkpoint_is_given(run_dir):
+    named = [run_dir / "checkpoint_best.pt", "--checkpoint", "checkpoint_last.pt"]
+    with pytest.raises(UserError, match=r"--checkpoint: such flags choose from a run folder, and"):
+        command("translate", *named)
 
 
 @pytest.mark.parametrize("limit", [{"batch_size": 1}, {"batch_size": 2}, {"max_tokens": 1}])
@@ -445,6 +464,7 @@ def test_copy_score_of_the_record_where_the_copied_lines_are_gone(tmp_path):
         (["--source", "two.de", "--reference", "two.de", "--output", "two.json"], "overwrite"),
         (["--output", "scores.txt"], "ending in .json"),
         (["--data", "."], "name a prepared corpus with --data"),
+        (["--source=a", "--reference=b", "--subset=test"], "--subset: .* leave it out"),
     ],
 )
 def test_evaluate_refuses_before_it_translates(run_dir, tmp_path, monkeypatch, flags, message):

@@ -11,6 +11,7 @@ from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.installation import parts, round_trip
 from fairseq_sparsemixer.moe.dispatch import BACKENDS
+from fairseq_sparsemixer.training.process import Process
 
 
 @pytest.fixture
@@ -56,6 +57,37 @@ def test_a_command_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(round_trip, "steps", lambda folder: [step])
     with pytest.raises(UserError, match=r"^train: .*no_such_module .*train\.log\)$"):
         list(round_trip.run(tmp_path))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("train: no")])
+def test_what_it_wrote_is_kept_only_where_something_is_wrong(monkeypatch, tmp_path, error):
+    def run(folder):
+        (folder / "train.log").touch()
+        raise error
+        yield
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(round_trip, "run", run)
+    assert cli.main(["check"]) == (130 if error is KeyboardInterrupt else 2)
+    assert bool(list(tmp_path.iterdir())) == (error is not KeyboardInterrupt)
+
+
+def test_interrupted_it_leaves_no_process(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(Process):
+        def ended(self, seconds=0):
+            if not started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().ended(seconds)
+
+    waiting = round_trip.Step("train", ["sleep", "60"], str)
+    monkeypatch.setattr(round_trip, "steps", lambda _: [waiting])
+    monkeypatch.setattr(round_trip, "Process", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(round_trip.run(tmp_path))
+    assert started[0].ended() is not None
 
 
 def test_packages_that_are_missing_or_too_old(monkeypatch, capsys, no_steps):

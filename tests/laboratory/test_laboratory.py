@@ -336,6 +336,14 @@ def test_the_command_measures_a_model_and_goes_on_where_it_stopped(
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--data=x", "--layers=encoder.0", "--tokens=100"])
+def test_flags_of_a_model_go_with_a_model(flag, tmp_path, capsys):
+    assert cli.main(["gradients", flag, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{flag.split('=')[0]}: such flags go with a model, and no RUN_DIR is given" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_without_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gradients, "TOY_EXPERTS", (2, 4))
     monkeypatch.setattr(gradients, "TOY_TEMPERATURES", (1.0,))

@@ -1,8 +1,10 @@
 """Numbers of a training that make no sense are refused before it begins."""
 
+import argparse
 import math
 
 import pytest
+from fairseq import utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf, open_dict
@@ -55,6 +57,27 @@ def test_numbers_out_of_their_range(key, value, allowed):
     with pytest.raises(ConfigError) as error:
         Trainer(settings(key, value), None, None, None)
     assert str(error.value).startswith(f"{key} (--{flag}) must be {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("metric", "most", "cure"),
+    [
+        ("bleu", False, "add --maximize-best-checkpoint-metric"),
+        ("accuracy", False, "add --maximize-best-checkpoint-metric"),
+        ("nll_loss", True, "leave it out"),
+    ],
+)
+def test_the_worst_is_not_kept_as_the_best(metric, most, cure):
+    cfg = settings("checkpoint.best_checkpoint_metric", metric)
+    cfg.checkpoint.maximize_best_checkpoint_metric = most
+    with pytest.raises(ConfigError, match=f"{metric} would keep the worst .*: {cure}$"):
+        Trainer(cfg, None, None, None)
+
+
+def test_a_seed_is_looked_at_before_it_is_used():
+    """By fairseq-train and fairseq-generate, which hand it to numpy."""
+    with pytest.raises(ConfigError, match=r"^common.seed \(--seed\) must be 0 to .*, not -1$"):
+        utils.import_user_module(argparse.Namespace(user_dir=None, seed=-1))
 
 
 def test_our_commands_find_out_before_they_start_anything():

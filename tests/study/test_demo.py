@@ -111,6 +111,15 @@ def test_failed_training_says_why(corpus, tmp_path):
     assert not state["finished"]
 
 
+def test_a_corpus_of_other_pieces_is_not_made_anew(tmp_path):
+    record = {"corpus": "homeassistant", "settings": {"vocab_size": 2000}}
+    write_json(tmp_path / "data" / "record.json", record)
+    with pytest.raises(
+        UserError, match=r"--data .* with --vocab-size 2000, and the demo takes 4000"
+    ):
+        run_demo(tmp_path)
+
+
 def test_a_wrong_router_is_told_before_the_first_is_trained():
     args = commands.parse("demo", "--router", "switch,swtch")
     with pytest.raises(UserError, match="--router: unknown router 'swtch'; did you mean 'switch'"):
@@ -120,6 +129,12 @@ def test_a_wrong_router_is_told_before_the_first_is_trained():
 def test_the_number_of_experts_is_a_flag():
     with pytest.raises(UserError, match=r"experts=\.\.\. is not set here: use --num-experts"):
         commands.command("demo", "experts=eight")
+
+
+def test_compare_names_the_models():
+    args = commands.parse("demo", "--compare", "--router", "topk")
+    with pytest.raises(UserError, match=r"--router: .*--compare names three; leave it out"):
+        variants(args)
 
 
 def test_compare_trains_three_models():
@@ -144,7 +159,8 @@ def test_routers_get_the_settings_that_they_cannot_do_without():
 
 @pytest.mark.slow
 def test_several_routers_make_one_table(corpus, tmp_path, capfd):
-    results = run_demo(tmp_path, "--max-update", "5", "--router", "expert-choice,dense")
+    """Of trainings that are too short for as many checkpoints as are averaged."""
+    results = run_demo(tmp_path, "--max-update", "3", "--router", "expert-choice,dense")
     assert [result["model"] for result in results] == ["expert-choice-4", "dense"]
     assert results[0]["entropy"] > 0
     assert set(results[0]["largest_share"]) == {"encoder.0"}

@@ -17,3 +17,9 @@ def status_of(call, hook=None):
     except BaseException as error:
         (hook or sys.excepthook)(type(error), error, error.__traceback__)
         return 1
+
+
+def stream(number):
+    """stdin, stdout or stderr of a fork that has new ones."""
+    errors = "backslashreplace" if number == 2 else "strict"
+    return open(number, "w" if number else "r", encoding="utf-8", errors=errors, closefd=False)

@@ -19,7 +19,7 @@ from fairseq_sparsemixer.corpora import binarise, spm
 from fairseq_sparsemixer.corpora.subprocesses import ProgramError
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.study import demo
-from support.forks import status_of
+from support.forks import status_of, stream
 from support.hostile import CANARY
 
 VERDICTS = ("right", "clear error", "unclear error", "wrong", "traceback", "hang", "lost data",
@@ -111,7 +111,7 @@ def _in_child(trial, place, given, streams):
         os.dup2(given, 0)
         for number, path in enumerate(streams, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdin, sys.stdout, sys.stderr = map(_stream, range(3))
+        sys.stdin, sys.stdout, sys.stderr = map(stream, range(3))
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         _without_starting()
@@ -130,11 +130,6 @@ def _end_with(work):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
-
-
-def _stream(number):
-    errors = "backslashreplace" if number == 2 else "strict"
-    return open(number, "w" if number else "r", encoding="utf-8", errors=errors, closefd=False)
 
 
 def _call(call):

@@ -108,7 +108,8 @@ def test_a_measure_that_there_is_not_is_told():
         found.get_smoothed_values()["blue"]
     task = TranslationWithRoutingTask.__new__(TranslationWithRoutingTask)
     task.cfg = SimpleNamespace(eval_bleu=False)
-    cfg = SimpleNamespace(checkpoint=SimpleNamespace(best_checkpoint_metric="bleu"))
+    best = {"best_checkpoint_metric": "bleu", "maximize_best_checkpoint_metric": True}
+    cfg = SimpleNamespace(checkpoint=SimpleNamespace(**best))
     with pytest.raises(ConfigError, match="--best-checkpoint-metric bleu needs --eval-bleu"):
         Trainer(cfg, task, None, None)
 

@@ -46,7 +46,7 @@ def prepare_debian(
         write_pairs(pairs_path, pairs)
         return [pairs_path], {"source": fetched.describe(), "counts": counts}
 
-    with steps_in(output, extraction.MEGABYTES) as steps:
+    with steps_in(output, extraction.MEGABYTES, "debian") as steps:
         pairs_path = output / "raw" / "all.tsv"
         limits = dataclasses.asdict(extraction.LIMITS)
         settings = {"version": __version__, "revision": extraction.REVISION, "limits": limits}

@@ -48,7 +48,7 @@ def prepare_homeassistant(
             "pairs": len(pairs),
         }
 
-    with steps_in(output, megabytes=150) as steps:
+    with steps_in(output, 150, "homeassistant") as steps:
         pairs_path = output / "raw" / "all.tsv"
         limits = dataclasses.asdict(extraction.LIMITS)
         settings = {"version": __version__, "sha256": source.sha256, "limits": limits}

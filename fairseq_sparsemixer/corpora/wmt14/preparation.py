@@ -69,8 +69,9 @@ def prepare_wmt14(
         # Missing packages are told before an hour of downloading.
         moses.tokenise("", LANGUAGES[0])
         bpe.check_installed()
-    _check_folder(output, pipeline, raw_dir)
-    with steps_in(output, MEGABYTES) as steps:
+    _check_pipeline(output, pipeline)
+    corpus = "wmt14" if raw_dir is None else "own text"
+    with steps_in(output, MEGABYTES, corpus) as steps:
         raw = _raw_text(steps, news_commentary, raw_dir, downloads, checksums, mirror)
         if pipeline == "moses":
             cleaning, cut = _cut_by_moses(steps, merges, workers)
@@ -78,7 +79,7 @@ def prepare_wmt14(
             cleaning, cut = _cut_by_sentencepiece(steps, vocab_size, workers)
         own_text = {"folder": str(raw_dir)}
         record = {
-            "corpus": "wmt14" if raw_dir is None else "own text",
+            "corpus": corpus,
             "pipeline": pipeline,
             "source": raw.pop("archives", own_text),
             "test": raw.pop("test"),
@@ -94,19 +95,14 @@ def prepare_wmt14(
         return write_record(steps, LANGUAGES, record, cut)
 
 
-def _check_folder(output: Path, pipeline: str, raw_dir: Optional[Path]) -> None:
-    """Refuse a folder that holds the work of the other pipeline, or of another text."""
+def _check_pipeline(output: Path, pipeline: str) -> None:
+    """Refuse a folder that holds the work of the other pipeline."""
     (other,) = set(PIPELINES) - {pipeline}
     marks = {"sentencepiece": "clean", "moses": "tokenise"}
     if (output / ".steps" / f"{marks[other]}.json").exists():
         raise UserError(
             f"{output} was made by --pipeline {other}: name another folder with --output"
         )
-    other_step, text = (
-        ("copy-text", "--raw-dir") if raw_dir is None else ("extract", "the archives")
-    )
-    if (output / ".steps" / f"{other_step}.json").exists():
-        raise UserError(f"{output} was made from {text}: name another folder with --output")
 
 
 def _raw_text(

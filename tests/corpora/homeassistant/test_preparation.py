@@ -25,6 +25,7 @@ def test_layout(built):
                  for lang in ("en", "de")}  # fmt: skip
     expected |= {"raw/all.tsv", "spm/spm.model", "spm/dict.txt", "copy/test.de", "record.json"}
     expected |= {f".steps/{n}.json" for n in ("extract", "split", "sentencepiece", "binarise")}
+    expected.add(".steps/corpus")
     assert set(contents(built[0])) == expected
 
 
