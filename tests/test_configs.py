@@ -12,7 +12,7 @@ from fairseq_sparsemixer.training import resources, settings
 from fairseq_sparsemixer.training.plan import make_task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ENTRIES = ("demo", "study", "wmt14")
+ENTRIES = ("demo", "study", "iwslt14", "wmt14")
 
 
 def choices(entry):

@@ -4,8 +4,8 @@ import pytest
 
 from benchmarks import measuring
 from fairseq_sparsemixer import cli
+from fairseq_sparsemixer.corpora import downloads
 from fairseq_sparsemixer.corpora.homeassistant import preparation
-from fairseq_sparsemixer.corpora.wmt14 import downloads
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import average
 from fairseq_sparsemixer.evaluation.translator import Translator

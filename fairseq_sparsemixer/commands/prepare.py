@@ -5,6 +5,8 @@
   debian          142,000 pairs of Debian's packages in four domains (60 MB to download with apt),
                   split likewise
   wmt14           WMT14 English-German (more than 1 GB to download), test set newstest2014 (full)
+  iwslt14         IWSLT14 German-English, 160,000 pairs of talks (19 MB to download), cleaned, split
+                  and cut as by fairseq's own example
   --raw-dir DIR   your own text: DIR/train.en, DIR/train.de and the same for valid and test, one
                   sentence a line, and perhaps {train,valid,test}.domain, a label a line; after
                   wmt14, cleaned and cut as that corpus is
@@ -16,7 +18,7 @@ The output folder holds
   spm/ or bpe/                     how text is cut into pieces, and the same text in pieces
   bin/                             the data for fairseq-train
   copy/test.de                     the test set "translated" by the nearest training sentences
-                                   (not for wmt14)
+                                   (not for wmt14 and iwslt14)
   record.json                      source, counts, scores, versions, settings
 
 Every step is skipped when it is already done: after an interruption run the same command again.
@@ -29,6 +31,7 @@ from typing import Any, Dict
 from fairseq_sparsemixer.commands.flags import refuse_without_effect, whole_number
 from fairseq_sparsemixer.corpora.debian.preparation import DEBIAN_VOCAB_SIZE, prepare_debian
 from fairseq_sparsemixer.corpora.homeassistant.preparation import prepare_homeassistant
+from fairseq_sparsemixer.corpora.iwslt14 import IWSLT14_MERGES, prepare_iwslt14
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
 from fairseq_sparsemixer.corpora.resumable import say
 from fairseq_sparsemixer.corpora.summary import summary
@@ -47,10 +50,11 @@ HELP = "build a corpus: download or take text, split, cut into pieces, fairseq-p
 
 _LANGUAGES = ("en", "de")
 _WMT14_FOLDER = Path("data/wmt14_en_de")
-_ARCHIVE_FLAGS = ("news_commentary", "checksums", "mirror")
+_SERVER_FLAGS = ("checksums", "mirror")
 _TAKEN_BY = {
-    **dict.fromkeys(("pipeline", "merges", *_ARCHIVE_FLAGS, "workers"), ("wmt14",)),
-    "downloads": ("debian", "wmt14"),
+    **dict.fromkeys(("pipeline", "news_commentary"), ("wmt14",)),
+    **dict.fromkeys(("merges", *_SERVER_FLAGS, "workers"), ("wmt14", "iwslt14")),
+    "downloads": ("debian", "wmt14", "iwslt14"),
     "wheel": ("homeassistant",),
 }
 """The corpora that a flag goes with, if not with all."""
@@ -89,11 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--downloads",
         type=Path,
         metavar="DIR",
-        help="debian and wmt14: where downloads are kept (default: download in the folder of the "
-        "corpus; for wmt14 without --output data/wmt14_en_de/download)",
+        help="debian, wmt14 and iwslt14: where downloads are kept (default: download in the folder "
+        "of the corpus; for wmt14 without --output data/wmt14_en_de/download)",
     )
     _add_own_text_arguments(parser)
     _add_wmt14_arguments(parser.add_argument_group("wmt14"))
+    _add_server_arguments(parser.add_argument_group("wmt14 and iwslt14"))
 
 
 def _add_own_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,15 +122,19 @@ def _add_wmt14_arguments(group: argparse._ArgumentGroup) -> None:
         f"recipe (default: {PIPELINES[0]})",
     )
     group.add_argument(
-        "--merges",
-        type=whole_number,
-        metavar="N",
-        help=f"joint BPE merges of --pipeline moses (default: {WMT14_MERGES})",
-    )
-    group.add_argument(
         "--news-commentary",
         choices=sorted(NEWS_COMMENTARY),
         help=f"v12 as in the reference recipe, or v9 of 2014 (default: {DEFAULT_NEWS_COMMENTARY})",
+    )
+
+
+def _add_server_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--merges",
+        type=whole_number,
+        metavar="N",
+        help=f"joint BPE merges of iwslt14 (default: {IWSLT14_MERGES}), and of wmt14's "
+        f"--pipeline moses (default: {WMT14_MERGES})",
     )
     group.add_argument(
         "--checksums",
@@ -135,7 +144,7 @@ def _add_wmt14_arguments(group: argparse._ArgumentGroup) -> None:
         "(default: checksums.json beside the archives)",
     )
     group.add_argument(
-        "--mirror", metavar="URL", help="server in place of statmt.org's, with the same paths"
+        "--mirror", metavar="URL", help="server in place of the published one, with the same paths"
     )
     group.add_argument(
         "--workers", type=whole_number, metavar="N", help="processes at most (default: the cores)"
@@ -159,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
     for flag, corpora in _TAKEN_BY.items():
         if args.corpus not in corpora:
             plural = "corpora" if len(corpora) > 1 else "corpus"
-            why = f"go with the {plural} {' and '.join(corpora)} only"
+            why = f"go with the {plural} {', '.join(corpora)} only"
             refuse_without_effect(args, [flag], why)
     if args.output is None and args.corpus != "wmt14":
         raise UserError("say where to with --output DIR")
@@ -202,15 +211,10 @@ def _debian(args: argparse.Namespace) -> Dict[str, Any]:
 def _wmt14(args: argparse.Namespace) -> Dict[str, Any]:
     if args.raw_dir is not None:
         why = "belong to the archives, which --raw-dir replaces"
-        refuse_without_effect(args, [*_ARCHIVE_FLAGS, "downloads"], why)
+        refuse_without_effect(args, ["news_commentary", *_SERVER_FLAGS, "downloads"], why)
     if (args.source_lang, args.target_lang) != _LANGUAGES:
         raise UserError("wmt14 is English-German: leave out --source-lang and --target-lang")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers} does nothing; give 1 or more")
-    if args.mirror is not None and not args.mirror.startswith(("http://", "https://")):
-        raise UserError(f"--mirror {args.mirror} is no address; give http://... or https://...")
-    if args.checksums is not None and not args.checksums.exists():
-        say(f"{args.checksums} is not there yet: checksums will be recorded in it, not verified")
+    _check_server_flags(args)
     pipeline = args.pipeline or PIPELINES[0]
     if pipeline == "moses":
         why = "belong to --pipeline sentencepiece (moses has --merges)"
@@ -237,5 +241,29 @@ def _wmt14(args: argparse.Namespace) -> Dict[str, Any]:
     )
 
 
-_DOORS = {"homeassistant": _homeassistant, "debian": _debian, "wmt14": _wmt14}
+def _check_server_flags(args: argparse.Namespace) -> None:
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} does nothing; give 1 or more")
+    if args.mirror is not None and not args.mirror.startswith(("http://", "https://")):
+        raise UserError(f"--mirror {args.mirror} is no address; give http://... or https://...")
+    if args.checksums is not None and not args.checksums.exists():
+        say(f"{args.checksums} is not there yet: checksums will be recorded in it, not verified")
+
+
+def _iwslt14(args: argparse.Namespace) -> Dict[str, Any]:
+    _check_languages(args)
+    why = "belong to SentencePiece (iwslt14 has --merges)"
+    refuse_without_effect(args, ["vocab_size"], why)
+    _check_server_flags(args)
+    return prepare_iwslt14(
+        args.output,
+        merges=args.merges or IWSLT14_MERGES,
+        downloads=args.downloads,
+        checksums=args.checksums,
+        mirror=args.mirror,
+        workers=args.workers,
+    )
+
+
+_DOORS = {"homeassistant": _homeassistant, "debian": _debian, "wmt14": _wmt14, "iwslt14": _iwslt14}
 """What prepares each corpus."""

@@ -3,7 +3,8 @@
 import shutil
 import struct
 from pathlib import Path
-from typing import Optional, Tuple
+from types import MappingProxyType
+from typing import Mapping, Optional
 
 from fairseq_sparsemixer.corpora.folder import SPLITS, Languages, count_lines, piece_path
 from fairseq_sparsemixer.corpora.resumable import StepResult
@@ -21,7 +22,7 @@ def build_binary(
     folder: Path,
     languages: Languages,
     pieces: str = "spm",
-    subwords: Tuple[str, str] = ("spm.model", SENTENCEPIECE_MODEL),
+    subwords: Mapping[str, str] = MappingProxyType({"spm/spm.model": SENTENCEPIECE_MODEL}),
     workers: Optional[int] = None,
 ) -> StepResult:
     """Run ``fairseq-preprocess`` with one dictionary for both languages.
@@ -31,7 +32,7 @@ def build_binary(
         languages: source and target.
         pieces: subfolder of the text in pieces; its ``dict.txt`` is the dictionary if there is
             one, else fairseq makes one from the training text.
-        subwords: file in ``pieces`` that says how to cut text, and its name in ``bin/``.
+        subwords: files in ``folder`` that say how to cut text, and their names in ``bin/``.
         workers: processes at most (default: the cores).
 
     Raises:
@@ -67,11 +68,11 @@ def build_binary(
         for path in sorted(scratch.iterdir()):
             replace_durably(path, binary / path.name)
             outputs.append(binary / path.name)
-    name, name_in_binary = subwords
-    copy = binary / name_in_binary
-    with atomic_path(copy) as partial:
-        shutil.copyfile(folder / pieces / name, partial)
-    return [*outputs, copy], {}
+    for name, name_in_binary in subwords.items():
+        outputs.append(binary / name_in_binary)
+        with atomic_path(outputs[-1]) as partial:
+            shutil.copyfile(folder / name, partial)
+    return outputs, {}
 
 
 def _sentences_in(index: Path) -> int:

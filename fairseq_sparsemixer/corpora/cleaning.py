@@ -58,6 +58,7 @@ UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 # UTF-8 that was read as Latin-1: "fÃ¼r".
 _NOT_DECODED = re.compile(f"{UNREADABLE}|Ã[\\x80-\\xbf]")
 _SPACES = re.compile(r" +")
+_MAX_MOSES_WORD = 1000  # characters
 _TOKEN = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 _LETTER = re.compile(r"[^\W\d_]")
 
@@ -177,3 +178,20 @@ def similar_length(source: str, target: str) -> bool:
     """Whether two texts are about as long as each other, as translations are."""
     # The 8 keeps short sentences ("Ja." for "Yes, please.") from failing the ratio.
     return 0.4 <= (len(source) + 8) / (len(target) + 8) <= 2.2
+
+
+def moses_drop_reason(
+    source: str, target: str, max_tokens: int, max_length_ratio: float
+) -> Optional[str]:
+    """Why ``clean-corpus-n.perl -ratio R ... 1 N`` drops a pair of tokenised lines, or None."""
+    words = [source.split(), target.split()]
+    lengths = [len(side) for side in words]
+    if not all(lengths):
+        return "empty"
+    if max(lengths) > max_tokens:
+        return "too_long"
+    if max(lengths) > max_length_ratio * min(lengths):
+        return "length_ratio"
+    if any(len(word) > _MAX_MOSES_WORD for side in words for word in side):
+        return "long_word"
+    return None

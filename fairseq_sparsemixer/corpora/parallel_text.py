@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -11,11 +12,20 @@ from tqdm import tqdm
 from fairseq_sparsemixer.corpora.cleaning import normalise
 from fairseq_sparsemixer.corpora.folder import count_lines
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path, decode_line
+from fairseq_sparsemixer.files import atomic_path, decode_line, iterate_lines
 
 LinePair = Tuple[str, str]
 ParallelFiles = Tuple[Path, Path]
 """Two files, whose lines correspond."""
+_SEGMENT = re.compile(r"<seg.*?>(.*)</seg>.*?")
+_SPACES = re.compile(r"\s+")
+
+
+def iterate_segments(path: Path) -> Iterator[str]:
+    """The segments of an SGM or XML file of a shared task, exactly as sacreBLEU reads them."""
+    for line in iterate_lines(path):
+        if line.startswith("<seg "):
+            yield _SPACES.sub(" ", _SEGMENT.sub(r"\1", line).strip())
 
 
 def write_parallel(

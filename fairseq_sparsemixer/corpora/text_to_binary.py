@@ -1,6 +1,7 @@
 """The steps that all corpora end with: from text to pieces, ``bin/`` and ``record.json``."""
 
 import functools
+import importlib.metadata
 from typing import Any, Dict, Optional
 
 from fairseq_sparsemixer.corpora import binarise, bpe, spm
@@ -14,7 +15,7 @@ from fairseq_sparsemixer.corpora.folder import (
 )
 from fairseq_sparsemixer.corpora.resumable import Steps
 from fairseq_sparsemixer.files import write_json
-from fairseq_sparsemixer.text import BPE_CODES
+from fairseq_sparsemixer.text import BPE_CODES, MOSES_TOKENS
 from fairseq_sparsemixer.version import __version__
 
 DEFAULT_VOCAB_SIZE = 4000
@@ -52,7 +53,7 @@ def sentencepiece_steps(
 def moses_steps(
     steps: Steps, languages: Languages, merges: int, workers: Optional[int]
 ) -> Dict[str, Any]:
-    """From ``tokens/`` to ``bpe/`` and ``bin/``."""
+    """From ``tokens/`` to ``bpe/`` and ``bin/``; a ``tokens/moses.json`` goes along."""
     folder = steps.folder
     bpe_path = functools.partial(piece_path, pieces="bpe")
     cut = steps.run(
@@ -61,12 +62,15 @@ def moses_steps(
         paths_of(bpe.token_path, folder, languages),
         lambda: bpe.build_pieces(folder, languages, merges, workers),
     )
+    names = {"bpe/codes": BPE_CODES, f"tokens/{MOSES_TOKENS}": MOSES_TOKENS}
+    subwords = {name: names[name] for name in names if (folder / name).is_file()}
     steps.run(
         "binarise",
         _made_with(languages),
-        [*paths_of(bpe_path, folder, languages), folder / "bpe" / "codes"],
-        lambda: binarise.build_binary(folder, languages, "bpe", ("codes", BPE_CODES), workers),
+        [*paths_of(bpe_path, folder, languages), *(folder / name for name in subwords)],
+        lambda: binarise.build_binary(folder, languages, "bpe", subwords, workers),
     )
+    cut["versions"]["sacremoses"] = importlib.metadata.version("sacremoses")
     return cut
 
 

@@ -46,8 +46,8 @@ def _further_scores(evaluation: Dict[str, Any]) -> Iterator[str]:
         found = {name: scores[kind.key] for name, scores in systems.items() if kind.key in scores}
         if found:
             values = ", ".join(f"{name} {score['score']:.2f}" for name, score in found.items())
-            signature = next(iter(found.values()))["signature"]
-            yield f"{kind.title}: {values} ({kind.label}; {signature})"
+            about = next(iter(found.values()))
+            yield f"{kind.title}: {values} ({about['label']}; {about['signature']})"
     if "comet" in evaluation["scores"]:
         values = ", ".join(f"{name} {x['comet']['score']:.4f}" for name, x in systems.items())
         yield f"COMET: {values} ({evaluation['scores']['comet']['model']})"

@@ -19,6 +19,7 @@ from fairseq_sparsemixer.evaluation.tokens import (
 from fairseq_sparsemixer.evaluation.translator import MAX_LEN_B, Translation, Translator
 from fairseq_sparsemixer.files import sha256_of, write_lines
 from fairseq_sparsemixer.models.search import MAX_LEN_A
+from fairseq_sparsemixer.text.subwords import MosesBPE
 
 
 def score_system(
@@ -60,7 +61,7 @@ def score_system(
     path = _hypotheses_path(stem, language)
     write_lines(path, hypotheses)
     scores = scoring.score(hypotheses, text.references, text.tokeniser, text.official)
-    if kind is TOKENISED:
+    if kind is not None and kind.key == TOKENISED.key:
         tokens = [translation.tokens or "" for translation in translations]
         reference = [translator.subwords.tokenise(line, language) for line in text.references]
     elif kind is COMPOUND_SPLIT:
@@ -82,14 +83,15 @@ def score_system(
 
 def _token_score(translator: Translator, further: ScoreChoice, run: str) -> Optional[TokenScore]:
     """Which BLEU over tokens the system has, if any."""
-    if translator.subwords.pipeline != "moses":
+    if not isinstance(translator.subwords, MosesBPE):
         return COMPOUND_SPLIT if further.compound_split else None
     if further.compound_split:
         raise UserError(
-            f"--compound-split is not for {run}: its Moses tokens (-a) have their "
-            "compounds split already, and splitting them once more would raise BLEU; leave it out"
+            f"--compound-split is not for {run}: its BLEU over tokens is "
+            "that of its own Moses tokens; leave it out"
         )
-    return TOKENISED
+    label = TOKENISED.label.format(tokens=translator.subwords.tokens)
+    return TOKENISED._replace(label=label)
 
 
 def _hypotheses_path(stem: Path, language: str) -> Path:

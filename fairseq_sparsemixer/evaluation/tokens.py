@@ -13,6 +13,7 @@ class TokenScore(NamedTuple):
 
     Attributes:
         ending: what its files of tokens end in.
+        label: what it is a score of; in place of ``{tokens}`` how the model's tokens are made.
     """
 
     key: str
@@ -25,7 +26,7 @@ TOKENISED = TokenScore(
     "tokenised_bleu",
     "tokenised BLEU",
     "tok",
-    "Moses tokens with -a (hyphens split), BPE removed; not comparable with sacreBLEU",
+    "{tokens}, BPE removed; not comparable with sacreBLEU",
 )
 COMPOUND_SPLIT = TokenScore(
     "compound_split_bleu",

@@ -11,3 +11,5 @@ SENTENCEPIECE_MODEL = "sentencepiece.bpe.model"
 BPE_CODES = "bpecodes"
 """Files beside a model's dictionaries, by the names that fairseq's ``from_pretrained`` looks for:
 which of them is there says how text is cut."""
+MOSES_TOKENS = "moses.json"
+"""Beside the codes: how the tokens were made, where not as those of WMT14."""

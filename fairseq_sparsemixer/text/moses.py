@@ -6,7 +6,7 @@ Perl scripts. These functions give what the scripts give, one line at a time, wi
 =================================  =============================================================
 :func:`training_tokens`            ``normalize-punctuation.perl L | remove-non-printing-char.perl
                                    | tokenizer.perl -a -l L``, for training and validation text
-:func:`test_tokens`                every U+2019 made ``'``, then ``tokenizer.perl -a -l L``
+:func:`test_tokens`                every U+2019 made ``'``, then ``tokenizer.perl [-a] -l L``
 :func:`detokenise`                 ``detokenizer.perl -l L``
 =================================  =============================================================
 
@@ -59,9 +59,9 @@ def training_tokens(line: str, language: str) -> str:
     return tokenise(remove_non_printing(normalise_punctuation(line, language)), language)
 
 
-def test_tokens(line: str, language: str) -> str:
+def test_tokens(line: str, language: str, split_hyphens: bool = True) -> str:
     """Tokens of a line of test text, where only the typographic apostrophe is made plain."""
-    return tokenise(line.replace("’", "'"), language)
+    return tokenise(line.replace("’", "'"), language, split_hyphens)
 
 
 def normalise_punctuation(line: str, language: str) -> str:

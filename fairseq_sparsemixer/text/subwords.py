@@ -11,8 +11,10 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, Sentencepi
 from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.text import BPE_CODES, SENTENCEPIECE_MODEL, moses
+from fairseq_sparsemixer.files import read_json
+from fairseq_sparsemixer.text import BPE_CODES, MOSES_TOKENS, SENTENCEPIECE_MODEL, moses
 
+_TOKENS = ({"split_hyphens": bool, "lowercase": bool}, None)
 _CURE = "copy it again, or give the folder of the right one with --data"
 
 
@@ -51,10 +53,15 @@ class SentencePiece:
 
 
 class MosesBPE:
-    """Moses tokens (``-a``), cut by subword-nmt; ``path`` is the file of its codes.
+    """Moses tokens, cut by subword-nmt; ``path`` is the file of its codes.
+
+    Attributes:
+        split_hyphens: whether the tokens are those of ``tokenizer.perl -a``.
+        lowercase: whether all is in small letters.
 
     Raises:
-        UserError: ``tokenise`` and ``decode`` where sacremoses is not installed.
+        UserError: ``tokenise`` and ``decode`` where sacremoses is not installed; what says how the
+            tokens are made cannot be read.
     """
 
     file_name = BPE_CODES
@@ -63,6 +70,16 @@ class MosesBPE:
 
     def __init__(self, path: Path):
         self.path = path
+        settings = path.with_name(MOSES_TOKENS)
+        made = read_json(settings, _TOKENS, _CURE) if settings.is_file() else {}
+        self.split_hyphens = made.get("split_hyphens", True)
+        self.lowercase = made.get("lowercase", False)
+
+    @property
+    def tokens(self) -> str:
+        """What the tokens are."""
+        hyphens = "with -a (hyphens split)" if self.split_hyphens else "without -a"
+        return f"Moses tokens {hyphens}{', small letters' if self.lowercase else ''}"
 
     def encoder(self) -> Any:
         """fairseq's encoder of BPE.
@@ -74,7 +91,8 @@ class MosesBPE:
 
     def tokenise(self, line: str, language: str) -> str:
         """The tokens of a raw line, as those of the test set were made for fairseq."""
-        return moses.test_tokens(line, language)
+        tokens = moses.test_tokens(line, language, self.split_hyphens)
+        return tokens.lower() if self.lowercase else tokens
 
     def decode(self, line: str, language: str) -> Tuple[str, Optional[str]]:
         """The text of an output line whose BPE is removed, and the line: its tokens."""

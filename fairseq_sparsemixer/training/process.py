@@ -16,7 +16,7 @@ from fairseq_sparsemixer.disk import FullDiskError, cannot_write, check_room, fu
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.logs import line_stats
-from fairseq_sparsemixer.text import BPE_CODES, SENTENCEPIECE_MODEL
+from fairseq_sparsemixer.text import BPE_CODES, MOSES_TOKENS, SENTENCEPIECE_MODEL
 
 STOP_SECONDS = 10
 """How long an interrupted training may take to end by itself."""
@@ -33,7 +33,7 @@ _HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR"
 
 def model_files(binary: Path) -> List[Path]:
     """Dictionaries and subword model in a folder that ``fairseq-preprocess`` wrote."""
-    subwords = [binary / name for name in (SENTENCEPIECE_MODEL, BPE_CODES)]
+    subwords = [binary / name for name in (SENTENCEPIECE_MODEL, BPE_CODES, MOSES_TOKENS)]
     return [*sorted(binary.glob("dict.*.txt")), *(path for path in subwords if path.is_file())]
 
 

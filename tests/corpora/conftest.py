@@ -1,10 +1,10 @@
 """Corpora that are built once, and fairseq-preprocess left out of others."""
 
 import pytest
-from support import debian, messages
+from support import debian, messages, statmt
 from support.corpora import build_binary
 
-from fairseq_sparsemixer.corpora import binarise
+from fairseq_sparsemixer.corpora import binarise, downloads
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +42,16 @@ def no_binary(monkeypatch):
 
     monkeypatch.setattr(binarise, "build_binary", counted)
     return calls
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+    with statmt.serving() as running:
+        yield running
+
+
+@pytest.fixture
+def quick(server, no_binary):
+    """The server, where fairseq-preprocess (seconds each time) is left out."""
+    return server

@@ -1,6 +1,7 @@
 """Cleaning: normalised, split into sentences, kept or dropped for a counted reason."""
 
 import dataclasses
+import functools
 import sys
 import unicodedata
 
@@ -129,3 +130,15 @@ def test_split_pair_takes_paragraphs_and_list_items():
         ("the door", "die Tür"),
     ]
     assert len(cleaning.split_pair(source, "Wähle: die Lampe\ndie Tür")) == 1
+
+
+def test_moses_drop_reason_is_clean_corpus_n():
+    """The rules of clean-corpus-n.perl, read from its source."""
+    dropped = functools.partial(cleaning.moses_drop_reason, max_tokens=80, max_length_ratio=9)
+    assert dropped("a", "") == "empty"
+    assert dropped("a " * 80, "b " * 80) is None
+    assert dropped("a " * 81, "b " * 80) == "too_long"
+    assert dropped("a " * 9, "b") is None
+    assert dropped("a " * 10, "b") == "length_ratio"
+    assert dropped("a" * 1000, "b") is None
+    assert dropped("a" * 1001, "b") == "long_word"

@@ -4,7 +4,5 @@
 ``preparation``  the door: from archives or own text to ``bin/``, in two pipelines
 ``extraction``   which archives, and what of them becomes ``raw/``
 ``filtering``    which training pairs are kept, as text or as Moses tokens
-``downloads``    files of a web server: resumed and verified
-``archives``     members of a compressed tar archive, copied out by name
 ===============  ======================================================================
 """

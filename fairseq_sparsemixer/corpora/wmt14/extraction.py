@@ -5,18 +5,19 @@ SparseMixer, or v9 as in the shared task of 2014); validation text newstest2013,
 newstest2014 of 3003 sentences, which sacreBLEU calls ``wmt14/full``.
 """
 
-import re
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from fairseq_sparsemixer.corpora.archives import unpack
 from fairseq_sparsemixer.corpora.cleaning import normalise
+from fairseq_sparsemixer.corpora.downloads import Checksums, RemoteFile, md5_of
 from fairseq_sparsemixer.corpora.folder import SPLITS, paths_of, raw_path
-from fairseq_sparsemixer.corpora.parallel_text import ParallelFiles, write_parallel
+from fairseq_sparsemixer.corpora.parallel_text import (
+    ParallelFiles,
+    iterate_segments,
+    write_parallel,
+)
 from fairseq_sparsemixer.corpora.resumable import StepResult
-from fairseq_sparsemixer.corpora.wmt14.archives import extract_members
-from fairseq_sparsemixer.corpora.wmt14.downloads import Checksums, RemoteFile, md5_of, obtain
-from fairseq_sparsemixer.disk import report_full_disk
-from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import iterate_lines, scratch_folder, write_lines
 
 LANGUAGES = ("en", "de")
@@ -97,7 +98,7 @@ def extract(
         ``held_out_sources``, the training sentences that are also in the validation or test text.
 
     Raises:
-        UserError: see :func:`.downloads.obtain` and :func:`.archives.extract_members`; or two
+        UserError: see :func:`.archives.unpack`; or two
             languages of one text have different numbers of lines.
     """
     sources = archives(news_commentary)
@@ -172,9 +173,6 @@ def _unpack(
     scratch: Path,
 ) -> ParallelFiles:
     """The text of an archive in both languages, as files in ``scratch``."""
-    was_there = (downloads / archive.remote.name).exists()
-    with report_full_disk(downloads, DOWNLOAD_MEGABYTES, "--downloads"):
-        path = obtain(archive.remote, downloads, checksums, mirror)
     if archive is TEST:
         members = {
             TEST.member.format(side): scratch / f"newstest2014.{language}.sgm"
@@ -182,31 +180,15 @@ def _unpack(
         }
     else:
         members = archive.members(scratch)
-    try:
-        extract_members(path, members)
-    except UserError as error:
-        if was_there:
-            raise UserError(f"{error}; remove it and run the command again") from error
-        path.unlink()
-        raise UserError(
-            f"{error}; it was removed: run the command again to download it anew, or name another "
-            "server with --mirror"
-        ) from error
-    checksums.record(archive.remote, path)
+    unpack(archive.remote, members, downloads, checksums, mirror, DOWNLOAD_MEGABYTES)
     source, target = members.values()
     if archive is TEST:
         source, target = (_plain_text(side) for side in (source, target))
     return source, target
 
 
-_SEGMENT = re.compile(r"<seg.*?>(.*)</seg>.*?")
-_SPACES = re.compile(r"\s+")
-
-
 def _plain_text(sgm: Path) -> Path:
     """The segments of an SGM file, a line each, exactly as sacreBLEU reads them."""
     text = sgm.with_suffix("")
-    segments = (line for line in iterate_lines(sgm) if line.startswith("<seg "))
-    cleaned = (_SPACES.sub(" ", _SEGMENT.sub(r"\1", line).strip()) for line in segments)
-    write_lines(text, cleaned)
+    write_lines(text, iterate_segments(sgm))
     return text

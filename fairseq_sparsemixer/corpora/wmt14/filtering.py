@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from fairseq_sparsemixer.corpora.bpe import token_path
-from fairseq_sparsemixer.corpora.cleaning import Limits, drop_reason, normalise
+from fairseq_sparsemixer.corpora.cleaning import (
+    Limits,
+    drop_reason,
+    moses_drop_reason,
+    normalise,
+)
 from fairseq_sparsemixer.corpora.folder import count_lines, raw_path
 from fairseq_sparsemixer.corpora.parallel_text import LinePair, ParallelFiles, pair_writer
 from fairseq_sparsemixer.corpora.resumable import StepResult
@@ -18,8 +23,7 @@ from fairseq_sparsemixer.text import moses
 
 MAX_TOKENS = 80
 MAX_LENGTH_RATIO = 9.0
-"""Of the longer side to the shorter, in tokens: what clean-corpus-n.perl of Moses uses."""
-_MAX_WORD = 1000  # characters; clean-corpus-n.perl again
+"""Of the longer side to the shorter, in tokens: the default of clean-corpus-n.perl."""
 LIMITS = Limits(
     min_tokens=1,
     max_tokens=MAX_TOKENS,
@@ -91,7 +95,10 @@ def tokenise(folder: Path, workers: Optional[int]) -> StepResult:
 
 
 def _tokenise_training_chunk(pairs: List[LinePair]) -> Filtered:
-    return _keep(_tokens(pairs, moses.training_tokens), moses_drop_reason)
+    reason_against = functools.partial(
+        moses_drop_reason, max_tokens=MAX_TOKENS, max_length_ratio=MAX_LENGTH_RATIO
+    )
+    return _keep(_tokens(pairs, moses.training_tokens), reason_against)
 
 
 def _tokenise_valid_chunk(pairs: List[LinePair]) -> Filtered:
@@ -108,21 +115,6 @@ def _tokens(pairs: List[LinePair], tokenise_line: Callable[[str, str], str]) -> 
         (tokenise_line(source, source_lang), tokenise_line(target, target_lang))
         for source, target in pairs
     ]
-
-
-def moses_drop_reason(source: str, target: str) -> Optional[str]:
-    """Why ``clean-corpus-n.perl ... 1 80`` drops a pair of tokenised lines, or None."""
-    words = [source.split(), target.split()]
-    lengths = [len(side) for side in words]
-    if not all(lengths):
-        return "empty"
-    if max(lengths) > MAX_TOKENS:
-        return "too_long"
-    if max(lengths) > MAX_LENGTH_RATIO * min(lengths):
-        return "length_ratio"
-    if any(len(word) > _MAX_WORD for side in words for word in side):
-        return "long_word"
-    return None
 
 
 def _filter(

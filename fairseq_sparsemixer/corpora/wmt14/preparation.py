@@ -1,10 +1,10 @@
 """The corpus ``wmt14``, from the archives to ``bin/``."""
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from fairseq_sparsemixer.corpora import bpe
+from fairseq_sparsemixer.corpora.downloads import Checksums, check_recorded
 from fairseq_sparsemixer.corpora.folder import paths_of, raw_path, steps_in
 from fairseq_sparsemixer.corpora.own_text import check_raw_dir
 from fairseq_sparsemixer.corpora.resumable import Steps
@@ -14,7 +14,6 @@ from fairseq_sparsemixer.corpora.text_to_binary import (
     write_record,
 )
 from fairseq_sparsemixer.corpora.wmt14 import extraction, filtering
-from fairseq_sparsemixer.corpora.wmt14.downloads import Checksums
 from fairseq_sparsemixer.corpora.wmt14.extraction import LANGUAGES
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import sha256_of
@@ -130,12 +129,7 @@ def _raw_text(
         [],
         lambda: extraction.extract(folder, downloads, record, mirror, news_commentary),
     )
-    for name, entry in raw["archives"].items():
-        if record.expected(name) not in (None, entry["sha256"]):
-            raise UserError(
-                f"{folder} was made from another {name} than {record.path} asks for: name "
-                "another folder with --output"
-            )
+    check_recorded(raw["archives"], record, folder)
     return raw
 
 
@@ -165,6 +159,4 @@ def _cut_by_moses(
         paths_of(raw_path, steps.folder, LANGUAGES),
         lambda: filtering.tokenise(steps.folder, workers),
     )
-    cut = moses_steps(steps, LANGUAGES, merges, workers)
-    cut["versions"]["sacremoses"] = importlib.metadata.version("sacremoses")
-    return cleaning, cut
+    return cleaning, moses_steps(steps, LANGUAGES, merges, workers)

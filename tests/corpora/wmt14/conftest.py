@@ -1,24 +1,11 @@
-"""A server of miniature archives, and corpora made from them."""
+"""Corpora made from miniature archives."""
 
 import json
 
 import pytest
 from support import statmt
 
-from fairseq_sparsemixer.corpora.wmt14 import downloads, preparation
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
-    with statmt.serving() as running:
-        yield running
-
-
-@pytest.fixture
-def quick(server, no_binary):
-    """The server, where fairseq-preprocess (seconds each time) is left out."""
-    return server
+from fairseq_sparsemixer.corpora.wmt14 import preparation
 
 
 @pytest.fixture(scope="session")

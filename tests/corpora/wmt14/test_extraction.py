@@ -7,7 +7,7 @@ from support import statmt
 from support.corpora import SPLITS
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora.wmt14 import extraction
+from fairseq_sparsemixer.corpora import parallel_text
 from fairseq_sparsemixer.errors import UserError
 
 
@@ -52,8 +52,8 @@ def test_sacrebleu_reads_the_test_set_alike(built, tmp_path):
         sgm.write_bytes(statmt.sgm(hard + statmt.sentences(5, 9), side))
         dataset = FakeSGMLDataset("x", data=[], langpairs={})
         dataset._convert_format(str(sgm), str(tmp_path / "theirs"))
-        ours = extraction._plain_text(sgm)
-        assert files.read_lines(ours) == files.read_lines(tmp_path / "theirs")
+        ours = list(parallel_text.iterate_segments(sgm))
+        assert ours == files.read_lines(tmp_path / "theirs")
 
 
 def test_news_commentary_of_2014(quick, tmp_path):

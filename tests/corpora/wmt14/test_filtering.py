@@ -2,7 +2,7 @@
 
 import pytest
 
-from fairseq_sparsemixer.corpora.wmt14 import filtering, preparation
+from fairseq_sparsemixer.corpora.wmt14 import preparation
 
 
 @pytest.mark.parametrize("pipeline", preparation.PIPELINES)
@@ -16,14 +16,3 @@ def test_what_is_cleaned_away(built, pipeline):
     assert record["splits"]["valid"]["de"]["sentences"] == 24
     assert record["splits"]["test"]["de"]["sentences"] == 30
     assert not list(folder.rglob("*.partial"))
-
-
-def test_moses_drop_reason_is_clean_corpus_n():
-    """The rules of clean-corpus-n.perl, read from its source."""
-    assert filtering.moses_drop_reason("a", "") == "empty"
-    assert filtering.moses_drop_reason("a " * 80, "b " * 80) is None
-    assert filtering.moses_drop_reason("a " * 81, "b " * 80) == "too_long"
-    assert filtering.moses_drop_reason("a " * 9, "b") is None
-    assert filtering.moses_drop_reason("a " * 10, "b") == "length_ratio"
-    assert filtering.moses_drop_reason("a" * 1000, "b") is None
-    assert filtering.moses_drop_reason("a" * 1001, "b") == "long_word"

@@ -13,8 +13,8 @@ from support.corpora import SPLITS
 from support.statmt import MERGES, VOCAB_SIZE
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import bpe, workers
-from fairseq_sparsemixer.corpora.wmt14 import downloads, extraction, filtering, preparation
+from fairseq_sparsemixer.corpora import bpe, downloads, workers
+from fairseq_sparsemixer.corpora.wmt14 import extraction, filtering, preparation
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.text import moses
 

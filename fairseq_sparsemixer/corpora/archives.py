@@ -1,4 +1,4 @@
-"""Members of a compressed tar archive, copied out by name: nothing else in it reaches the disk."""
+"""Archives of a web server: members are copied out by name, and nothing else reaches the disk."""
 
 import gzip
 import posixpath
@@ -6,9 +6,46 @@ import shutil
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Optional
 
+from fairseq_sparsemixer.corpora.downloads import Checksums, RemoteFile, obtain
+from fairseq_sparsemixer.disk import report_full_disk
 from fairseq_sparsemixer.errors import UserError
+
+
+def unpack(
+    remote: RemoteFile,
+    members: Dict[str, Path],
+    downloads: Path,
+    checksums: Checksums,
+    mirror: Optional[str],
+    megabytes: int,
+) -> None:
+    """Download an archive unless it is there, copy members of it out, and record its checksum.
+
+    Args:
+        remote, checksums, mirror: see :func:`.downloads.obtain`.
+        members: see :func:`extract_members`.
+        downloads: the folder of archives.
+        megabytes: that the folder may need, for the error where the disk is full.
+
+    Raises:
+        UserError: see both; an archive that was downloaded just now is then removed.
+    """
+    was_there = (downloads / remote.name).exists()
+    with report_full_disk(downloads, megabytes, "--downloads"):
+        path = obtain(remote, downloads, checksums, mirror)
+    try:
+        extract_members(path, members)
+    except UserError as error:
+        if was_there:
+            raise UserError(f"{error}; remove it and run the command again") from error
+        path.unlink()
+        raise UserError(
+            f"{error}; it was removed: run the command again to download it anew, or name another "
+            "server with --mirror"
+        ) from error
+    checksums.record(remote, path)
 
 
 def extract_members(archive: Path, members: Dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support import statmt
 
-from fairseq_sparsemixer.corpora.wmt14 import archives
+from fairseq_sparsemixer.corpora import archives
 from fairseq_sparsemixer.errors import UserError
 
 

@@ -95,6 +95,22 @@ class Checksums:
                 write_json(self.path, self.entries)
 
 
+def check_recorded(archives: Dict[str, Any], checksums: Checksums, folder: Path) -> None:
+    """Raise a :class:`UserError` where a corpus was made from other archives than recorded.
+
+    Args:
+        archives: entries as of :class:`Checksums`, of what ``folder`` was made from.
+        checksums: the record that the user has given.
+        folder: of the corpus.
+    """
+    for name, entry in archives.items():
+        if checksums.expected(name) not in (None, entry["sha256"]):
+            raise UserError(
+                f"{folder} was made from another {name} than {checksums.path} asks for: name "
+                "another folder with --output"
+            )
+
+
 def obtain(remote: RemoteFile, folder: Path, checksums: Checksums, mirror: Optional[str]) -> Path:
     """The file in ``folder``: the copy there if it is the right one, else downloaded.
 

@@ -6,7 +6,8 @@ import urllib.request
 import pytest
 from support import statmt
 
-from fairseq_sparsemixer.corpora.wmt14 import downloads, extraction
+from fairseq_sparsemixer.corpora import downloads
+from fairseq_sparsemixer.corpora.wmt14 import extraction
 from fairseq_sparsemixer.errors import UserError
 
 
