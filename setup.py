@@ -20,18 +20,19 @@ setup(
     license="MIT",
     packages=find_packages(include=["fairseq_sparsemixer", "fairseq_sparsemixer.*"]),
     package_data={"fairseq_sparsemixer.report": ["*.css", "*.j2"]},
-    python_requires=">=3.9,<3.13",
+    python_requires=f">={VERSIONS['MINIMUM_PYTHON']},<{VERSIONS['TOO_NEW_PYTHON']}",
     install_requires=[
-        # fairseq's own releases fail at import on Python 3.11 (mutable dataclass defaults).
-        "fairseq>=0.12.2; python_version < '3.11'",
-        "ve-fairseq==0.12.3; python_version >= '3.11'",
-        "hydra-core>=1.0.7,<1.4",
-        "omegaconf>=2.0.6,<2.4",
+        # fairseq's own releases fail at import on Python 3.11 (mutable dataclass defaults). On
+        # Python 3.10 and before, its last one (0.12.2) builds no encoder layer whose feed-forward
+        # network is not two matrices, and needs hydra 1.0.
+        f"ve-fairseq=={VERSIONS['FAIRSEQ']}",
+        "hydra-core>=1.3,<1.4",
+        "omegaconf>=2.3,<2.4",
         "sacrebleu>=2.3",
         "sentencepiece>=0.1.99",
         "scikit-learn>=1.0",
-        # Tried on a CPU: 2.6.0 with Triton 3.2.0 and 2.14.1 with 3.8.0 (scripts/torch_versions.sh),
-        # and what scripts/constraints.txt names (every test); on a GPU: 2.11.0 with 3.6.0.
+        # Tried on a CPU: see docs/reliability.md, and what scripts/constraints.txt names (every
+        # test); on a GPU: 2.11.0 with Triton 3.6.0.
         f"torch>={VERSIONS['MINIMUM_TORCH']}",
         "tqdm",
     ],
@@ -63,8 +64,6 @@ setup(
     entry_points={"console_scripts": ["fairseq-sparsemixer=fairseq_sparsemixer.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: MIT License",
-        "Programming Language :: Python :: 3.9",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

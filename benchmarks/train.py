@@ -1,6 +1,7 @@
 """Words per second of fairseq's training: the dense transformer beside routers with experts.
 
   python -m benchmarks.train --output train.json      # Transformer base, the dense one and two more
+  python -m benchmarks.train --deterministic          # each of them with that flag, too
   python -m benchmarks.train --table train.json       # the table again
 
 One update of fairseq's Trainer on one batch: forward, loss, backward, clipping, Adam, and what it
@@ -25,6 +26,7 @@ from fairseq_cli import preprocess
 
 from benchmarks import measuring, models
 from benchmarks.measuring import Record
+from fairseq_sparsemixer import determinism
 from fairseq_sparsemixer.files import write_lines
 from fairseq_sparsemixer.runs.arms import DENSE
 from fairseq_sparsemixer.tables import markdown
@@ -34,6 +36,8 @@ SENTENCE_WORDS = (10, 40)
 BATCHES = 4
 """About so many different ones take turns."""
 WARM_UP_STEPS = 2
+DETERMINISTIC = ", deterministic"
+"""The end of an arm's name."""
 
 
 def _write_corpus(folder: Path, vocabulary: int, tokens: int) -> None:
@@ -88,6 +92,7 @@ def _batches(trainer: Trainer, max_tokens: int) -> List[Dict[str, Any]]:
 
 def measure(args: argparse.Namespace) -> Iterator[Record]:
     """Seconds and words of each update of every arm."""
+    determinism.switch(args.deterministic)  # before cuBLAS reads what it says
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_corpus(folder, args.vocabulary, (BATCHES + 1) * args.max_tokens)
@@ -95,25 +100,32 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
         batches = _batches(trainers[DENSE], args.max_tokens)
     rows: Dict[str, Record] = {}
     steps = {}
-    for router, trainer in trainers.items():
+    kinds = {"": False, DETERMINISTIC: True} if args.deterministic else {"": False}
+    for (router, trainer), (ending, on) in itertools.product(trainers.items(), kinds.items()):
+        determinism.switch(on)
         for _ in range(WARM_UP_STEPS):
             trainer.train_step(batches[:1])
         parameters = count_parameters(trainer.model)
-        rows[router] = {
-            "arm": router,
+        arm = f"{router}{ending}"
+        rows[arm] = {
+            "arm": arm,
             "parameters": parameters.total,
             "active_parameters": parameters.active,
         }
-        steps[router] = functools.partial(_seconds, trainer, itertools.cycle(batches), args.device)
-    for router, seconds in measuring.take_turns(steps, args.repetitions).items():
+        each = itertools.cycle(batches)
+        steps[arm] = functools.partial(_seconds, trainer, each, args.device, on)
+    for arm, seconds in measuring.take_turns(steps, args.repetitions).items():
         words = itertools.cycle(batch["ntokens"] for batch in batches)
-        rows[router]["words"] = list(itertools.islice(words, args.repetitions))
-        rows[router]["seconds"] = seconds
+        rows[arm]["words"] = list(itertools.islice(words, args.repetitions))
+        rows[arm]["seconds"] = seconds
     yield {"rows": list(rows.values())}
 
 
-def _seconds(trainer: Trainer, batches: Iterator[Dict[str, Any]], device: str) -> float:
+def _seconds(
+    trainer: Trainer, batches: Iterator[Dict[str, Any]], device: str, deterministic: bool
+) -> float:
     """Of an update with the next batch."""
+    determinism.switch(deterministic)
     batch = next(batches)
     return measuring.wall_seconds(lambda: trainer.train_step([batch]), device)
 
@@ -153,6 +165,7 @@ def main() -> None:
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="as fairseq-train --fp16 (GPU)")
     precision.add_argument("--bf16", action="store_true", help="as fairseq-train --bf16 (GPU)")
+    parser.add_argument("--deterministic", action="store_true", help="each model a second time so")
     measuring.add_arguments(parser, rounds=10)
     measuring.run(parser, measure, table)
 

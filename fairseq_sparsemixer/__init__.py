@@ -3,7 +3,7 @@
 Importing the package (which is what fairseq's ``--user-dir`` does) registers the model, its
 architectures, the criterion and the task: at once where fairseq is imported already, else as soon
 as it is. ``fairseq_sparsemixer.moe`` is plain PyTorch and also works where fairseq is not
-installed.
+installed. Versions of Python, PyTorch and fairseq that do not work are refused.
 """
 
 import importlib
@@ -13,7 +13,10 @@ import sys
 from importlib.machinery import ModuleSpec
 from typing import Any, Optional
 
+from fairseq_sparsemixer import requirements
 from fairseq_sparsemixer.version import __version__  # noqa: F401
+
+requirements.check()
 
 _REGISTERED = ("compat", "models", "criterions", "tasks", "optim")
 _WHOLE = ("restarts", "watchdogs")
@@ -50,6 +53,7 @@ class _WhenFairseqIsImported(importlib.abc.MetaPathFinder):
             execute = spec.loader.exec_module
 
             def execute_and_register(module: Any) -> None:
+                requirements.check_fairseq()
                 execute(module)
                 # What asked for fairseq may be one of these, of which there is half yet: that is
                 # left behind, and its importer gets the one that is there at the end.
@@ -63,6 +67,7 @@ class _WhenFairseqIsImported(importlib.abc.MetaPathFinder):
 
 
 if sys.modules.get("fairseq") is not None:
+    requirements.check_fairseq()
     _register()
 else:
     sys.meta_path.insert(0, _WhenFairseqIsImported())

@@ -29,25 +29,19 @@ from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
-from fairseq_sparsemixer import restarts, watchdogs
+from fairseq_sparsemixer import determinism, restarts, watchdogs
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs import reading
-from fairseq_sparsemixer.version import MINIMUM_TORCH
 
 logger = logging.getLogger(__name__)
 
 
 def apply() -> None:
-    """Cure what can be cured, and name what cannot.
-
-    Raises:
-        UserError: for an environment in which training could not work.
-    """
-    _check_torch()
+    """Cure what can be cured, and name what cannot."""
     _name_torchrun_without_gpu()
     restarts.apply()
     _check_checkpoints()  # after it: what is written whole must be plain
@@ -58,6 +52,7 @@ def apply() -> None:
     _mark_dummy_batches()
     _end_updates()
     watchdogs.apply()
+    _train_deterministically()
     _refuse_senseless_settings()
     _draw_differently_by_worker()
     _report_unknown_keys()
@@ -66,15 +61,6 @@ def apply() -> None:
     _print_user_errors_alone()
     _measure_bleu_of_nothing()
     _name_missing_measures()
-
-
-def _check_torch() -> None:
-    have, least = (
-        [int(part) for part in version.split("+")[0].split(".")[:2]]
-        for version in (torch.__version__, MINIMUM_TORCH)
-    )
-    if have < least:
-        raise UserError(f"torch {torch.__version__} is too old: install torch >= {MINIMUM_TORCH}")
 
 
 def _name_torchrun_without_gpu() -> None:
@@ -193,7 +179,7 @@ class _TarfileOfModels:
     def open(name: str, mode: Any) -> tarfile.TarFile:
         """An archive whose members stay where they are unpacked."""
         archive = tarfile.open(name, mode)  # noqa: SIM115 - the caller closes it
-        if hasattr(tarfile, "data_filter"):  # since 3.9.17 and 3.11.4: links stay in it too
+        if hasattr(tarfile, "data_filter"):  # since 3.11.4: links stay in it too
             archive.extraction_filter = tarfile.data_filter
         for member in archive.getnames():
             if os.path.isabs(member) or ".." in member.split("/"):
@@ -306,6 +292,21 @@ def _end_updates() -> None:
 
     Trainer.train_step, Trainer.set_num_updates = step, set_num_updates
     Trainer.zero_grad = drop_gradients
+
+
+def _train_deterministically() -> None:
+    """Where the model's settings say so (:mod:`.determinism`); those of fairseq's own do not."""
+    original = Trainer.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(cfg.model, "deterministic", False):
+            determinism.switch(True)
+        original(self, cfg, *args, **kwargs)
+
+    Trainer.__init__ = __init__
+    for name in ("train_step", "valid_step"):
+        setattr(Trainer, name, determinism.naming_the_flag(getattr(Trainer, name)))
 
 
 def _refuse_senseless_settings() -> None:

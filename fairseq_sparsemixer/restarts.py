@@ -3,7 +3,7 @@
 Whoever loads the extension has it, ``fairseq-train --user-dir`` too: checkpoints that are whole or
 missing under every name, a second start that makes the updates that one long run would have made,
 nothing that one run of a sweep leaves to the next, and a folder for itself alone. fairseq's own
-does otherwise (0.12.2, 0.12.3 and its last main).
+does otherwise (0.12.3 and its last main).
 """
 
 import contextlib

@@ -5,7 +5,8 @@
 
 Numbers: output and gradients of a Switch layer against its formula in float64 on the same device,
 with and without dropout; an error is relative to the exact tensor's norm, and may be 1.5 times
-that of the backend ``loop`` in the same dtype (see ``benchmarks/gpu/exact.py``).
+that of the backend ``loop`` in the same dtype (see ``benchmarks/gpu/exact.py``). The same seed
+gives the same bits again, as ``--deterministic`` says.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from torch.nn import functional as F
 from benchmarks import measuring
 from benchmarks.gpu import exact
 from benchmarks.measuring import Record
+from fairseq_sparsemixer import determinism
 from fairseq_sparsemixer.moe import (
+    ROUTERS,
     MoEFeedForward,
     RoutingStatistics,
     load_balance_loss,
@@ -29,6 +32,7 @@ from fairseq_sparsemixer.moe.dispatch import BACKENDS, OBSTACLES
 from fairseq_sparsemixer.tables import markdown
 
 NUMBERS = "numbers"
+AGAIN = "the same bits again"
 NOT_WAITING = "does not wait for the device"
 GRAPH = "replay of a CUDA graph"
 COMPILED = "torch.compile"
@@ -37,6 +41,8 @@ SAME = 1e-3
 COMPILED_ERROR = 3e-2
 """That of compiled code, which rounds elsewhere: the gradients differ by the units near zero."""
 WARM_UP_STEPS = 3
+SUMS_BY_TOKEN = {"sparsemixer": 1, "topk": 2, "default-moe": 2}
+"""Routers, with as many experts for a token: all that adds up rows where indices say."""
 WITHOUT_WAITING = ("triton",)
 """The backends that can be captured."""
 
@@ -153,6 +159,24 @@ def _differences(actual: Results, wanted: Results, most: float) -> Record:
     return {"passed": all(value <= most for value in errors.values()), "errors": errors}
 
 
+def _again(args: argparse.Namespace, backend: str, dropout: float) -> Record:
+    """What training reads and what it learns without a gradient, twice with one seed."""
+    found: List[Results] = []
+    determinism.switch(True)
+    try:
+        for _ in range(2):
+            results: Results = {}
+            for router, top_k in SUMS_BY_TOKEN.items():
+                options = {"router": router, "top_k": max(top_k, ROUTERS[router].min_top_k)}
+                layer = _layer(args, backend, activation_dropout=dropout, **options)
+                own = {**_results(layer, _batch(args)[0]), **dict(layer.named_buffers())}
+                results.update((f"{router}: {name}", value) for name, value in own.items())
+            found.append(results)
+    finally:
+        determinism.switch(False)
+    return _differences(*found, most=0.0)
+
+
 def _not_waiting(args: argparse.Namespace, backend: str, dropout: float) -> Record:
     layer = _layer(args, backend, activation_dropout=dropout)
     x = _batch(args)[0].requires_grad_()
@@ -211,6 +235,7 @@ def _checks(args: argparse.Namespace) -> Iterator[Tuple[str, Check, str, float]]
     for backend in sorted(backends(BACKENDS, args.device, dtype), key=lambda name: name != "loop"):
         for dropout in (0.0, args.dropout):
             yield NUMBERS, _numbers, backend, dropout
+        yield AGAIN, _again, backend, args.dropout
     if args.device == "cuda":
         for backend in free:
             yield NOT_WAITING, _not_waiting, backend, args.dropout

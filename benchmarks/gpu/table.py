@@ -129,7 +129,8 @@ def _trainings(steps: List[Tuple[str, Record]]) -> str:
     cells = [["training", f"{DENSE} (words/s)", *(f"{name} / {DENSE}" for name in others)]]
     for step, result in steps:
         rows = {row["arm"]: row for row in result["rows"]}
-        ratios = [measuring.ratio(rows[DENSE]["seconds"], rows[n]["seconds"]) for n in others]
+        dense = rows[DENSE]["seconds"]
+        ratios = [measuring.ratio(dense, rows[n]["seconds"]) if n in rows else "" for n in others]
         title = step[len(TRAIN) + 1 :] + " tokens a batch"
         cells.append([title, f"{_speed(rows[DENSE]):.0f}", *ratios])
     return markdown(cells)

@@ -147,6 +147,13 @@ class SwitchTransformerConfig(_FlatTransformerConfig):
             "faster and rounds"
         },
     )
+    deterministic: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "train with operators alone that give the same bits each time, which on a GPU "
+            "is slower (a CPU's do without it)"
+        },
+    )
 
 
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

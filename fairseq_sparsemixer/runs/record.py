@@ -14,7 +14,7 @@ import torch
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_json
-from fairseq_sparsemixer.runs.settings import WATCHDOGS
+from fairseq_sparsemixer.runs.settings import DETERMINISTIC, WATCHDOGS
 from fairseq_sparsemixer.version import __version__
 
 RECORD = "run.json"
@@ -22,13 +22,14 @@ _MAY_CHANGE = (
     "checkpoint.save_dir",
     "common.user_dir",
     *WATCHDOGS,
+    DETERMINISTIC,
     "dataset.max_tokens",
     "dataset.max_tokens_valid",
     "distributed_training.",
     "optimization.update_freq",
 )
 """Settings (or, with a dot, groups of them) that say where and on how many GPUs a run is trained,
-and what is warned of; the tokens of an update, which are compared apart, stay."""
+and what is warned of or refused; the tokens of an update, which are compared apart, stay."""
 _KEPT = "dataset.update_epoch_batch_itr"
 """A setting that earlier configs did not make: a run goes on with the value that it has."""
 _STARTED = {
@@ -151,7 +152,7 @@ def start_record(record: Mapping[str, Any], start: Mapping[str, Any]) -> Dict[st
         start: of this one; what may differ between starts is listed with its time.
     """
     listed = ("workers", "update_freq", "max_tokens", "gpus", "git")
-    time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = {"time": time, **{key: start[key] for key in listed}}
     return {**start, "starts": [*record.get("starts", []), entry]}
 

@@ -35,6 +35,8 @@ SECTIONS = (*_WHOLE_SECTIONS, *_PARTS)
 """The groups of settings that are read."""
 WATCHDOGS = ("criterion.watchdogs", "criterion.watchdog_share", "criterion.watchdog_updates")
 """What is warned of; training is the same."""
+DETERMINISTIC = "model.deterministic"
+"""Whether a GPU rounds the same way each time."""
 _WITHOUT_EFFECT = (
     *WATCHDOGS,
     "task.points_file",
@@ -45,6 +47,7 @@ _WITHOUT_EFFECT = (
     "model.moe_backend",
     "model.moe_recompute",
     "model.moe_inference_dtype",
+    DETERMINISTIC,
 )
 
 

@@ -1,10 +1,13 @@
 """One command for a GPU: its plan, and a dry run that is interrupted and goes on."""
 
+import argparse
+import itertools
 import json
 import re
 import signal
 
 import pytest
+import torch
 from support import commands
 
 from benchmarks.gpu import checks, results, steps, table
@@ -62,6 +65,7 @@ def test_a_second_start_does_what_is_missing(interrupted):
     rows = found.result("checks fp32")["rows"]
     assert {row["backend"] for row in rows} >= {"loop", "sorted"}
     assert all(row["passed"] for row in rows)
+    assert checks.AGAIN in {row["check"] for row in rows}
     assert "checks fp32: done in" in first.stdout and f"{len(rows)} of {len(rows)} passed" in (
         first.stdout
     )
@@ -138,6 +142,34 @@ def test_mistakes(arguments, message, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert command.main() == 2
     assert message in capsys.readouterr().err
+
+
+def test_other_bits_fail_the_check_of_them(monkeypatch):
+    draw = itertools.count()
+    sizes = {"embed_dim": 4, "ffn_dim": 8, "num_experts": 3, "tokens": 5}
+    args = argparse.Namespace(**sizes, device="cpu", dtype="float32")
+    assert checks._again(args, "sorted", 0.1)["passed"]
+    results = checks._results
+    monkeypatch.setattr(
+        checks, "_results", lambda *each: {**results(*each), "x": torch.tensor(next(draw))}
+    )
+    found = checks._again(args, "sorted", 0.1)
+    assert not found["passed"]
+    assert {name for name, error in found["errors"].items() if error} == {
+        f"{router}: x" for router in checks.SUMS_BY_TOKEN
+    }
+
+
+def test_the_cost_of_determinism_is_measured_once():
+    flags = {step.name: "--deterministic" in step.command for step in steps.plan(steps.GPU, None)}
+    assert [name for name, found in flags.items() if found] == ["train bf16 4096"]
+    rows = [{"arm": arm, "words": [9, 9], "seconds": [1.0, 1.0]} for arm in ("dense", "switch")]
+    extra = {**rows[1], "arm": "switch, deterministic", "seconds": [2.0, 2.0]}
+    text = table._trainings(
+        [("train a 1", {"rows": rows}), ("train b 2", {"rows": [*rows, extra]})]
+    )
+    assert re.search(r"\n\| a 1 tokens a batch \|[^|]*9 \|[^|]*1.00[^|]*\| +\|\n", text)
+    assert re.search(r"\n\| b 2 tokens a batch \|[^|]*9 \|[^|]*1.00[^|]*\|[^|]* 0.50 [^|]*\|", text)
 
 
 def test_the_summary_of_a_failed_check_says_so():

@@ -1,7 +1,7 @@
 """Fixtures of this folder."""
 
 import pytest
-from support import commands
+from support import commands, training
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +40,14 @@ def stopped(shared, toy_corpus):
         (directory / "log").write_text(result.stdout)
 
     return shared.directory("stopped", build)
+
+
+@pytest.fixture
+def build_trainer(toy_corpus, tmp_path):
+    """fairseq's trainer with batches of four sentences; the router's name and more settings."""
+
+    def build(*router, **settings):
+        cfg = training.configure(toy_corpus / "joined", tmp_path, *router, batch_size=4, **settings)
+        return training.build_trainer(cfg)
+
+    return build

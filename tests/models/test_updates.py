@@ -4,43 +4,10 @@ import logging
 
 import pytest
 import torch
-from fairseq import options, tasks
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.logging import metrics
-from fairseq.trainer import Trainer
-from support import commands
-from support.commands import SIZE
+from support.training import BALANCE_BIAS_RATE, step
 
 from fairseq_sparsemixer import compat
 from fairseq_sparsemixer.moe import MoEFeedForward
-
-RATE = 0.25
-
-
-@pytest.fixture
-def build_trainer(toy_corpus, tmp_path):
-    """fairseq's trainer with two batches of the toy corpus."""
-
-    def build(router="switch", **settings):
-        arch = {**SIZE, "router": router, "jitter-eps": 0.1, "balance-bias-rate": RATE}
-        command = commands.train_command(
-            toy_corpus / "joined", tmp_path, arch=arch, batch_size=4, **settings
-        )
-        args = options.parse_args_and_arch(options.get_training_parser(), list(map(str, command)))
-        cfg = convert_namespace_to_omegaconf(args)
-        task = tasks.setup_task(cfg.task)
-        task.load_dataset("test1")
-        torch.manual_seed(0)
-        model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-        batches = task.get_batch_iterator(task.dataset("test1"), max_sentences=4)
-        return Trainer(cfg, task, model, criterion), list(batches.next_epoch_itr(shuffle=False))
-
-    return build
-
-
-def step(trainer, batch):
-    with metrics.aggregate(new_root=True):
-        trainer.train_step([batch])
 
 
 def overflow(trainer, times, error=None):
@@ -75,7 +42,7 @@ def test_an_update_moves_the_balance_bias_by_one_step(build_trainer):
     trainer, (batch, *_) = build_trainer()
     step(trainer, batch)
     for bias in biases(trainer):
-        assert set(bias.abs().tolist()) <= {0.0, RATE}
+        assert set(bias.abs().tolist()) <= {0.0, BALANCE_BIAS_RATE}
         assert bias.any()
     trainer.set_num_updates(2)  # as where a checkpoint is loaded
     for router, bias in zip(routers(trainer), biases(trainer)):

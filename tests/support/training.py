@@ -1,11 +1,47 @@
 """Training runs through fairseq's command line, and what is compared of them."""
 
 import torch
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
 
 from support import commands
-from support.commands import EVERY_SENTENCE, PACKAGE, flags
+from support.commands import EVERY_SENTENCE, PACKAGE, SIZE, flags
 
 LAYERS = ("encoder.0", "decoder.0")
+BALANCE_BIAS_RATE = 0.25
+
+
+def configure(data, save_dir, router="switch", arch=None, **settings):
+    """fairseq's configuration of a training."""
+    arch = {
+        **SIZE,
+        "router": router,
+        "jitter-eps": 0.1,
+        "balance-bias-rate": BALANCE_BIAS_RATE,
+        **(arch or {}),
+    }
+    command = commands.train_command(data, save_dir, arch=arch, **settings)
+    args = options.parse_args_and_arch(options.get_training_parser(), list(map(str, command)))
+    return convert_namespace_to_omegaconf(args)
+
+
+def build_trainer(cfg, subset="test1"):
+    """fairseq's trainer, and the batches of a part of the corpus."""
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset(subset)
+    torch.manual_seed(0)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    sizes = {"max_sentences": cfg.dataset.batch_size, "max_tokens": cfg.dataset.max_tokens}
+    batches = task.get_batch_iterator(task.dataset(subset), **sizes)
+    return Trainer(cfg, task, model, criterion), list(batches.next_epoch_itr(shuffle=False))
+
+
+def step(trainer, batch):
+    """An update."""
+    with metrics.aggregate(new_root=True):
+        trainer.train_step([batch])
 
 
 def log_of(directory, tag):
