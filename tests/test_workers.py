@@ -1,6 +1,7 @@
 """Several workers: started on a CPU, named in one line where they fail, ended together."""
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
 from support import commands
+from support.wmt14 import TINY
 
 from fairseq_sparsemixer import workers
 from fairseq_sparsemixer.errors import UserError
@@ -119,18 +121,20 @@ def is_alive(pid):
         return False
 
 
-def kill_a_worker(started, folder, number):
+def kill_a_worker(started, folder, number, after=0.0):
     """Kill one of those at work, when a checkpoint is there; all that was printed, the status.
 
     Args:
         started: what started them.
         folder: of the checkpoints.
         number: of the worker, or None for what started it.
+        after: seconds.
     """
     deadline = time.monotonic() + commands.TIMEOUT_SECONDS
     while not list(folder.rglob("checkpoint_*_*.pt")):
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+    time.sleep(after)
     below = children(started.pid)
     at_work = [pid for pid in below if is_worker(pid)]
     os.kill(started.pid if number is None else at_work[number], signal.SIGKILL)
@@ -173,3 +177,104 @@ def test_the_others_end_with_a_worker_of_fairseqs(number, toy_corpus, tmp_path):
     result = commands.train(data, folder, **WORKERS, max_update=saved + 3)
     assert f"@ {saved} updates" in result.stdout
     assert commands.load(folder / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"]
+
+
+UPDATES = 60
+
+
+def launched(corpus, runs, *arguments):
+    """Arguments of ``fairseq-sparsemixer train``, of a small model."""
+    flags = ["--runs", runs, "--experts", "2", "--router", "switch", *arguments]
+    data = f"task.data={corpus / 'bin'}"
+    more = ["optimization.update_freq=[4]", f"optimization.max_update={UPDATES}"]
+    return ["train", *flags, *TINY, *more, data]
+
+
+@pytest.mark.slow
+def test_the_others_end_with_a_worker_of_torchruns(corpus, tmp_path):
+    """Whichever ends; the same command goes on, at last with one worker."""
+    folder = tmp_path / "switch-2-seed1"
+    for number in (0, 1):
+        command = launched(corpus, tmp_path, "--workers", 2, "--cpu")
+        started = commands.start("fairseq_sparsemixer.cli", *command)
+        result = kill_a_worker(started, folder, number)
+        assert result.returncode == 2
+        assert f"error: training failed: worker {number} was ended by SIGKILL" in result.stderr
+        assert "Traceback" not in result.stderr
+        for path in folder.glob("checkpoint_*_*.pt"):
+            path.unlink()  # checkpoint_last.pt is what goes on
+    command = launched(corpus, tmp_path, "--workers", 1, "--cpu")
+    result = commands.run("fairseq_sparsemixer.cli", *command)
+    assert "goes on from checkpoint_last.pt" in result.stdout
+    state = commands.load(folder / "checkpoint_last.pt")
+    assert state["optimizer_history"][-1]["num_updates"] == UPDATES
+
+
+@pytest.mark.slow
+def test_workers_end_with_torchrun(corpus, tmp_path):
+    folder = tmp_path / "switch-2-seed1"
+    command = launched(corpus, tmp_path, "--workers", 2, "--cpu")
+    started = commands.start("fairseq_sparsemixer.cli", *command)
+    while not list(folder.glob("checkpoint_*_*.pt")):
+        assert started.poll() is None
+        time.sleep(0.02)
+    (agent,) = map(
+        int, Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    )
+    below = children(agent)
+    os.kill(agent, signal.SIGKILL)
+    killed = time.monotonic()
+    (result,) = commands.finish(started)
+    while any(map(is_alive, below)) and time.monotonic() < killed + SECONDS:
+        time.sleep(0.02)
+    assert len(below) == 2 and not any(map(is_alive, below))
+    assert result.returncode == 2 and "error: training failed: " in result.stderr
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one(corpus, tmp_path):
+    """Each by a command of its own, with two workers on its CPU; node 0 looks after the folder."""
+    runs = tmp_path / "runs"
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(workers._free_port())}
+    command = launched(corpus, runs, "--nodes", 2, "--workers", 2, "--cpu")
+    started = []
+    for rank in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**place, "NODE_RANK": str(rank)}.items():
+                patch.setenv(name, value)
+            started.append(commands.start("fairseq_sparsemixer.cli", *command))
+    for result in commands.finish(*started):
+        commands.checked(result)
+    folder = runs / "switch-2-seed1"
+    state = commands.load(folder / "checkpoint_last.pt")
+    assert state["optimizer_history"][-1]["num_updates"] == UPDATES
+    assert state["cfg"]["distributed_training"]["distributed_world_size"] == 4
+    assert (folder / "train-node1.log").exists()
+
+
+DEATHS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
+def test_twenty_deaths_lose_nothing_that_was_saved(launcher, toy_corpus, tmp_path):
+    """At random moments in the second after a checkpoint; one is saved every other update."""
+    data, folder = toy_corpus / "joined", tmp_path / "run"
+    settings = {**WORKERS, "save_interval_updates": 2, "keep_interval_updates": 1}
+    by_torchrun = ["--standalone", "--local_addr=localhost", "--nproc_per_node=2", "-m"]
+    rng, before = random.Random(launcher), 0
+    for _ in range(DEATHS):
+        flags = commands.train_command(data, folder, **settings, distributed_world_size=2)
+        if launcher == "torchrun":
+            module, arguments = "torch.distributed.run", [*by_torchrun, "fairseq_cli.train", *flags]
+        else:
+            module, arguments = "fairseq_cli.train", flags
+        for path in folder.glob("checkpoint_*_*.pt"):
+            path.unlink()
+        started = commands.start(module, *arguments)
+        result = kill_a_worker(started, folder, rng.randrange(2), after=rng.random())
+        assert result.returncode == 1
+        state = commands.load(folder / "checkpoint_last.pt")
+        updates = state["optimizer_history"][-1]["num_updates"]
+        assert updates >= before + 2
+        before = updates
