@@ -56,6 +56,7 @@ setup(
             "triton>=3.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
         "report": ["jinja2", "matplotlib", "tensorboardX"],
+        "sharded": ["fairscale>=0.4.13"],  # --ddp-backend fully_sharded
         "slurm": ["hydra-submitit-launcher"],
         # PyTorch's CUDA builds for Linux bring the version that they were built for.
         "triton": ["triton>=3.2; sys_platform == 'linux'"],

@@ -29,7 +29,7 @@ from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
-from fairseq_sparsemixer import determinism, restarts, watchdogs
+from fairseq_sparsemixer import determinism, restarts, watchdogs, workers
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 def apply() -> None:
     """Cure what can be cured, and name what cannot."""
-    _name_torchrun_without_gpu()
+    workers.apply()
     restarts.apply()
     _check_checkpoints()  # after it: what is written whole must be plain
     _quote_fasta_files()
@@ -61,30 +61,6 @@ def apply() -> None:
     _print_user_errors_alone()
     _measure_bleu_of_nothing()
     _name_missing_measures()
-
-
-def _name_torchrun_without_gpu() -> None:
-    """Refuse several workers of torchrun on a CPU, which fairseq does not know how to start.
-
-    It would divide by the number of GPUs, or train as many times alone, into one folder. When
-    it looks for its workers rather than when it is imported: other programs may use torchrun.
-    """
-    original = distributed_utils.infer_init_method
-
-    @functools.wraps(original)
-    def infer_init_method(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        workers = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.distributed_world_size)
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and cfg.distributed_init_method is None
-        if by_torchrun and workers > 1 and not cfg.tpu and not torch.cuda.is_available():
-            raise UserError(
-                "fairseq cannot be started by torchrun on a machine without a GPU: start each "
-                "process yourself with --distributed-world-size, --distributed-rank, "
-                "--distributed-init-method tcp://HOST:PORT, --distributed-no-spawn, "
-                "--distributed-backend gloo, --ddp-backend legacy_ddp and --cpu"
-            )
-        return original(cfg, *args, **kwargs)
-
-    distributed_utils.infer_init_method = infer_init_method
 
 
 class _TorchOfCheckpoints:

@@ -225,7 +225,7 @@ def router_gradients(model: nn.Module) -> Dict[str, float]:
     learning = {
         name: layer.moe
         for name, layer in switch_layers(model).items()
-        if layer.moe.router.weight is not None and layer.moe.router.weight.requires_grad
+        if _is_trained_whole(layer.moe.router.weight)
     }
     if not learning:
         return {}
@@ -235,6 +235,12 @@ def router_gradients(model: nn.Module) -> Dict[str, float]:
     whole, *parts = torch.stack(norms).tolist()  # one wait for a GPU
     found = zip(learning, parts[::2], parts[1::2])
     return {name: router / whole for name, router, experts in found if experts > 0}
+
+
+def _is_trained_whole(weight: Optional[torch.Tensor]) -> bool:
+    """Not where fairscale keeps a view of it, or a shard."""
+    is_own = isinstance(weight, nn.Parameter) and weight.requires_grad
+    return is_own and not getattr(weight, "_is_sharded", False)
 
 
 def _norm(parameters: Iterable[Any]) -> torch.Tensor:

@@ -12,8 +12,6 @@ import pytest
 import torch
 from fairseq import file_utils
 from fairseq.data import Dictionary, data_utils
-from fairseq.dataclass.configs import DistributedTrainingConfig
-from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from support.models import build
@@ -58,44 +56,6 @@ def test_the_layer_works_beside_a_broken_fairseq(tmp_path):
         program += "try: import fairseq\nexcept ModuleNotFoundError: pass\nelse: assert False\n"
     result = run_alone(program + "MoEFeedForward(4, 8, 2)(torch.randn(3, 4))")
     assert result.returncode == 0, result.stderr
-
-
-# Workers of torchrun
-
-
-@pytest.fixture
-def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return monkeypatch
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_workers_of_torchrun_are_refused_on_a_cpu(on_a_cpu, world_size):
-    """Of world size 1 fairseq would start as many trainings, all into one folder."""
-    for name, value in TORCHRUN.items():
-        on_a_cpu.setenv(name, value)
-    cfg = DistributedTrainingConfig(distributed_world_size=world_size, tpu=False)
-    with pytest.raises(UserError, match="cannot be started by torchrun on a machine without a GPU"):
-        distributed_utils.infer_init_method(cfg)
-
-
-@pytest.mark.parametrize(
-    ("environment", "settings"),
-    [
-        ({}, {}),
-        ({**TORCHRUN, "WORLD_SIZE": "1"}, {}),
-        (TORCHRUN, {"distributed_init_method": "tcp://127.0.0.1:1", "distributed_world_size": 2}),
-    ],
-)
-def test_what_works_on_a_cpu_is_left_alone(on_a_cpu, environment, settings):
-    for name in TORCHRUN:
-        on_a_cpu.delenv(name, raising=False)
-    for name, value in environment.items():
-        on_a_cpu.setenv(name, value)
-    cfg = DistributedTrainingConfig(**{"distributed_world_size": 1, "tpu": False, **settings})
-    before = vars(cfg).copy()
-    distributed_utils.infer_init_method(cfg)
-    assert vars(cfg) == before
 
 
 # Data and dictionaries

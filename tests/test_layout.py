@@ -19,7 +19,7 @@ FLOORS = [
     ["plotting"],
     ["moe"],
     ["models", "text"],
-    ["criterions", "optim", "restarts"],
+    ["criterions", "optim", "restarts", "workers"],
     ["watchdogs"],
     ["runs"],
     ["compat"],

@@ -5,16 +5,18 @@ import math
 import runpy
 
 import pytest
+import torch
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from support import commands
 from support.fork_server import ForkServer
+from support.models import build
 from support.report_study import point
 from support.run_folders import Log
 from support.training import LAYERS
 
 from fairseq_sparsemixer.files import write_lines
 from fairseq_sparsemixer.runs.logs import WARNING
-from fairseq_sparsemixer.watchdogs import Layer, Watchdogs
+from fairseq_sparsemixer.watchdogs import Layer, Watchdogs, router_gradients
 
 HEALTHY = Layer([0.2, 0.3, 0.26, 0.24], 1.2, 0.02, 0.01)
 STARVED = Layer([0.5, 0.0, 0.5, 0.001], 1.2, 0.02, 0.01)
@@ -84,6 +86,20 @@ def test_a_gradient_that_is_not_known_is_no_other_one():
     vanished, unknown = (HEALTHY._replace(gradient=value, part=value) for value in (0.0, None))
     assert list(look(Watchdogs(0.02, 20), vanished, unknown, vanished)) == [30]
     assert not look(Watchdogs(0.02, 20), vanished, HEALTHY, vanished)
+
+
+def test_gradients_of_flattened_parameters_are_not_known():
+    """fully_sharded leaves views of them in the layers."""
+    model = build()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert len(router_gradients(model)) == 4
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                delattr(module, name)
+                setattr(module, name, parameter.view_as(parameter))
+    assert router_gradients(model) == {}
 
 
 def test_a_sinking_loss_scale():

@@ -8,7 +8,8 @@ An update has the same 16 x 8192 tokens on any number of GPUs. Each run lands in
 below --runs and is resumed where it stopped: press Ctrl-C at any time and start the same command
 again. run.json there holds every setting, and a start with others is refused. On several nodes,
 start the command on each with --nodes, and with MASTER_ADDR and NODE_RANK in the environment, as
-scripts/train_wmt14.sbatch does.
+scripts/train_wmt14.sbatch does. Several workers are started by torchrun; where one of them dies,
+the others are stopped.
 """
 
 import argparse
@@ -90,14 +91,21 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
         type=whole_number,
         default=1,
         metavar="N",
-        help="with as many GPUs each as this one (default: %(default)s)",
+        help="with as many workers each as this one (default: %(default)s)",
     )
+    parser.add_argument(
+        "--workers",
+        type=whole_number,
+        metavar="N",
+        help="on each node (default: one for each GPU, or one on the CPU)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="and not on GPUs, though there are some")
     parser.add_argument(
         "--max-tokens",
         type=whole_number,
         metavar="T",
-        help="of one batch on one GPU, for its memory; an update keeps its tokens (default: that "
-        "of the recipe)",
+        help="of one batch of one worker, for its memory; an update keeps its tokens (default: "
+        "that of the recipe)",
     )
     parser.add_argument(
         "--dry-run",

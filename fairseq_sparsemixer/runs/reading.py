@@ -99,7 +99,10 @@ def _load(file: BinaryIO) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with Python's numbers and lists in place of numpy's; the same where it has none."""
+    """``value`` with Python's numbers and lists in place of numpy's; the same where it has none.
+
+    And without what others keep at a tensor, as fairscale does: torch would write it as code.
+    """
     return _plain(value, {})
 
 
@@ -112,6 +115,8 @@ def _plain(value: Any, done: Dict[int, Any]) -> Any:
         result = value.values
     elif isinstance(value, (np.generic, np.ndarray)):
         result = value.tolist()
+    elif isinstance(value, torch.Tensor):
+        result = value.detach() if vars(value) else value
     elif isinstance(value, dict):
         inner = {key: _plain(each, done) for key, each in value.items()}
         if any(inner[key] is not value[key] for key in inner):

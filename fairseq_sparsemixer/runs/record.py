@@ -19,6 +19,7 @@ from fairseq_sparsemixer.version import __version__
 
 RECORD = "run.json"
 _MAY_CHANGE = (
+    "bmuf.distributed_world_size",  # fairseq's copy of that of distributed_training
     "checkpoint.save_dir",
     "common.user_dir",
     *WATCHDOGS,

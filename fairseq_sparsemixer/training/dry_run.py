@@ -39,7 +39,7 @@ def format_launch(launch: Launch) -> str:
 
 def _memory(launch: Launch) -> List[str]:
     memory = _memory_parts(launch, launch.precision != "fp32", launch.batch.workers)
-    where = "each GPU, without CUDA's own," if launch.machine.gpus else "this machine"
+    where = "each GPU, without CUDA's own," if launch.machine.gpus else "each worker"
     lines = [
         f"memory of {where} about {_sum(memory)} (an estimate):",
         *(f"    {size / _GB:6.2f} GB  {part}" for part, size in memory.items()),

@@ -13,6 +13,7 @@ from fairseq_sparsemixer.training.machine import (
     PRECISION,
     Machine,
     find_machine,
+    joining_overrides,
     launcher,
     precision_of,
     precision_overrides,
@@ -39,8 +40,8 @@ _FLAGS = {
     "common.seed": "--seed",
     "checkpoint.save_dir": "--runs",
     "hydra.run.dir": "--runs",
-    "gpus": "CUDA_VISIBLE_DEVICES and --nodes",
-    "distributed_training.distributed_world_size": "CUDA_VISIBLE_DEVICES and --nodes",
+    "gpus": "CUDA_VISIBLE_DEVICES, --workers and --nodes",
+    "distributed_training.distributed_world_size": "CUDA_VISIBLE_DEVICES, --workers and --nodes",
 }
 """Settings that the command makes itself, and what decides them."""
 
@@ -54,8 +55,8 @@ class Request(NamedTuple):
         pipeline: ``sentencepiece`` or ``moses``, how the text was cut.
         seed: of ``common.seed``.
         runs: folder of the runs.
-        nodes: as large as this one, itself included.
-        max_tokens: of one batch on one GPU; None for that of the recipe.
+        nodes, workers, cpu: see :func:`.machine.find_machine`.
+        max_tokens: of one batch of one worker; None for that of the recipe.
         overrides: further ones of hydra.
     """
 
@@ -68,6 +69,8 @@ class Request(NamedTuple):
     seed: int
     runs: Path
     nodes: int
+    workers: Optional[int]
+    cpu: bool
     max_tokens: Optional[int]
     overrides: List[str]
 
@@ -129,7 +132,7 @@ def plan_launch(request: Request) -> Launch:
     for key in sorted(overridden(request.overrides) & _FLAGS.keys()):
         raise UserError(f"{key}=... is not set here: use {_FLAGS[key]}")
     variant = build_variant(request.router, request.experts)
-    machine = find_machine(request.nodes)
+    machine = find_machine(request.nodes, request.workers, request.cpu)
     folder = request.runs / name_of(request, variant.name)
     overrides = _overrides(request, variant, machine, folder)
     one = compose(CONFIGS, overrides, CONFIG)
@@ -145,7 +148,9 @@ def plan_launch(request: Request) -> Launch:
     model = resources.build_on_meta(cfg.model, make_task(cfg, entries))  # fills settings, too
     return Launch(
         folder=folder,
-        command=training_command(CONFIGS, CONFIG, folder, overrides, launcher(machine)),
+        command=training_command(
+            CONFIGS, CONFIG, folder, [*overrides, *joining_overrides(machine)], launcher(machine)
+        ),
         overrides=overrides,
         settings=resolved(cfg),
         machine=machine,
@@ -206,13 +211,17 @@ def spread(
     if tokens % workers:
         possible = [str(n) for n in range(1, tokens // each + 1) if tokens % (n * each) == 0]
         raise UserError(
-            f"{trouble}: train on {_either(possible)} GPUs (CUDA_VISIBLE_DEVICES, --nodes)"
+            f"{trouble}: train on {_either(possible)} {_workers_in_words(machine)}, --nodes)"
             if possible
             else f"{trouble}: give another --max-tokens"
         )
     smaller = [tokens // (workers * n) for n in range(1, 1025) if tokens % (workers * n) == 0]
     possible = [str(size) for size in smaller if size < each][:4]
     raise UserError(f"{trouble}: give --max-tokens {_either(possible)}")
+
+
+def _workers_in_words(machine: Machine) -> str:
+    return "GPUs (CUDA_VISIBLE_DEVICES" if machine.gpus else "workers (--workers"
 
 
 def _either(values: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """A training process: started, shown on the terminal, and stopped with its parent."""
 
 import contextlib
-import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +17,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.logs import line_stats
 from fairseq_sparsemixer.text import BPE_CODES, MOSES_TOKENS, SENTENCEPIECE_MODEL
+from fairseq_sparsemixer.workers import end_with_parent, ended_by
 
 STOP_SECONDS = 10
 """How long an interrupted training may take to end by itself."""
@@ -27,8 +28,13 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 otherwise asks the system for the same gigabytes anew, page by page."""
 _LAST_BYTES = 1 << 20
 """Of the log of a process that failed, in which the reason is looked for."""
-_HYDRA_HINT = "Set the environment variable HYDRA_FULL_ERROR"
-"""Begins the line that hydra prints after the reason of a failure."""
+_NO_REASON = re.compile(r"Set the environment variable HYDRA_FULL_ERROR|.*/gloo/transport/")
+"""Matches a line that tells nothing: hydra's hint after the reason of a failure, and of a worker
+that another one is gone."""
+_TORCHRUN = re.compile(r"[EW]\d{4} .* torch/distributed/elastic/")
+"""Matches torchrun's lines, with which a failure is over; it goes on about how it failed itself."""
+_KILLED = re.compile(r".* failed \(exitcode: -(\d+)\) local_rank: (\d+) ")
+"""Matches that of the first worker that failed, where a signal ended it: signal, worker."""
 
 
 def model_files(binary: Path) -> List[Path]:
@@ -93,6 +99,7 @@ class Process:
         self.log = log
         self.last = ""
         """What it printed last, of what was shown."""
+        self._failed = False
         self._width = 0
         with contextlib.ExitStack() as files:
             output = None if log is None else files.enter_context(log.open("ab"))
@@ -105,7 +112,7 @@ class Process:
                 env=env,
                 cwd=cwd,
                 pass_fds=tuple(keep_open),
-                preexec_fn=_end_with_parent if with_parent else None,
+                preexec_fn=end_with_parent if with_parent else None,
             )
 
     def ended(self, seconds: float = 0) -> Optional[int]:
@@ -117,14 +124,22 @@ class Process:
     def show_progress(self) -> None:
         """Show what is new in the log, by :func:`progress`."""
         for line in self._new_lines():
-            if not line.startswith(_HYDRA_HINT):
-                self.last = line.strip()
+            self._look_for_reason(line)
             text = progress(line)
             if text:
                 # One line on a terminal, many in a file.
                 end = "\r" if sys.stdout.isatty() else "\n"
                 print(f"   {text}".ljust(self._width), end=end, flush=True)
                 self._width = len(text) + 3
+
+    def _look_for_reason(self, line: str) -> None:
+        if _TORCHRUN.match(line):
+            self._failed = True
+            killed = _KILLED.match(line)
+            if killed:
+                self.last = ended_by(int(killed[2]), int(killed[1]))
+        elif not self._failed and not _NO_REASON.match(line):
+            self.last = line.strip()
 
     def _new_lines(self) -> List[str]:
         """The lines with text since the last call; half a line only where no more can come."""
@@ -170,13 +185,6 @@ class Process:
     def failure(self) -> UserError:
         """Why training ended early: the last line, and where the others are."""
         return UserError(f"training failed: {self.last} (all its output: {self.log})")
-
-
-def _end_with_parent() -> None:
-    """In the child: be killed with the process that started it."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def run_with_progress(

@@ -1,11 +1,10 @@
 """Gradients and what is learnt of several micro-batches and workers."""
 
-import socket
-
 import pytest
 import torch
 from support import commands
 from support.commands import SIZE, parameters
+from support.fork_server import ForkServer
 from support.training import assert_same
 
 from fairseq_sparsemixer.files import read_lines
@@ -34,13 +33,18 @@ SMALL_BATCH = 4
 
 
 @pytest.fixture(scope="session")
-def one_process(shared, toy_corpus):
+def server():
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def one_process(shared, toy_corpus, server):
     """Two updates: 8 sentences, then the 4 that are left."""
 
     def build(directory):
         settings = {**GRADIENT, "batch_size": 2 * SMALL_BATCH, "max_update": 2}
-        result = commands.train(toy_corpus / "joined", directory, **settings)
-        (directory / "log").write_text(result.stdout)
+        train_on_workers(server, toy_corpus / "joined", directory, **settings)
 
     return shared.directory("one_process", build)
 
@@ -55,8 +59,11 @@ def assert_same_step(actual, expected, before):
         assert error <= 1e-4 * step + 1e-7, f"{name}: {error} of {step}"
 
 
-def test_one_step_is_the_gradient_of_the_sum_over_micro_batches(toy_corpus, tmp_path, one_process):
-    commands.train(
+def test_one_step_is_the_gradient_of_the_sum_over_micro_batches(
+    toy_corpus, tmp_path, server, one_process
+):
+    train_on_workers(
+        server,
         toy_corpus / "joined",
         tmp_path,
         **{**GRADIENT, "batch_size": SMALL_BATCH, "max_update": 1, "update_freq": 2},
@@ -100,73 +107,181 @@ def micro_batch_gradients(checkpoint):
     return before, gradients, [size for _, size in results]
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-# fairseq hands a device number to pytorch_ddp, which refuses it for a model on the CPU.
-WITHOUT_DEVICES = """
-import torch.nn.parallel as parallel
-original = parallel.DistributedDataParallel
-def on_cpu(*args, device_ids, output_device, **kwargs):
-    return original(*args, **kwargs)
-parallel.DistributedDataParallel = on_cpu
-"""
-
-
-def train_on_two_workers(data, save_dir, ddp_backend, **settings):
-    """As on a machine without a GPU: one command for each worker."""
-    workers = {
-        "ddp_backend": ddp_backend,
-        "distributed_world_size": 2,
-        "distributed_init_method": f"tcp://127.0.0.1:{free_port()}",
-        "distributed_no_spawn": True,
-        "distributed_backend": "gloo",
-    }
-    prelude = WITHOUT_DEVICES if ddp_backend == "pytorch_ddp" else None
-    processes = []
-    for rank in range(2):
-        command = commands.train_command(
-            data, save_dir, **{**workers, **settings}, distributed_rank=rank
+def train_on_workers(server, data, save_dir, ddp_backend=None, workers=1, **settings):
+    """Train with so many processes that share this machine; what they printed."""
+    save_dir.mkdir(exist_ok=True)
+    rendezvous = save_dir / "rendezvous"  # each start makes its own
+    rendezvous.unlink(missing_ok=True)
+    sharded = ddp_backend == "fully_sharded"
+    module = "support.fairscale_on_a_cpu" if sharded else "fairseq_cli.train"
+    started = [
+        (module, *commands.train_command(data, save_dir, **settings, **distributed))
+        for distributed in (
+            {
+                "ddp_backend": ddp_backend,
+                "distributed_world_size": workers,
+                "distributed_init_method": f"file://{rendezvous}" if workers > 1 else None,
+                "distributed_no_spawn": True,
+                "distributed_rank": rank,
+            }
+            for rank in range(workers)
         )
-        processes.append(commands.start("fairseq_cli.train", *command, prelude=prelude))
-    return [commands.checked(result) for result in commands.finish(*processes)]
+    ]
+    log = save_dir / "log"
+    before = log.stat().st_size if log.exists() else 0
+    statuses = server.run(*started, output=log)
+    text = log.read_text()[before:]
+    assert not any(statuses), text[-5000:]
+    return text
 
 
-@pytest.fixture(scope="session", params=["pytorch_ddp", "legacy_ddp"])
-def two_workers(request, shared, toy_corpus):
-    """The updates of :func:`one_process`, 4 sentences for each worker; the last has one batch."""
+def last_norm(checkpoint):
+    """The norm of an update's gradient, before it was clipped, as its checkpoint has it."""
+    meters = commands.load(checkpoint)["extra_state"]["metrics"]["train"]
+    (norm,) = [state["val"] for _, name, _, state in meters if name == "gnorm"]
+    return float(norm)
+
+
+def assert_same_updates(actual, expected, before):
+    """Of two folders: both updates, and the norms of their gradients."""
+    for name in ("checkpoint_1_1.pt", "checkpoint_last.pt"):
+        after = parameters(expected / name)
+        assert_same_step(parameters(actual / name), after, before)
+        norm = last_norm(expected / name)
+        assert last_norm(actual / name) == pytest.approx(norm, rel=1e-5)
+        before = after
+
+
+@pytest.fixture(scope="session", params=[("pytorch_ddp", 2), ("legacy_ddp", 2), ("no_c10d", 4)])
+def workers(request, shared, toy_corpus, server):
+    """The updates of :func:`one_process`, shared by workers; of the last, half have no batch."""
+    backend, number = request.param
 
     def build(directory):
-        settings = {**GRADIENT, "batch_size": SMALL_BATCH, "max_update": 2}
-        train_on_two_workers(toy_corpus / "joined", directory, request.param, **settings)
+        settings = {**GRADIENT, "batch_size": 2 * SMALL_BATCH // number, "max_update": 2}
+        train_on_workers(server, toy_corpus / "joined", directory, backend, number, **settings)
 
-    return shared.directory(request.param, build)
-
-
-def test_two_workers_take_the_step_of_one(one_process, two_workers):
-    before = rebuild(one_process / "checkpoint_1_1.pt")[-1].state_dict()
-    one, two = (parameters(path / "checkpoint_1_1.pt") for path in (one_process, two_workers))
-    assert_same_step(two, one, before)
+    return shared.directory(backend, build)
 
 
-def test_a_worker_without_a_batch_changes_nothing(one_process, two_workers):
+def test_workers_take_the_step_of_one(one_process, workers):
     """At the end of an epoch fairseq gives a worker without a batch a dummy, without gradient."""
-    before = parameters(one_process / "checkpoint_1_1.pt")
-    one, two = (parameters(path / "checkpoint_last.pt") for path in (one_process, two_workers))
-    assert_same_step(two, one, before)
+    before = rebuild(one_process / "checkpoint_1_1.pt")[-1].state_dict()
+    assert_same_updates(workers, one_process, before)
 
 
-def test_two_workers_agree_on_what_is_learnt_without_gradient(toy_corpus, tmp_path):
+# With gradients of several batches, clipped: the norm decides on the step.
+ACCUMULATED = {**GRADIENT, "update_freq": 2, "clip_norm": 0.5, "max_update": 2}
+
+
+def assert_accumulates(server, data, folder, backend, workers, **more):
+    one, several = folder / "one", folder / "several"
+    settings = {**ACCUMULATED, **more}
+    train_on_workers(server, data, several, backend, workers, batch_size=4 // workers, **settings)
+    train_on_workers(server, data, one, batch_size=4, **settings)
+    before = rebuild(one / "checkpoint_1_1.pt")[-1].state_dict()
+    assert last_norm(one / "checkpoint_1_1.pt") > 2 * ACCUMULATED["clip_norm"]
+    assert_same_updates(several, one, before)
+
+
+def test_workers_accumulate_gradients_as_one(toy_corpus, tmp_path, server):
+    assert_accumulates(server, toy_corpus / "joined", tmp_path, "pytorch_ddp", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_four_workers_accumulate_gradients_as_one(backend, toy_corpus, tmp_path, server):
+    assert_accumulates(server, toy_corpus / "joined", tmp_path, backend, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "accumulated", "wrapped"), [(2, 1, None), (4, 1, None), (2, 2, 1000)]
+)
+def test_workers_with_sharded_parameters_take_the_step_of_one(
+    workers, accumulated, wrapped, toy_corpus, tmp_path, server
+):
+    """And write the checkpoint of one, which one goes on from; also where layers are units."""
+    pytest.importorskip("fairscale")
+    data, one, several = toy_corpus / "joined", tmp_path / "one", tmp_path / "several"
+    settings = {**ACCUMULATED, "update_freq": accumulated}
+    batch = 8 // accumulated
+    train_on_workers(
+        server,
+        data,
+        several,
+        "fully_sharded",
+        workers,
+        batch_size=batch // workers,
+        min_params_to_wrap=wrapped,
+        **settings,
+    )
+    train_on_workers(server, data, one, batch_size=batch, **settings)
+    assert_same_updates(several, one, rebuild(one / "checkpoint_1_1.pt")[-1].state_dict())
+    for folder in (one, several):
+        train_on_workers(server, data, folder, batch_size=batch, **{**settings, "max_update": 4})
+    for name, value in parameters(one / "checkpoint_last.pt").items():
+        actual = parameters(several / "checkpoint_last.pt")[name]
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+ADAM = {**GRADIENT["optimizer"], "optimizer": "adam", "lr": 0.001}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "number"), [("pytorch_ddp", 2), ("legacy_ddp", 4)])
+@pytest.mark.parametrize("optimizer", [ADAM, {**GRADIENT["optimizer"], "lr": 0.1}])
+def test_workers_train_as_one_for_fifty_updates(
+    backend, number, optimizer, toy_corpus, tmp_path, server
+):
+    settings = {**GRADIENT, "optimizer": optimizer, "clip_norm": 1.0, "max_update": 50}
+    settings = {**settings, "save_interval_updates": 0, "no_epoch_checkpoints": True}
+    data, one, several = toy_corpus / "joined", tmp_path / "one", tmp_path / "several"
+    train_on_workers(server, data, one, batch_size=8, **settings)
+    train_on_workers(server, data, several, backend, number, batch_size=8 // number, **settings)
+    expected, actual = (parameters(path / "checkpoint_last.pt") for path in (one, several))
+    for name, value in expected.items():
+        # Its gradient is 0 but for rounding, of which Adam makes steps.
+        if not (name.endswith("k_proj.bias") and optimizer is ADAM):
+            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "backend", ["pytorch_ddp", pytest.param("legacy_ddp", marks=pytest.mark.slow)]
+)
+def test_workers_in_half_precision_take_the_step_of_one(
+    backend, toy_corpus, tmp_path, server, one_process
+):
+    """fp16, whose copies fairseq can only keep apart on a CPU; within its 11 bits."""
+    half = {"fp16": True, "fp16_no_flatten_grads": True, "max_update": 1}
+    settings = {**GRADIENT, **half, "batch_size": SMALL_BATCH}
+    train_on_workers(server, toy_corpus / "joined", tmp_path / "run", backend, 2, **settings)
+    expected = rebuild(one_process / "checkpoint_1_1.pt")[-1].state_dict()
+    whole, halved = (
+        parameters(path / "checkpoint_1_1.pt") for path in (one_process, tmp_path / "run")
+    )
+    for name, before in expected.items():
+        step, error = (whole[name] - before).abs().max(), whole[name] - halved[name].float()
+        assert error.abs().max() <= 0.01 * step + 1e-3, name
+    norm = last_norm(one_process / "checkpoint_1_1.pt")
+    assert last_norm(tmp_path / "run" / "checkpoint_1_1.pt") == pytest.approx(norm, rel=0.01)
+
+
+def test_two_workers_agree_on_what_is_learnt_without_gradient(toy_corpus, tmp_path, server):
     """Balance bias and running means: those of one process, after four updates in two epochs."""
     arch = {**GRADIENT["arch"], "router": "default-moe", "balance-bias-rate": 0.01}
     settings = {**GRADIENT, "arch": arch, "balance_weight": 0.0, "lr": 0.1, "max_update": 4}
     one, two = tmp_path / "one", tmp_path / "two"
-    commands.train(toy_corpus / "joined", one, **{**settings, "batch_size": 2 * SMALL_BATCH})
-    train_on_two_workers(
-        toy_corpus / "joined", two, "legacy_ddp", **{**settings, "batch_size": SMALL_BATCH}
+    train_on_workers(
+        server, toy_corpus / "joined", one, **{**settings, "batch_size": 2 * SMALL_BATCH}
+    )
+    train_on_workers(
+        server,
+        toy_corpus / "joined",
+        two,
+        "legacy_ddp",
+        2,
+        **{**settings, "batch_size": SMALL_BATCH},
     )
     expected, actual = (parameters(path / "checkpoint_last.pt") for path in (one, two))
     assert actual.keys() == expected.keys()
@@ -179,21 +294,21 @@ def test_two_workers_agree_on_what_is_learnt_without_gradient(toy_corpus, tmp_pa
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_what_is_learnt_without_gradient_is_resumed(toy_corpus, tmp_path):
+def test_what_is_learnt_without_gradient_is_resumed(toy_corpus, tmp_path, server):
     """Stopped between two updates, a run goes on as if it had not been."""
     arch = {**GRADIENT["arch"], "router": "default-moe", "balance-bias-rate": 0.01}
     settings = {**GRADIENT, "arch": arch, "batch_size": SMALL_BATCH, "lr": 0.1}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    commands.train(toy_corpus / "joined", whole, **settings, max_update=5)
+    train_on_workers(server, toy_corpus / "joined", whole, **settings, max_update=5)
     for updates in (2, 5):
-        commands.train(toy_corpus / "joined", stopped, **settings, max_update=updates)
+        train_on_workers(server, toy_corpus / "joined", stopped, **settings, max_update=updates)
     expected, actual = (parameters(path / "checkpoint_last.pt") for path in (whole, stopped))
     assert expected["encoder.layers.0.moe.router.balance_bias.bias"].abs().max() > 0
     assert_same(actual, expected)
 
 
 @pytest.mark.slow
-def test_two_workers_resume_with_the_noise_that_each_would_have_drawn(toy_corpus, tmp_path):
+def test_two_workers_resume_with_the_noise_that_each_would_have_drawn(toy_corpus, tmp_path, server):
     """SparseMixer samples, and dropout draws; bit by bit, within an epoch."""
     settings = {
         "share_all_embeddings": True,
@@ -203,26 +318,28 @@ def test_two_workers_resume_with_the_noise_that_each_would_have_drawn(toy_corpus
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder, updates in ((whole, 4), (stopped, 2), (stopped, 4)):
-        train_on_two_workers(
-            toy_corpus / "joined", folder, "legacy_ddp", **settings, max_update=updates
+        train_on_workers(
+            server, toy_corpus / "joined", folder, "legacy_ddp", 2, **settings, max_update=updates
         )
     actual, expected = (parameters(path / "checkpoint_last.pt") for path in (stopped, whole))
     assert_same(actual, expected)
 
 
-def test_two_workers_measure_the_whole_validation_set(toy_corpus, tmp_path):
+def test_two_workers_measure_the_whole_validation_set(toy_corpus, tmp_path, server):
     """A point of the task translation_with_routing: words and choices of both."""
     file = tmp_path / "points.jsonl"
-    first, _ = train_on_two_workers(
+    printed = train_on_workers(
+        server,
         toy_corpus / "joined",
         tmp_path,
         "legacy_ddp",
+        2,
         task="translation_with_routing",
         points_file=file,
         max_update=6,
     )
     (point,) = points.read_points(file)
-    sizes = [entry["wpb"] for entry in commands.logged(first.stdout + first.stderr, "train_inner")]
+    sizes = [entry["wpb"] for entry in commands.logged(printed, "train_inner")]
     assert len(sizes) == 6
     assert point["words"] == pytest.approx(sum(sizes), rel=1e-3)
     texts = [toy_corpus / "raw" / f"valid.{language}" for language in ("en", "de")]
@@ -230,12 +347,14 @@ def test_two_workers_measure_the_whole_validation_set(toy_corpus, tmp_path):
     assert {len(choices) for choices in points.load_choices(file, 7).values()} == tokens
 
 
-def test_two_workers_may_leave_out_different_layers(toy_corpus, tmp_path):
+def test_two_workers_may_leave_out_different_layers(toy_corpus, tmp_path, server):
     """Under LayerDrop on the CPU, where dropout uses up random numbers of the same generator."""
-    first, _ = train_on_two_workers(
+    printed = train_on_workers(
+        server,
         toy_corpus / "joined",
         tmp_path,
         "legacy_ddp",
+        2,
         share_all_embeddings=True,
         encoder_layerdrop=0.5,
         decoder_layerdrop=0.5,
@@ -243,6 +362,6 @@ def test_two_workers_may_leave_out_different_layers(toy_corpus, tmp_path):
         max_update=8,
         disable_validation=True,
     )
-    updates = commands.logged(first.stdout, "train_inner")
+    updates = commands.logged(printed, "train_inner")
     assert len(updates) == 8
     assert updates[-1]["nll_loss"] < updates[0]["nll_loss"]

@@ -374,6 +374,18 @@ def test_plain_values_are_written(tmp_path):
     assert isinstance(state["extra_state"]["counts"], np.ndarray)
 
 
+def test_a_tensor_is_written_without_what_others_keep_at_it(tmp_path):
+    """As fairscale does under fully_sharded."""
+    weight, moment = torch.ones(2), torch.zeros(2)
+    weight._has_been_cloned = True
+    state = {"model": {"weight": weight}, "moments": [moment]}
+    checkpoint_utils.torch_persistent_save(state, str(tmp_path / NAME))
+    with open(tmp_path / NAME, "rb") as file:
+        read = tensors.fill(file, archives.contents(file))
+    assert torch.equal(read["model"]["weight"], weight) and weight._has_been_cloned
+    assert reading.plain(state["moments"]) is state["moments"]
+
+
 @pytest.mark.slow
 def test_what_every_option_of_logging_leaves_is_read(corpus, tmp_path):
     """Train, resume, average, translate; numpy's numbers come from BLEU."""

@@ -33,7 +33,7 @@ def compose(*overrides):
 
 def plan_for(machine, monkeypatch, *arguments):
     """The plan of a command on another machine."""
-    monkeypatch.setattr(plan, "find_machine", lambda nodes: machine)
+    monkeypatch.setattr(plan, "find_machine", lambda *_: machine)
     return plan.plan_launch(request(commands.parse("train", *arguments)))
 
 

@@ -35,11 +35,25 @@ def test_gpus_are_counted_and_nodes_found(monkeypatch):
         find_machine(2)
 
 
-def test_a_machine_without_gpus_is_one_worker(monkeypatch):
+def test_gpus_are_a_worker_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert find_machine(1, 2).gpus == ["GPU", "GPU"]
+    with pytest.raises(UserError, match="--workers 4 does not fit 2 GPUs"):
+        find_machine(1, 4)
+    assert find_machine(1, 4, cpu=True) == Machine([], False, on_cpu=4)
+
+
+def test_a_machine_without_gpus_is_one_worker_unless_it_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert find_machine(1).workers == 1
-    with pytest.raises(UserError, match="--nodes 2 needs GPUs"):
-        find_machine(2)
+    assert find_machine(1, 4).workers == find_machine(1, 4, cpu=True).workers == 4
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert find_machine(2, 4).workers == 8
+    with pytest.raises(UserError, match="--workers must be at least 1"):
+        find_machine(1, 0)
     with pytest.raises(UserError, match="--nodes must be at least 1"):
         find_machine(0)
 
@@ -56,7 +70,10 @@ def test_precision_is_that_of_the_machine(monkeypatch):
 def test_command_for_one_node_and_for_several(monkeypatch):
     plan = plan_for(gpus(8), monkeypatch, "--router", "gshard", "--seed", "3", "--model", "big")
     assert plan.folder == Path("runs/wmt14/gshard-4-big-seed3")
-    assert plan.command[1:4] == ["-m", "fairseq_cli.hydra_train", "--config-dir"]
+    assert plan.command[1:8] == [
+        *("-m", "torch.distributed.run", "--standalone", "--local_addr=localhost"),
+        *("--nproc_per_node=8", "-m", "fairseq_cli.hydra_train"),
+    ]
     assert "distributed_training.distributed_world_size=8" in plan.command
     assert "optimization.update_freq=[2]" in plan.command
     assert "model.top_k=2" in plan.command
@@ -64,10 +81,25 @@ def test_command_for_one_node_and_for_several(monkeypatch):
     machine = gpus(16, nodes=2, rank=1, master=("first", "29500"))
     command = plan_for(machine, monkeypatch, "--router", "dense").command
     assert command[1:9] == [
-        *("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=8", "--node_rank=1"),
-        *("--master_addr=first", "--master_port=29500", "-m"),
+        *("-m", "torch.distributed.run", "--nnodes=2", "--node_rank=1", "--master_addr=first"),
+        *("--master_port=29500", "--nproc_per_node=8", "-m"),
     ]
     assert "distributed_training.distributed_world_size=16" in command
+    assert not [word for word in command if "distributed_rank" in word]  # fairseq's to find
+    assert plan_for(gpus(1), monkeypatch).command[1:3] == ["-m", "fairseq_cli.hydra_train"]
+
+
+def test_workers_on_a_cpu_are_told_their_place(monkeypatch):
+    """As the settings that are composed on the way, in the worker of this number."""
+    plan = plan_for(Machine([], False, on_cpu=4), monkeypatch)
+    assert "--nproc_per_node=4" in plan.command
+    told = [word for word in plan.command if word.startswith("distributed_training.")]
+    monkeypatch.setenv("RANK", "3")
+    where = compose(*told).distributed_training
+    assert (where.distributed_rank, where.distributed_world_size) == (3, 4)
+    assert (where.distributed_init_method, where.distributed_no_spawn) == ("env://", True)
+    assert where.distributed_backend == "gloo"
+    assert plan.settings["distributed_training"]["distributed_rank"] == 0  # of each worker
 
 
 def test_fairseq_finds_its_place_under_torchrun_and_slurm(monkeypatch, tmp_path):
@@ -101,6 +133,16 @@ def test_fairseq_finds_its_place_under_torchrun_and_slurm(monkeypatch, tmp_path)
     assert place.distributed_init_method.startswith("tcp://localhost:")
     assert (place.distributed_rank, place.distributed_world_size) == (0, 8)
     assert not place.distributed_no_spawn
+
+
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert "OMP_NUM_THREADS" not in environment_for(gpus(1))
+    assert environment_for(gpus(8, nodes=2))["OMP_NUM_THREADS"] == "4"
+    assert environment_for(Machine([], False, on_cpu=32))["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment_for(gpus(8))["OMP_NUM_THREADS"] == "3"
 
 
 def test_on_one_node_training_joins_no_others(monkeypatch):

@@ -2,12 +2,13 @@
 
 import pytest
 from support import commands
-from support.wmt14 import gpus
+from support.wmt14 import gpus, plan_for
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.commands.train import request
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.runs.arms import build_variant
+from fairseq_sparsemixer.runs.record import check_same
 from fairseq_sparsemixer.training import plan
 from fairseq_sparsemixer.training.machine import (
     Machine,
@@ -61,7 +62,7 @@ def test_a_batch_by_sentences_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpus=two"], "gpus=... is not set here: use CUDA_VISIBLE_DEVICES and --nodes"),
+        (["gpus=two"], "gpus=... is not set here: use CUDA_VISIBLE_DEVICES, --workers and --nodes"),
         (["model.router=switch"], "use --router"),
         (["model.dropot=0.1"], "hydra: Could not override 'model.dropot'"),
         (["+modle.dropout=0.3"], "modle: fairseq has no such group of settings"),
@@ -91,3 +92,15 @@ def test_names_of_runs():
     assert name("--router", "dense", "--seed", "2") == "dense-seed2"
     flags = ["--recipe", "released", "--schedule", "short", "--pipeline", "moses"]
     assert name("--experts", "8", *flags) == "sparsemixer-8-released-short-moses-seed1"
+
+
+@pytest.mark.parametrize("machine", [gpus(8), gpus(16, nodes=2, rank=0)])
+def test_a_run_may_go_on_with_more_workers(machine, monkeypatch, tmp_path):
+    one, more = (plan_for(each, monkeypatch) for each in (gpus(1), machine))
+    started = {
+        "settings": one.settings,
+        "tokens_per_update": one.batch.tokens_per_update,
+        "data": {},
+    }
+    check_same(tmp_path, started, {**started, "settings": more.settings})
+    assert more.batch.tokens_per_update == one.batch.tokens_per_update

@@ -43,6 +43,32 @@ def test_lines_are_shown_when_they_are_whole(tmp_path, monkeypatch):
     assert (started.ended(), started.last) == (0, "three")
 
 
+OF_TORCHRUN = "1126 23:44:51.612000 31436 torch/distributed/elastic/multiprocessing/api.py:10"
+FAILED = [
+    "E: fairseq_sparsemixer.errors.UserError: no such file",
+    "Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.",
+    "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error",
+    f"W{OF_TORCHRUN}] Sending process 31441 closing signal SIGTERM",
+    f"E{OF_TORCHRUN}] failed (exitcode: 1) local_rank: 0 (pid: 31440) of binary: python",
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+    "=====",
+]
+
+
+def test_why_workers_of_torchrun_failed_is_told(tmp_path):
+    """Not what torchrun or the other workers say of it."""
+    for lines, reason in (
+        (FAILED, r"failed: E: fairseq_sparsemixer\.errors\.UserError: no such file \(all its"),
+        (
+            [line.replace("exitcode: 1)", "exitcode: -9)") for line in FAILED],
+            "failed: worker 0 was ended by SIGKILL, as the system does where memory runs out; ",
+        ),
+    ):
+        code = f"import sys; print(*{lines!r}, sep='\\n'); sys.exit(1)"
+        with pytest.raises(UserError, match=reason):
+            process.run_with_progress([sys.executable, "-c", code], tmp_path / "log")
+
+
 TOLD = "open('checkpoint', 'wb').write(bytes(200_000))"
 UNTOLD = "for _ in range(20): print('update ' * 1000)"
 """Its log has no room left to tell of it."""

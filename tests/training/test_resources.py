@@ -151,7 +151,7 @@ def test_time_follows_from_the_formula():
 
 def test_dry_run_does_nothing_but_print(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "find_machine", lambda nodes: gpus(8))
+    monkeypatch.setattr(plan, "find_machine", lambda *_: gpus(8))
     assert cli.main(["train", "--dry-run", "--experts", "8"]) == 0
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
