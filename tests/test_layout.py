@@ -19,7 +19,7 @@ FLOORS = [
     ["plotting"],
     ["moe"],
     ["models", "text"],
-    ["criterions", "optim", "restarts"],
+    ["criterions", "expert_parallelism", "optim", "restarts"],
     ["watchdogs"],
     ["runs"],
     ["compat"],

@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 import torch
 from support import commands, moments
-from support.fork_server import ForkServer
 from support.training import assert_same
 from support.wmt14 import TINY
 
@@ -37,12 +36,6 @@ ROUTERS = {
     "gshard": {"top_k": 2, "workers": 2, "max_tokens": 200},
 }
 """Six configurations: a router, further settings, and how many workers there are."""
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
 
 
 class PlainRun:

@@ -5,7 +5,6 @@ import math
 import pytest
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from support import commands
-from support.fork_server import ForkServer
 from support.training import LAYERS
 
 from fairseq_sparsemixer.runs.logs import WARNING
@@ -105,12 +104,6 @@ WORKERS = {
     "distributed_backend": "gloo",
     "max_tokens": 200,
 }
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
 
 
 @pytest.fixture

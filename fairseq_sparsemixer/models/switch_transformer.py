@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, Callable, Dict, Optional, Union
 
+import torch.distributed as dist
 from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import gen_parser_from_dataclass, merge_with_parent
@@ -24,10 +25,12 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
+from torch.nn.parallel.distributed import DistributedDataParallel
 
 from fairseq_sparsemixer.models.config import (
     ConfigError,
     SwitchTransformerConfig,
+    check_workers,
     expert_settings,
 )
 from fairseq_sparsemixer.models.layers import (
@@ -38,6 +41,7 @@ from fairseq_sparsemixer.models.layers import (
     SwitchTransformerEncoderLayer,
 )
 from fairseq_sparsemixer.moe import ROUTERS
+from fairseq_sparsemixer.moe.parallel import ExpertParallel, is_spread
 
 Settings = Union[argparse.Namespace, DictConfig]
 
@@ -88,7 +92,16 @@ def _expand(settings: Settings) -> TransformerConfig:
     experts = expert_settings(args)
     cfg = TransformerConfig.from_namespace(_given(args))
     cfg.experts = experts
+    cfg.expert_parallel = _expert_parallel(experts.parallel_size)
     return cfg
+
+
+def _expert_parallel(size: int) -> Optional[ExpertParallel]:
+    """What spreads the experts, where several workers train; else whoever reads them has all."""
+    if size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return None
+    check_workers(size, dist.get_world_size())
+    return ExpertParallel(size)
 
 
 @register_model("switch_transformer", dataclass=SwitchTransformerConfig)
@@ -123,10 +136,15 @@ class SwitchTransformerModel(TransformerModelBase):
         """
         cfg = _expand(settings)
         try:
-            return super().build_model(cfg, task)
+            model = super().build_model(cfg, task)
         except ValueError as error:
             # fairseq's own checks of flags that do not fit together
             raise ConfigError(str(error)) from error
+        if cfg.expert_parallel is not None:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, [name for name, value in model.named_parameters() if is_spread(value)]
+            )
+        return model
 
     @classmethod
     def build_encoder(
@@ -223,7 +241,8 @@ class _SideCall(Call):
     def __init__(self, side: Any, tokens: Tensor) -> None:
         super().__init__(side)
         reads_them = ROUTERS[side.cfg.experts.router].needs_token_ids
-        self.layers = Layers(side.layers, tokens.t() if reads_them else None)
+        token_ids = tokens.t() if reads_them else None
+        self.layers = Layers(side.layers, token_ids, side.cfg.expert_parallel)
 
 
 class SwitchTransformerEncoder(TransformerEncoderBase):
