@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, Callable, Dict, Optional, Union
 
+import torch
 import torch.distributed as dist
 from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.data import Dictionary
@@ -181,13 +182,24 @@ class SwitchTransformerModel(TransformerModelBase):
         try:
             return super().load_state_dict(state_dict, strict, model_cfg, args)
         except RuntimeError as error:
-            difference = _first_difference(self.state_dict(), state_dict)
+            difference = _first_difference(self._whole_shapes(), state_dict)
             if difference is None:
                 raise
             raise ConfigError(
                 f"the checkpoint does not fit the model: {difference}; give the --arch, --router, "
                 "--num-experts and layer flags that it was trained with, or another --save-dir"
             ) from error
+
+    def _whole_shapes(self) -> Dict[str, torch.Size]:
+        """Of what a checkpoint holds of it, whichever worker's experts these are."""
+        size = self.cfg.experts.parallel_size
+        spread = {name for name, value in self.named_parameters() if is_spread(value)}
+        return {
+            name: torch.Size([size * len(value), *value.shape[1:]])
+            if name in spread
+            else value.shape
+            for name, value in self.state_dict().items()
+        }
 
 
 def _keep_the_other_side(settings: Settings, state_dict: Dict[str, Tensor]) -> None:
@@ -206,13 +218,13 @@ def _keep_the_other_side(settings: Settings, state_dict: Dict[str, Tensor]) -> N
             setattr(settings, f"{side}_layers_to_keep", ",".join(sorted(numbers, key=int)))
 
 
-def _first_difference(here: Dict[str, Tensor], there: Dict[str, Tensor]) -> Optional[str]:
+def _first_difference(here: Dict[str, torch.Size], there: Dict[str, Tensor]) -> Optional[str]:
     """Which parameter of the model differs from the checkpoint's in name or shape."""
-    for name, value in here.items():
+    for name, shape in here.items():
         if name not in there:
             return f"it has no {name}"
-        if there[name].shape != value.shape:
-            return f"{name} is {tuple(there[name].shape)} there and {tuple(value.shape)} here"
+        if there[name].shape != shape:
+            return f"{name} is {tuple(there[name].shape)} there and {tuple(shape)} here"
     extra = [name for name in there if name not in here]
     return f"the model has no {extra[0]}" if extra else None
 

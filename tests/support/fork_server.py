@@ -18,6 +18,9 @@ import traceback
 
 from support.forks import status_of
 
+TIMEOUT_SECONDS = 300
+"""Until commands that hang are killed."""
+
 
 class ForkServer:
     """Used as a context."""
@@ -69,22 +72,28 @@ def _serve():
     for line in sys.stdin:
         request = json.loads(line)
         pids = [_fork(command, request) for command in request["commands"]]
-        statuses, killer = {}, None
+        statuses = {}
+        killers = [_killer(TIMEOUT_SECONDS, pids, statuses)]
         while len(statuses) < len(pids):
             pid, status = os.wait()
             statuses[pid] = os.waitstatus_to_exitcode(status)
-            if statuses[pid] and killer is None:
-                left = set(pids) - statuses.keys()
-                killer = threading.Timer(request["patience"], _kill, (left, statuses))
-                killer.start()
-        if killer is not None:
+            if statuses[pid] and len(killers) == 1:
+                killers.append(_killer(request["patience"], pids, statuses))
+        for killer in killers:
             killer.cancel()
             killer.join()
         print(json.dumps([statuses[pid] for pid in pids]), flush=True)
 
 
+def _killer(seconds, pids, ended):
+    """Kills those that have not ended by then."""
+    killer = threading.Timer(seconds, _kill, (pids, ended))
+    killer.start()
+    return killer
+
+
 def _kill(pids, ended):
-    for pid in pids - ended.keys():
+    for pid in set(pids) - ended.keys():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
