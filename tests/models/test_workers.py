@@ -135,13 +135,23 @@ def train_on_two_workers(data, save_dir, ddp_backend, **settings):
     return [commands.checked(result) for result in commands.finish(*processes)]
 
 
-@pytest.fixture(scope="session", params=["pytorch_ddp", "legacy_ddp"])
+@pytest.fixture(
+    scope="session",
+    params=[
+        "pytorch_ddp",
+        "legacy_ddp",
+        pytest.param("pytorch_ddp, spread", marks=pytest.mark.slow),
+    ],
+)
 def two_workers(request, shared, toy_corpus):
     """The updates of :func:`one_process`, 4 sentences for each worker; the last has one batch."""
+    backend, _, spread = request.param.partition(", ")
 
     def build(directory):
         settings = {**GRADIENT, "batch_size": SMALL_BATCH, "max_update": 2}
-        train_on_two_workers(toy_corpus / "joined", directory, request.param, **settings)
+        if spread:
+            settings["arch"] = {**settings["arch"], "expert-parallel-size": 2}
+        train_on_two_workers(toy_corpus / "joined", directory, backend, **settings)
 
     return shared.directory(request.param, build)
 

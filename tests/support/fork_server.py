@@ -18,7 +18,7 @@ import traceback
 
 from support.forks import status_of
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 """Until commands that hang are killed."""
 
 
