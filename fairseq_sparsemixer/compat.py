@@ -29,7 +29,7 @@ from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
 from omegaconf.errors import ConfigKeyError
 
-from fairseq_sparsemixer import determinism, restarts, watchdogs, workers
+from fairseq_sparsemixer import determinism, expert_parallelism, restarts, watchdogs, workers
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
@@ -44,6 +44,7 @@ def apply() -> None:
     """Cure what can be cured, and name what cannot."""
     workers.apply()
     restarts.apply()
+    expert_parallelism.apply()
     _check_checkpoints()  # after it: what is written whole must be plain
     _quote_fasta_files()
     _take_any_names()
@@ -85,6 +86,9 @@ def _check_checkpoints() -> None:
 
     @functools.wraps(build)
     def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
+        if from_checkpoint and getattr(cfg, "expert_parallel_size", None):
+            cfg = copy.copy(cfg)
+            cfg.expert_parallel_size = 1  # whoever reads a model has all of it
         with reading.bounded() if from_checkpoint else contextlib.nullcontext():
             model = build(cfg, task, from_checkpoint)
         for layer in moe_layers(model) if from_checkpoint else ():

@@ -17,8 +17,10 @@ from torch import nn
 
 from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import PREFIX
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.expert_parallelism import parallel_of
 from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.moe import RoutingStatistics
+from fairseq_sparsemixer.moe.parallel import ExpertParallel, is_spread
 
 logger = logging.getLogger(__name__)
 
@@ -229,9 +231,10 @@ def router_gradients(model: nn.Module) -> Dict[str, float]:
     }
     if not learning:
         return {}
-    norms = [_norm(model.parameters())]
+    parallel = parallel_of(model)
+    norms = [_norm(model.parameters(), parallel)]
     for moe in learning.values():
-        norms += [_norm(each) for each in ([moe.router.weight], moe.experts.parameters())]
+        norms += [_norm(each, parallel) for each in ([moe.router.weight], moe.experts.parameters())]
     whole, *parts = torch.stack(norms).tolist()  # one wait for a GPU
     found = zip(learning, parts[::2], parts[1::2])
     return {name: router / whole for name, router, experts in found if experts > 0}
@@ -243,11 +246,15 @@ def _is_trained_whole(weight: Optional[torch.Tensor]) -> bool:
     return is_own and not getattr(weight, "_is_sharded", False)
 
 
-def _norm(parameters: Iterable[Any]) -> torch.Tensor:
-    """() float32: of the gradients of all of them together."""
+def _norm(parameters: Iterable[Any], parallel: Optional[ExpertParallel]) -> torch.Tensor:
+    """() float32: of the gradients of all of them together, on whichever worker they are."""
     parameters = list(parameters)
-    norms = [p.grad.detach().float().norm() for p in parameters if p.grad is not None]
-    return torch.stack(norms or [parameters[0].new_zeros((), dtype=torch.float32)]).norm()
+    gradients = {p: p.grad.detach() for p in parameters if p.grad is not None}
+    norms = [grad.float().norm() for p, grad in gradients.items() if not is_spread(p)]
+    norm = torch.stack(norms or [parameters[0].new_zeros((), dtype=torch.float32)]).norm()
+    if parallel is None:
+        return norm
+    return parallel.joined_norm(norm, (grad for p, grad in gradients.items() if is_spread(p)))
 
 
 def _tell(trainer: Any, mode: str, warnings: List[str]) -> None:

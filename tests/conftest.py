@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from support import commands, small_run
+from support.fork_server import ForkServer
 from support.report_study import build_study
 from support.run_folders import Place
 
@@ -20,6 +21,13 @@ def shared(tmp_path_factory, request):
     if hasattr(request.config, "workerinput"):
         root = root.parent  # that of the session; each worker has a folder in it
     return commands.Shared(root / "shared")
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Forks commands of a process that has imported fairseq already."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

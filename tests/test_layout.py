@@ -19,7 +19,7 @@ FLOORS = [
     ["plotting"],
     ["moe"],
     ["models", "text"],
-    ["criterions", "optim", "restarts", "workers"],
+    ["criterions", "expert_parallelism", "optim", "restarts", "workers"],
     ["watchdogs"],
     ["runs"],
     ["compat"],

@@ -6,10 +6,8 @@ import signal
 from collections import Counter
 
 import pytest
-import torch
 from support import commands, moments
-from support.fork_server import ForkServer
-from support.training import assert_same
+from support.training import assert_same, same
 from support.wmt14 import TINY
 
 from fairseq_sparsemixer.files import write_lines
@@ -37,12 +35,6 @@ ROUTERS = {
     "gshard": {"top_k": 2, "workers": 2, "max_tokens": 200},
 }
 """Six configurations: a router, further settings, and how many workers there are."""
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
 
 
 class PlainRun:
@@ -155,23 +147,6 @@ def logged(text):
                 (entry,) = commands.logged(line, tag)
                 found[tag, entry["num_updates"]] = commands.without_clock(entry)
     return found
-
-
-def same(one, other, place=""):
-    """Assert that two values are equal, tensors bit for bit."""
-    assert type(one) is type(other), place
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        for key in one:
-            same(one[key], other[key], f"{place}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), place
-        for number, pair in enumerate(zip(one, other)):
-            same(*pair, f"{place}[{number}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), place
-    else:
-        assert one == other or (one != one and other != other), place
 
 
 def assert_equal_runs(run, whole):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from support import commands
-from support.fork_server import ForkServer
 from support.models import build
 from support.report_study import point
 from support.run_folders import Log
@@ -147,12 +146,6 @@ WORKERS = {
     "distributed_backend": "gloo",
     "max_tokens": 200,
 }
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
 
 
 @pytest.fixture

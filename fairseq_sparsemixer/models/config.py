@@ -140,6 +140,13 @@ class SwitchTransformerConfig(_FlatTransformerConfig):
             "keeping them: less memory, about a sixth more products in these layers"
         },
     )
+    expert_parallel_size: int = dataclasses.field(
+        default=1,
+        metadata={
+            "help": "how many workers share one set of experts, each of them holding as many; "
+            "in training alone (default: each worker holds all)"
+        },
+    )
     moe_inference_dtype: str = dataclasses.field(
         default="float32",
         metadata={
@@ -177,6 +184,7 @@ class ExpertSettings:
     output_masking: float
     backend: str
     recompute: bool
+    parallel_size: int
     inference_dtype: torch.dtype
     encoder_layers: FrozenSet[int]
     decoder_layers: FrozenSet[int]
@@ -220,6 +228,7 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
         output_masking=args.expert_output_masking,
         backend=args.moe_backend,
         recompute=args.moe_recompute,
+        parallel_size=args.expert_parallel_size,
         inference_dtype=INFERENCE_DTYPES[args.moe_inference_dtype],
         encoder_layers=_moe_layers(args, "encoder"),
         decoder_layers=_moe_layers(args, "decoder"),
@@ -235,17 +244,36 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
     return settings
 
 
+def check_workers(parallel_size: int, workers: int) -> None:
+    """Refuse groups of workers that the workers of a training cannot be cut into.
+
+    Raises:
+        ConfigError: says what can be changed.
+    """
+    if workers % parallel_size:
+        raise ConfigError(
+            f"--expert-parallel-size ({parallel_size}) must divide the number of workers "
+            f"({workers}): start a multiple of it, or give another size (1 to let each worker "
+            "hold all experts)"
+        )
+
+
 LARGEST_FACTOR = 10_000
 """Logits and steps that are larger by it make softmaxes of ones and zeros, and the cross-entropy,
 beside which losses are weighted, is about 10."""
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for flag in ("num_experts", "top_k", "moe_every"):
+    for flag in ("num_experts", "top_k", "moe_every", "expert_parallel_size"):
         if not 1 <= getattr(args, flag) < 1 << 31:
             raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
     if args.moe_offset < 0:
         raise ConfigError(f"--moe-offset must be at least 0, not {args.moe_offset}")
+    if args.num_experts % args.expert_parallel_size:
+        raise ConfigError(
+            f"--expert-parallel-size ({args.expert_parallel_size}) must divide --num-experts "
+            f"({args.num_experts}): each worker of a group holds as many experts"
+        )
     if args.top_k > args.num_experts:
         raise ConfigError(
             f"--top-k must be 1 to --num-experts ({args.num_experts}), not {args.top_k}"

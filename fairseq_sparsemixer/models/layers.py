@@ -5,11 +5,13 @@ mixture and the rest are identities, so that no forward has to be copied.
 """
 
 import functools
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
+import itertools
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from fairseq import utils
 from fairseq.models.transformer import TransformerConfig
+from fairseq.modules.layer_drop import LayerDropModuleList
 from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
     TransformerEncoderLayerBase,
@@ -17,6 +19,7 @@ from fairseq.modules.transformer_layer import (
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe import MoEFeedForward, RoutingStatistics
+from fairseq_sparsemixer.moe.parallel import ExpertParallel
 
 STATISTICS = "routing_statistics"
 """The key under which encoder and decoder put out the sums (3 + 4N,) of each layer, by its name."""
@@ -73,19 +76,37 @@ class Layers:
     Args:
         layers: iterated over when fairseq does so, since that draws LayerDrop.
         token_ids: (length, batch) int64, None where no router reads them.
+        parallel: where the experts are spread over workers, which then leave out the same layers.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], token_ids: Optional[Tensor]) -> None:
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        token_ids: Optional[Tensor],
+        parallel: Optional[ExpertParallel] = None,
+    ) -> None:
         self._layers = layers
         self._token_ids = token_ids
+        self._parallel = parallel
         self.statistics: Dict[str, Tensor] = {}
         """(3 + 4N,) of each layer that ran, with gradient, by its name."""
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
-        for layer in self._layers:
+        drawn = isinstance(self._layers, LayerDropModuleList) and self._layers.training
+        together = drawn and self._parallel is not None
+        for layer in self._drawn_together() if together else self._layers:
             # What fairseq wraps a layer in has its attributes.
             name = getattr(layer, "layer_name", None)
             yield layer if name is None else functools.partial(self._run, layer, name)
+
+    def _drawn_together(self) -> Iterator[nn.Module]:
+        """Those that the first worker of the group has drawn: all call the same exchanges."""
+        assert self._parallel is not None
+        drawn = set(self._layers)
+        every = list(self._layers.children())
+        device = next(self._layers.parameters()).device
+        runs = torch.tensor([layer in drawn for layer in every], device=device)
+        return itertools.compress(every, self._parallel.agree(runs).tolist())
 
     def _run(self, layer: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         *outputs, sums = layer(*args, **kwargs, token_ids=self._token_ids)
@@ -134,6 +155,8 @@ class SwitchLayer(nn.Module):
             recompute=experts.recompute,
             **experts.router_options,
         )
+        if cfg.expert_parallel is not None:
+            self.moe.experts.spread(cfg.expert_parallel)
 
     def build_fc2(self, *_: Any) -> nn.Module:
         """Nothing is left to do."""

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any, Callable, Dict, Optional, Union
 
+import torch
+import torch.distributed as dist
 from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import gen_parser_from_dataclass, merge_with_parent
@@ -24,10 +26,12 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
+from torch.nn.parallel.distributed import DistributedDataParallel
 
 from fairseq_sparsemixer.models.config import (
     ConfigError,
     SwitchTransformerConfig,
+    check_workers,
     expert_settings,
 )
 from fairseq_sparsemixer.models.layers import (
@@ -38,6 +42,7 @@ from fairseq_sparsemixer.models.layers import (
     SwitchTransformerEncoderLayer,
 )
 from fairseq_sparsemixer.moe import ROUTERS
+from fairseq_sparsemixer.moe.parallel import ExpertParallel, is_spread
 
 Settings = Union[argparse.Namespace, DictConfig]
 
@@ -88,7 +93,16 @@ def _expand(settings: Settings) -> TransformerConfig:
     experts = expert_settings(args)
     cfg = TransformerConfig.from_namespace(_given(args))
     cfg.experts = experts
+    cfg.expert_parallel = _expert_parallel(experts.parallel_size)
     return cfg
+
+
+def _expert_parallel(size: int) -> Optional[ExpertParallel]:
+    """What spreads the experts, where several workers train; else whoever reads them has all."""
+    if size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return None
+    check_workers(size, dist.get_world_size())
+    return ExpertParallel(size)
 
 
 @register_model("switch_transformer", dataclass=SwitchTransformerConfig)
@@ -123,10 +137,15 @@ class SwitchTransformerModel(TransformerModelBase):
         """
         cfg = _expand(settings)
         try:
-            return super().build_model(cfg, task)
+            model = super().build_model(cfg, task)
         except ValueError as error:
             # fairseq's own checks of flags that do not fit together
             raise ConfigError(str(error)) from error
+        if cfg.expert_parallel is not None:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, [name for name, value in model.named_parameters() if is_spread(value)]
+            )
+        return model
 
     @classmethod
     def build_encoder(
@@ -163,13 +182,24 @@ class SwitchTransformerModel(TransformerModelBase):
         try:
             return super().load_state_dict(state_dict, strict, model_cfg, args)
         except RuntimeError as error:
-            difference = _first_difference(self.state_dict(), state_dict)
+            difference = _first_difference(self._whole_shapes(), state_dict)
             if difference is None:
                 raise
             raise ConfigError(
                 f"the checkpoint does not fit the model: {difference}; give the --arch, --router, "
                 "--num-experts and layer flags that it was trained with, or another --save-dir"
             ) from error
+
+    def _whole_shapes(self) -> Dict[str, torch.Size]:
+        """Of what a checkpoint holds of it, whichever worker's experts these are."""
+        size = self.cfg.experts.parallel_size
+        spread = {name for name, value in self.named_parameters() if is_spread(value)}
+        return {
+            name: torch.Size([size * len(value), *value.shape[1:]])
+            if name in spread
+            else value.shape
+            for name, value in self.state_dict().items()
+        }
 
 
 def _keep_the_other_side(settings: Settings, state_dict: Dict[str, Tensor]) -> None:
@@ -188,13 +218,13 @@ def _keep_the_other_side(settings: Settings, state_dict: Dict[str, Tensor]) -> N
             setattr(settings, f"{side}_layers_to_keep", ",".join(sorted(numbers, key=int)))
 
 
-def _first_difference(here: Dict[str, Tensor], there: Dict[str, Tensor]) -> Optional[str]:
+def _first_difference(here: Dict[str, torch.Size], there: Dict[str, Tensor]) -> Optional[str]:
     """Which parameter of the model differs from the checkpoint's in name or shape."""
-    for name, value in here.items():
+    for name, shape in here.items():
         if name not in there:
             return f"it has no {name}"
-        if there[name].shape != value.shape:
-            return f"{name} is {tuple(there[name].shape)} there and {tuple(value.shape)} here"
+        if there[name].shape != shape:
+            return f"{name} is {tuple(there[name].shape)} there and {tuple(shape)} here"
     extra = [name for name in there if name not in here]
     return f"the model has no {extra[0]}" if extra else None
 
@@ -223,7 +253,8 @@ class _SideCall(Call):
     def __init__(self, side: Any, tokens: Tensor) -> None:
         super().__init__(side)
         reads_them = ROUTERS[side.cfg.experts.router].needs_token_ids
-        self.layers = Layers(side.layers, tokens.t() if reads_them else None)
+        token_ids = tokens.t() if reads_them else None
+        self.layers = Layers(side.layers, token_ids, side.cfg.expert_parallel)
 
 
 class SwitchTransformerEncoder(TransformerEncoderBase):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.backends.loop import loop
 from fairseq_sparsemixer.moe.backends.sorted import sorted_experts
+from fairseq_sparsemixer.moe.exchange import exchanged
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.kernels import products
 from fairseq_sparsemixer.moe.kernels.experts import triton_experts
@@ -56,7 +57,7 @@ def dispatch(
 ) -> Tensor:
     """(T, D): scale * sum_k gate_tk E_{index_tk}(x_t) for each token t, in the dtype of x.
 
-    Rows of padding are 0.
+    Rows of padding are 0. Where the experts are spread over workers, all of these have to call it.
 
     Args:
         x_TD: tokens, padding included.
@@ -86,4 +87,15 @@ def dispatch(
             raise ValueError(
                 f"backend {backend!r} {obstacle}, not {dtype} on {device.type}: choose 'auto'"
             )
-    return BACKENDS[backend](x_TD, routing, experts, scale_D, observe).to(x_TD.dtype)
+    run = BACKENDS[backend]
+    if experts.parallel is None:
+        return run(x_TD, routing, experts, scale_D, observe).to(x_TD.dtype)
+    y_TD = exchanged(
+        x_TD.to(dtype),
+        routing,
+        experts.parallel,
+        lambda x_RD, routing_R: run(x_RD, routing_R, experts, None, None).to(dtype),
+        observe,
+        scale_D,
+    )
+    return y_TD.to(x_TD.dtype)

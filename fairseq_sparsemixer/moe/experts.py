@@ -4,11 +4,13 @@ Shape suffixes: see :mod:`fairseq_sparsemixer.moe`.
 """
 
 import math
-from typing import Any, Callable, Dict, List, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fairseq_sparsemixer.moe.parallel import ExpertParallel
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -31,12 +33,13 @@ class Experts(nn.Module):
     """N two-layer perceptrons, E_i(x) = w2_i a(w1_i x + b1_i) + b2_i.
 
     One parameter holds all experts, so an expert without tokens gets a gradient of zeros rather
-    than none, which is what data-parallel training needs.
+    than none, which is what data-parallel training needs. After :meth:`spread` it holds those of
+    this worker alone, and so does the ``state_dict``; ``load_state_dict`` takes all N, too.
 
     Args:
         embed_dim: D.
         ffn_dim: F.
-        num_experts: N.
+        num_experts: N; as an attribute, those that lie here.
         activation_fn: a name in ``ACTIVATIONS`` or a function from Tensor to Tensor, not in place
             and the same in each call. A Module, which may be anything else, is served by the
             backend ``loop`` alone.
@@ -74,6 +77,8 @@ class Experts(nn.Module):
         self.recompute = recompute
         self.packed: Any = None
         """What :meth:`MoEFeedForward.prepare_for_inference` makes of the weights for a backend."""
+        self.parallel: Optional[ExpertParallel] = None
+        """Where the others are, if they do not all lie here."""
         self.w1 = nn.Parameter(torch.empty(num_experts, ffn_dim, embed_dim))
         self.b1 = nn.Parameter(torch.empty(num_experts, ffn_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_dim))
@@ -102,6 +107,37 @@ class Experts(nn.Module):
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
+
+    def spread(self, parallel: ExpertParallel) -> None:
+        """Keep this worker's experts of those that all workers have drawn alike.
+
+        Raises:
+            ValueError: the number of experts is no multiple of the size of a group.
+        """
+        if self.num_experts % parallel.size:
+            raise ValueError(
+                f"{self.num_experts} experts cannot be spread over {parallel.size} workers"
+            )
+        for name, whole in list(self.named_parameters()):
+            own = nn.Parameter(parallel.own(whole.detach()).clone(), whole.requires_grad)
+            own.expert = True  # type: ignore[attr-defined]  # see is_spread
+            setattr(self, name, own)
+        self.num_experts //= parallel.size
+        self.parallel = parallel
+
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        parallel = self.parallel
+        if parallel is not None:
+            everyone = self.num_experts * parallel.size
+            state_dict = {
+                name: parallel.own(value)
+                if name.startswith(prefix) and len(value) == everyone
+                else value
+                for name, value in state_dict.items()
+            }
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x_SD: Tensor, slots_per_expert: List[int]) -> Tensor:
         """(S, D): the experts' outputs for rows sorted by expert.

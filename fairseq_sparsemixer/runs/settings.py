@@ -46,6 +46,7 @@ _WITHOUT_EFFECT = (
     "optimization.stop_time_hours",
     "model.moe_backend",
     "model.moe_recompute",
+    "model.expert_parallel_size",
     "model.moe_inference_dtype",
     DETERMINISTIC,
 )

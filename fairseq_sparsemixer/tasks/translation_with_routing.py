@@ -15,6 +15,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
+from fairseq_sparsemixer.expert_parallelism import parallel_of
 from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.layers import switch_layers
@@ -267,11 +268,18 @@ class TranslationWithRoutingTask(TranslationTask):
         """Refuse what would wait for ever: only the first worker translates."""
         translates = self.cfg.points_text and self.cfg.points_sentences > 0
         several = distributed_utils.get_data_parallel_world_size() > 1
-        if translates and several and _is_sharded(model):
-            raise ConfigError(
-                "--points-sentences must be 0 with --ddp-backend fully_sharded: the worker that "
-                "translates would wait for the parameters of the others"
-            )
+        if not (translates and several):
+            return
+        if parallel_of(model) is not None:
+            what = "--expert-parallel-size"
+        elif _is_sharded(model):
+            what = "--ddp-backend fully_sharded"
+        else:
+            return
+        raise ConfigError(
+            f"--points-sentences must be 0 with {what}: the worker that translates would wait for "
+            "the parameters of the others"
+        )
 
     def _domains(self) -> Optional[List[str]]:
         if not self.cfg.points_text:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from support import commands
 from support.commands import SIZE, parameters
-from support.fork_server import ForkServer
 from support.training import assert_same
 
 from fairseq_sparsemixer.files import read_lines
@@ -30,12 +29,6 @@ SMALL_BATCH = 4
 
 
 # Gradients: several micro-batches, several workers
-
-
-@pytest.fixture(scope="session")
-def server():
-    with ForkServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="session")
@@ -152,16 +145,25 @@ def assert_same_updates(actual, expected, before):
         before = after
 
 
-@pytest.fixture(scope="session", params=[("pytorch_ddp", 2), ("legacy_ddp", 2), ("no_c10d", 4)])
+@pytest.fixture(
+    scope="session",
+    params=[
+        ("pytorch_ddp", 2, 1),
+        ("legacy_ddp", 2, 1),
+        ("no_c10d", 4, 1),
+        pytest.param(("pytorch_ddp", 2, 2), marks=pytest.mark.slow),  # experts spread
+    ],
+)
 def workers(request, shared, toy_corpus, server):
     """The updates of :func:`one_process`, shared by workers; of the last, half have no batch."""
-    backend, number = request.param
+    backend, number, spread = request.param
 
     def build(directory):
         settings = {**GRADIENT, "batch_size": 2 * SMALL_BATCH // number, "max_update": 2}
+        settings["arch"] = {**settings["arch"], "expert-parallel-size": spread}
         train_on_workers(server, toy_corpus / "joined", directory, backend, number, **settings)
 
-    return shared.directory(backend, build)
+    return shared.directory(f"{backend}-{number}-{spread}", build)
 
 
 def test_workers_take_the_step_of_one(one_process, workers):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from support.reference import expert_output
 from support.reference_routers import ids
+from support.routers import FixedRouter
 
 from fairseq_sparsemixer.moe import (
     ROUTERS,
     MoEFeedForward,
-    Router,
     Routing,
     RoutingStatistics,
     load_balance_loss,
@@ -26,20 +26,6 @@ BACKEND_NAMES = sorted(
     for name in BACKENDS
     if name not in OBSTACLES or OBSTACLES[name](CPU, torch.float32) is None
 )
-
-
-class FixedRouter(Router):
-    """Sends tokens where the test says."""
-
-    max_top_k = None
-
-    def __init__(self, index_TK, gate_TK, **options):
-        super().__init__(top_k=index_TK.shape[1], **options)
-        self.index_TK, self.gate_TK = index_TK, gate_TK
-
-    def select(self, logits_TN, context):
-        probs = logits_TN.softmax(-1)
-        return Routing(self.index_TK, self.gate_TK, logits_TN, probs, probs)
 
 
 def smallest_layer(router, num_experts=4, **options):

@@ -4,6 +4,7 @@ A server forks a process for each command; what that process does to modules is 
 """
 
 import atexit
+import contextlib
 import importlib
 import json
 import logging
@@ -12,9 +13,13 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 
 from support.forks import status_of
+
+TIMEOUT_SECONDS = 600
+"""Until commands that hang are killed."""
 
 
 class ForkServer:
@@ -36,19 +41,25 @@ class ForkServer:
         self._process.wait()
         self._process.stdout.close()
 
-    def run(self, *commands, output, environment=None):
-        """Run commands at the same time; where one is killed, so are the others.
+    def run(self, *commands, output, environment=None, patience=0):
+        """Run commands at the same time; where one fails, the others are killed.
 
         Args:
             commands: (module, *arguments) each.
             output: file that is added to.
             environment: more of it.
+            patience: seconds in which the others may end by themselves before that.
 
         Returns:
             Their exit statuses, negative for signals.
         """
         commands = [list(map(str, command)) for command in commands]
-        request = {"commands": commands, "output": str(output), "environment": environment or {}}
+        request = {
+            "commands": commands,
+            "output": str(output),
+            "environment": environment or {},
+            "patience": patience,
+        }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -62,13 +73,29 @@ def _serve():
         request = json.loads(line)
         pids = [_fork(command, request) for command in request["commands"]]
         statuses = {}
+        killers = [_killer(TIMEOUT_SECONDS, pids, statuses)]
         while len(statuses) < len(pids):
             pid, status = os.wait()
             statuses[pid] = os.waitstatus_to_exitcode(status)
-            if statuses[pid]:
-                for other in set(pids) - statuses.keys():
-                    os.kill(other, signal.SIGKILL)
+            if statuses[pid] and len(killers) == 1:
+                killers.append(_killer(request["patience"], pids, statuses))
+        for killer in killers:
+            killer.cancel()
+            killer.join()
         print(json.dumps([statuses[pid] for pid in pids]), flush=True)
+
+
+def _killer(seconds, pids, ended):
+    """Kills those that have not ended by then."""
+    killer = threading.Timer(seconds, _kill, (pids, ended))
+    killer.start()
+    return killer
+
+
+def _kill(pids, ended):
+    for pid in set(pids) - ended.keys():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _fork(command, request):

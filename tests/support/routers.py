@@ -5,7 +5,21 @@ import math
 import pytest
 import torch
 
-from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
+from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, Router, Routing
+
+
+class FixedRouter(Router):
+    """Sends tokens where the test says."""
+
+    max_top_k = None
+
+    def __init__(self, index_TK, gate_TK, **options):
+        super().__init__(top_k=index_TK.shape[1], **options)
+        self.index_TK, self.gate_TK = index_TK, gate_TK
+
+    def select(self, logits_TN, context):
+        probs = logits_TN.softmax(-1)
+        return Routing(self.index_TK, self.gate_TK, logits_TN, probs, probs)
 
 
 def random_layer(name, num_experts, top_k=None, **options):

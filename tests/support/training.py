@@ -55,6 +55,23 @@ def assert_same(left, right):
     assert not differing
 
 
+def same(one, other, place=""):
+    """Assert that two values are equal, tensors bit for bit."""
+    assert type(one) is type(other), place
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            same(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for number, pair in enumerate(zip(one, other)):
+            same(*pair, f"{place}[{number}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    else:
+        assert one == other or (one != one and other != other), place
+
+
 def last_line(text):
     return text.strip().splitlines()[-1]
 

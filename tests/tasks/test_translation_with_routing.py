@@ -14,6 +14,7 @@ from fairseq.trainer import Trainer
 from support import small_run
 
 from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.moe import MoEFeedForward
 from fairseq_sparsemixer.runs import points
 from fairseq_sparsemixer.tasks.translation_with_routing import TranslationWithRoutingTask
 
@@ -117,18 +118,21 @@ def test_a_measure_that_there_is_not_is_told():
 @pytest.mark.parametrize(
     ("workers", "sentences", "refused"), [(2, 200, True), (2, 0, False), (1, 200, False)]
 )
-def test_translating_with_shards_of_other_workers_is_refused(
+def test_translating_with_what_other_workers_hold_is_refused(
     workers, sentences, refused, monkeypatch
 ):
     """Before training, by all workers."""
+    spread = MoEFeedForward(2, 2, 2)
+    spread.experts.parallel = SimpleNamespace()
     monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: workers)
     shard = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # fairscale is not needed
     torch.nn.Module.__init__(shard)
     task = SimpleNamespace(cfg=SimpleNamespace(points_text="raw", points_sentences=sentences))
     check = TranslationWithRoutingTask._check_translation
     check(task, torch.nn.Sequential(torch.nn.Linear(2, 2)))
-    if refused:
-        with pytest.raises(ConfigError, match="--points-sentences must be 0 with --ddp-backend"):
-            check(task, torch.nn.Sequential(shard))
-    else:
-        check(task, torch.nn.Sequential(shard))
+    for part, flag in ((shard, "--ddp-backend"), (spread, "--expert-parallel-size")):
+        if refused:
+            with pytest.raises(ConfigError, match=f"--points-sentences must be 0 with {flag}"):
+                check(task, torch.nn.Sequential(part))
+        else:
+            check(task, torch.nn.Sequential(part))
