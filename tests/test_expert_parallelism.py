@@ -373,7 +373,7 @@ def test_a_worker_that_is_killed_ends_all_and_loses_nothing(runs):
 @pytest.mark.parametrize("kind", spread_training.KINDS)
 def test_workers_that_are_killed_twenty_times(kind, runs):
     rng = random.Random(kind)
-    latest = {"step": 10, "exchange": 100, "gathering": 60, "saving": 4}[kind]
+    latest = {"step": 10, "exchange": 40, "gathering": 40, "saving": 4}[kind]
     ends = [
         (kind, rng.randint(1, latest), 0 if kind == "saving" else rng.randrange(2))
         for _ in range(20)
