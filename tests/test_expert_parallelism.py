@@ -373,7 +373,7 @@ def test_a_worker_that_is_killed_ends_all_and_loses_nothing(runs):
 @pytest.mark.parametrize("kind", spread_training.KINDS)
 def test_workers_that_are_killed_twenty_times(kind, runs):
     rng = random.Random(kind)
-    latest = {"step": 10, "exchange": 100, "gathering": 60, "saving": 4}[kind]
+    latest = {"step": 10, "exchange": 40, "gathering": 40, "saving": 4}[kind]
     ends = [
         (kind, rng.randint(1, latest), 0 if kind == "saving" else rng.randrange(2))
         for _ in range(20)
@@ -390,7 +390,7 @@ def kill_and_resume(runs, name, ends):
     settings = {**EXACT, "optimizer": ADAM, "save_interval_updates": 3, "keep_interval_updates": 2}
     settings.update(SMALL, max_update=13, batch_size=6, size=2, patience=SECONDS)
     rng = random.Random(name)
-    number = 0
+    number, most = 0, len(ends) + 5
     while ends:
         number += 1
         folder = runs.folder / f"{name} {number}"
@@ -414,4 +414,4 @@ def kill_and_resume(runs, name, ends):
         states = [commands.load(each / "checkpoint_last.pt") for each in (folder, whole)]
         for key in ("model", "last_optimizer_state"):
             same(*(state[key] for state in states))
-        assert number < 10, f"{ends[0]} does not come"
+        assert number < most, f"{ends[0]} does not come"
