@@ -86,8 +86,14 @@ def stay_within_tensors():
             inside |= (address >= first) & (end <= last)
         assert inside.all(), "a kernel leaves the tensors that it is given"
 
+    def as_truth(mask):
+        # Of Triton 3.9: it makes masks of integers, and refuses them.
+        if isinstance(mask, interpreter.TensorHandle):
+            mask.data = mask.data.astype(bool)
+
     def load_within(self, pointers, mask, other, *rest, **named):
         check(pointers, mask)
+        as_truth(mask)
         if other is None and pointers.data.size > 1:  # of a single cell it forgets a 0
             dtype = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty()))
             anything = np.full(pointers.data.size * dtype.itemsize, 255, np.uint8).view(dtype)
@@ -98,6 +104,7 @@ def stay_within_tensors():
 
     def store_within(self, pointers, value, mask, *rest, **named):
         check(pointers, mask)
+        as_truth(mask)
         return store(self, pointers, value, mask, *rest, **named)
 
     builder.create_masked_load, builder.create_masked_store = load_within, store_within
