@@ -24,7 +24,7 @@ def switch(on: bool) -> None:
         os.environ.setdefault(WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(on)
     # It would also write NaN into new memory, to show what reads it too early: that costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
 
 
 def naming_the_flag(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -172,6 +172,8 @@ def test_user_dir_loads_no_tool():
         "import fairseq_sparsemixer.criterions",
         "from fairseq_sparsemixer.evaluation.translator import Translator",
         "import fairseq_sparsemixer.restarts",
+        "import fairseq_sparsemixer.expert_parallelism",
+        "import fairseq_sparsemixer.workers",
         "from fairseq_sparsemixer import watchdogs, compat\nassert watchdogs is compat.watchdogs",
     ],
 )

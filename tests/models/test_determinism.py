@@ -27,10 +27,9 @@ WIDE.update({"dataset.batch_size": None, "dataset.max_tokens": 2000})
 def switched_off(monkeypatch):
     """What the flag changes in the process is undone."""
     monkeypatch.delenv(determinism.WORKSPACE, raising=False)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
     yield
     determinism.switch(False)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    assert torch.utils.deterministic.fill_uninitialized_memory  # PyTorch's default
 
 
 @pytest.fixture(scope="module")
