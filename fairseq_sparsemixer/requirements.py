@@ -16,7 +16,7 @@ def check() -> None:
     Raises:
         UserError: of a version that does not work.
     """
-    python, torch = platform.python_version(), _version_of("torch")
+    python, torch = platform.python_version(), version_of("torch")
     if not _numbers(MINIMUM_PYTHON) <= _numbers(python) < _numbers(TOO_NEW_PYTHON):
         _refuse(
             f"Python {python} is not supported: use {MINIMUM_PYTHON} or a later one before "
@@ -32,8 +32,8 @@ def check_fairseq() -> None:
     Raises:
         UserError: it is older than what was tried.
     """
-    found = _version_of("fairseq")
-    if found is None or _version_of("ve-fairseq") is not None:
+    found = version_of("fairseq")
+    if found is None or version_of("ve-fairseq") is not None:
         return
     if _numbers(found, 3) < _numbers(FAIRSEQ, 3):
         _refuse(
@@ -42,7 +42,8 @@ def check_fairseq() -> None:
         )
 
 
-def _version_of(distribution: str) -> Optional[str]:
+def version_of(distribution: str) -> Optional[str]:
+    """That which is installed, if any."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

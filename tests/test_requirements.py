@@ -21,7 +21,7 @@ def installed(monkeypatch):
     def install(versions):
         versions = {**WORKING, **versions}
         monkeypatch.setattr(requirements.platform, "python_version", lambda: versions["python"])
-        monkeypatch.setattr(requirements, "_version_of", versions.get)
+        monkeypatch.setattr(requirements, "version_of", versions.get)
 
     return install
 

@@ -30,6 +30,7 @@ from typing import Any, Dict
 
 from fairseq_sparsemixer.commands.flags import refuse_without_effect, whole_number
 from fairseq_sparsemixer.corpora.debian.preparation import DEBIAN_VOCAB_SIZE, prepare_debian
+from fairseq_sparsemixer.corpora.downloads import ShelfChoice
 from fairseq_sparsemixer.corpora.homeassistant.preparation import prepare_homeassistant
 from fairseq_sparsemixer.corpora.iwslt14 import IWSLT14_MERGES, prepare_iwslt14
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
@@ -234,9 +235,7 @@ def _wmt14(args: argparse.Namespace) -> Dict[str, Any]:
         merges=args.merges or WMT14_MERGES,
         news_commentary=args.news_commentary or DEFAULT_NEWS_COMMENTARY,
         raw_dir=args.raw_dir,
-        downloads=downloads,
-        checksums=args.checksums,
-        mirror=args.mirror,
+        archives=ShelfChoice(downloads, args.checksums, args.mirror),
         workers=args.workers,
     )
 
@@ -258,9 +257,7 @@ def _iwslt14(args: argparse.Namespace) -> Dict[str, Any]:
     return prepare_iwslt14(
         args.output,
         merges=args.merges or IWSLT14_MERGES,
-        downloads=args.downloads,
-        checksums=args.checksums,
-        mirror=args.mirror,
+        archives=ShelfChoice(args.downloads, args.checksums, args.mirror),
         workers=args.workers,
     )
 

@@ -6,9 +6,9 @@ import shutil
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Dict
 
-from fairseq_sparsemixer.corpora.downloads import Checksums, RemoteFile, obtain
+from fairseq_sparsemixer.corpora.downloads import RemoteFile, Shelf, obtain
 from fairseq_sparsemixer.disk import report_full_disk
 from fairseq_sparsemixer.errors import UserError
 
@@ -16,25 +16,22 @@ from fairseq_sparsemixer.errors import UserError
 def unpack(
     remote: RemoteFile,
     members: Dict[str, Path],
-    downloads: Path,
-    checksums: Checksums,
-    mirror: Optional[str],
+    shelf: Shelf,
     megabytes: int,
 ) -> None:
     """Download an archive unless it is there, copy members of it out, and record its checksum.
 
     Args:
-        remote, checksums, mirror: see :func:`.downloads.obtain`.
+        remote, shelf: see :func:`.downloads.obtain`.
         members: see :func:`extract_members`.
-        downloads: the folder of archives.
-        megabytes: that the folder may need, for the error where the disk is full.
+        megabytes: that the shelf may need, for the error where the disk is full.
 
     Raises:
         UserError: see both; an archive that was downloaded just now is then removed.
     """
-    was_there = (downloads / remote.name).exists()
-    with report_full_disk(downloads, megabytes, "--downloads"):
-        path = obtain(remote, downloads, checksums, mirror)
+    was_there = (shelf.folder / remote.name).exists()
+    with report_full_disk(shelf.folder, megabytes, "--downloads"):
+        path = obtain(remote, shelf)
     try:
         extract_members(path, members)
     except UserError as error:
@@ -45,7 +42,7 @@ def unpack(
             f"{error}; it was removed: run the command again to download it anew, or name another "
             "server with --mirror"
         ) from error
-    checksums.record(remote, path)
+    shelf.checksums.record(remote, path)
 
 
 def extract_members(archive: Path, members: Dict[str, Path]) -> None:

@@ -20,12 +20,14 @@ from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.workers import map_chunks, useful_workers
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, iterate_lines
+from fairseq_sparsemixer.text import moses
 
 _SPECIAL_SYMBOLS = 4  # of fairseq's dictionary
 
 
 def check_installed() -> None:
-    """Raise a :class:`UserError` unless subword-nmt can be imported."""
+    """Raise a :class:`UserError` unless sacremoses and subword-nmt can be imported."""
+    moses.tokenise("", "en")
     _subword_nmt("learn_bpe")
 
 

@@ -14,7 +14,7 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 from tqdm import tqdm
 
@@ -95,34 +95,68 @@ class Checksums:
                 write_json(self.path, self.entries)
 
 
-def check_recorded(archives: Dict[str, Any], checksums: Checksums, folder: Path) -> None:
-    """Raise a :class:`UserError` where a corpus was made from other archives than recorded.
+class Shelf(NamedTuple):
+    """Where downloads are kept, and come from.
 
-    Args:
-        archives: entries as of :class:`Checksums`, of what ``folder`` was made from.
-        checksums: the record that the user has given.
-        folder: of the corpus.
-    """
-    for name, entry in archives.items():
-        if checksums.expected(name) not in (None, entry["sha256"]):
-            raise UserError(
-                f"{folder} was made from another {name} than {checksums.path} asks for: name "
-                "another folder with --output"
-            )
-
-
-def obtain(remote: RemoteFile, folder: Path, checksums: Checksums, mirror: Optional[str]) -> Path:
-    """The file in ``folder``: the copy there if it is the right one, else downloaded.
-
-    Args:
-        remote: what to get.
-        folder: where it is kept; an interrupted download goes on there.
+    Attributes:
+        folder: an interrupted download goes on there.
         checksums: a recorded SHA-256 must match; it goes before the published MD5.
-        mirror: scheme and host (and path) in place of those of ``remote.url``.
+        mirror: scheme and host (and path) in place of those of a file's URL.
+    """
+
+    folder: Path
+    checksums: Checksums
+    mirror: Optional[str]
+
+    def check_made_from(self, archives: Dict[str, Any], corpus: Path) -> None:
+        """Raise a :class:`UserError` where a corpus was made from other archives than recorded.
+
+        Args:
+            archives: entries as of :class:`Checksums`, of what it was made from.
+            corpus: its folder.
+        """
+        for name, entry in archives.items():
+            if self.checksums.expected(name) not in (None, entry["sha256"]):
+                raise UserError(
+                    f"{corpus} was made from another {name} than {self.checksums.path} asks for: "
+                    "name another folder with --output"
+                )
+
+
+class ShelfChoice(NamedTuple):
+    """What a user says of a :class:`Shelf`.
+
+    Attributes:
+        downloads: its folder; None for ``download`` in that of the corpus.
+        checksums: the record; None for ``checksums.json`` beside the downloads.
+        mirror: see there.
+    """
+
+    downloads: Optional[Path] = None
+    checksums: Optional[Path] = None
+    mirror: Optional[str] = None
+
+    def shelf(self, corpus: Path) -> Shelf:
+        """That of the corpus in a folder.
+
+        Raises:
+            UserError: see :class:`Checksums`.
+        """
+        folder = self.downloads or corpus / "download"
+        return Shelf(folder, Checksums(self.checksums or folder / "checksums.json"), self.mirror)
+
+
+DEFAULT_SHELF = ShelfChoice()
+"""In the corpus' own folder, from where files are published."""
+
+
+def obtain(remote: RemoteFile, shelf: Shelf) -> Path:
+    """The file on the shelf: the copy there if it is the right one, else downloaded.
 
     Raises:
         UserError: no network, no such file, or not the recorded or published bytes.
     """
+    folder, checksums, mirror = shelf
     path = folder / remote.name
     if not path.is_file():
         with in_turn(path, beside=True):

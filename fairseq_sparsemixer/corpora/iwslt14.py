@@ -17,13 +17,14 @@ from fairseq_sparsemixer.corpora import bpe
 from fairseq_sparsemixer.corpora.archives import unpack
 from fairseq_sparsemixer.corpora.bpe import token_path
 from fairseq_sparsemixer.corpora.cleaning import moses_drop_reason
-from fairseq_sparsemixer.corpora.downloads import Checksums, RemoteFile, check_recorded
-from fairseq_sparsemixer.corpora.folder import TextPath, count_lines, paths_of, raw_path, steps_in
+from fairseq_sparsemixer.corpora.downloads import DEFAULT_SHELF, RemoteFile, Shelf, ShelfChoice
+from fairseq_sparsemixer.corpora.folder import count_lines, paths_of, raw_path, steps_in
 from fairseq_sparsemixer.corpora.parallel_text import (
     LinePair,
     ParallelFiles,
     iterate_segments,
     pair_writer,
+    parallel_files,
 )
 from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.text_to_binary import moses_steps, write_record
@@ -61,9 +62,7 @@ def prepare_iwslt14(
     output: Path,
     *,
     merges: int = IWSLT14_MERGES,
-    downloads: Optional[Path] = None,
-    checksums: Optional[Path] = None,
-    mirror: Optional[str] = None,
+    archives: ShelfChoice = DEFAULT_SHELF,
     workers: Optional[int] = None,
 ) -> Dict[str, Any]:
     """Build IWSLT14 German-English in ``output``; finished steps are skipped.
@@ -71,7 +70,7 @@ def prepare_iwslt14(
     Args:
         output: folder of the corpus; made if need be.
         merges: of the joint BPE.
-        downloads, checksums, mirror: see :func:`.downloads.obtain`.
+        archives: where they are kept, and come from.
         workers: processes at most (default: the cores).
 
     Returns:
@@ -82,18 +81,16 @@ def prepare_iwslt14(
             a text have different numbers of lines.
     """
     # Missing packages are told before the download.
-    moses.tokenise("", LANGUAGES[0])
     bpe.check_installed()
     with steps_in(output, MEGABYTES, "iwslt14") as steps:
-        downloads = downloads or output / "download"
-        record = Checksums(checksums or downloads / "checksums.json")
+        shelf = archives.shelf(output)
         text = steps.run(
             "tokenise",
             {"version": __version__},
             [],
-            lambda: _tokenise(output, downloads, record, mirror, workers),
+            lambda: _tokenise(output, shelf, workers),
         )
-        check_recorded(text["archives"], record, output)
+        shelf.check_made_from(text["archives"], output)
         return write_record(
             steps,
             LANGUAGES,
@@ -112,13 +109,7 @@ def prepare_iwslt14(
         )
 
 
-def _tokenise(
-    folder: Path,
-    downloads: Path,
-    checksums: Checksums,
-    mirror: Optional[str],
-    workers: Optional[int],
-) -> StepResult:
+def _tokenise(folder: Path, shelf: Shelf, workers: Optional[int]) -> StepResult:
     """Write ``raw/`` and ``tokens/``, both in small letters; what was kept and dropped."""
     with scratch_folder(folder / ".raw.partial") as scratch:
         members = {
@@ -126,7 +117,7 @@ def _tokenise(
             for text in (_TRAIN, *_TEST)
             for language in LANGUAGES
         }
-        unpack(ARCHIVE, members, downloads, checksums, mirror, MEGABYTES)
+        unpack(ARCHIVE, members, shelf, MEGABYTES)
         train, *tests = zip(*[iter(members.values())] * len(LANGUAGES))
         kept, dropped = _write_train(folder, train, workers)
         with _writer(folder, "test") as write:
@@ -137,7 +128,7 @@ def _tokenise(
     write_json(settings, {"split_hyphens": False, "lowercase": True})
     paths = [*paths_of(raw_path, folder, LANGUAGES), *paths_of(token_path, folder, LANGUAGES)]
     return [*paths, settings], {
-        "archives": {ARCHIVE.name: checksums.entries[ARCHIVE.name]},
+        "archives": {ARCHIVE.name: shelf.checksums.entries[ARCHIVE.name]},
         "cleaning": {"pairs": kept, "dropped": dict(sorted(dropped.items()))},
     }
 
@@ -214,7 +205,7 @@ def _writer(folder: Path, split: str) -> Iterator[Callable[[Tuple[LinePair, Line
     """Yield what writes a pair in small letters, and its tokens."""
     with contextlib.ExitStack() as stack:
         text, tokens = (
-            stack.enter_context(pair_writer(_files(path, folder, split)))
+            stack.enter_context(pair_writer(parallel_files(path, folder, split, LANGUAGES)))
             for path in (raw_path, token_path)
         )
 
@@ -224,8 +215,3 @@ def _writer(folder: Path, split: str) -> Iterator[Callable[[Tuple[LinePair, Line
             tokens(pair_of_tokens)
 
         yield write
-
-
-def _files(path: TextPath, folder: Path, split: str) -> ParallelFiles:
-    source, target = (path(folder, split, language) for language in LANGUAGES)
-    return source, target

@@ -10,7 +10,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Tupl
 from tqdm import tqdm
 
 from fairseq_sparsemixer.corpora.cleaning import normalise
-from fairseq_sparsemixer.corpora.folder import count_lines
+from fairseq_sparsemixer.corpora.folder import Languages, TextPath, count_lines
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, decode_line, iterate_lines
 
@@ -19,6 +19,14 @@ ParallelFiles = Tuple[Path, Path]
 """Two files, whose lines correspond."""
 _SEGMENT = re.compile(r"<seg.*?>(.*)</seg>.*?")
 _SPACES = re.compile(r"\s+")
+
+
+def parallel_files(
+    text_path: TextPath, folder: Path, split: str, languages: Languages
+) -> ParallelFiles:
+    """The files of a split in both languages."""
+    source, target = (text_path(folder, split, language) for language in languages)
+    return source, target
 
 
 def iterate_segments(path: Path) -> Iterator[str]:

@@ -61,7 +61,7 @@ def score_system(
     path = _hypotheses_path(stem, language)
     write_lines(path, hypotheses)
     scores = scoring.score(hypotheses, text.references, text.tokeniser, text.official)
-    if kind is not None and kind.key == TOKENISED.key:
+    if isinstance(translator.subwords, MosesBPE):
         tokens = [translation.tokens or "" for translation in translations]
         reference = [translator.subwords.tokenise(line, language) for line in text.references]
     elif kind is COMPOUND_SPLIT:

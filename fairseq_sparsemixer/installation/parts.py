@@ -1,6 +1,5 @@
 """What is installed, which devices there are, and which backends of the experts serve them."""
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +10,7 @@ from packaging.requirements import Requirement
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.moe.dispatch import BACKENDS, OBSTACLES, backend_for
+from fairseq_sparsemixer.requirements import version_of
 from fairseq_sparsemixer.version import __version__
 
 DISTRIBUTION = "fairseq-sparsemixer"
@@ -59,7 +59,7 @@ def extras() -> Dict[str, str]:
     for extra in sorted({*(metadata.get_all("Provides-Extra") or ())} - {"dev"}):
         needed = requirements(extra)
         found[extra] = ", ".join(f"{each.name} {_version(each)}" for each in needed)
-        if any(_found(each) is None for each in needed):
+        if any(version_of(each.name) is None for each in needed):
             found[extra] += f" (pip install '{DISTRIBUTION}[{extra}]')"
     return found
 
@@ -88,21 +88,14 @@ def _applies(requirement: Requirement, extra: Optional[str]) -> bool:
     return always if extra is None else not always and marker.evaluate({"extra": extra})
 
 
-def _found(requirement: Requirement) -> Optional[str]:
-    """The version that is installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(requirement.name)
-    return None
-
-
 def _suits(requirement: Requirement) -> bool:
-    found = _found(requirement)
+    found = version_of(requirement.name)
     return found is not None and requirement.specifier.contains(found, prereleases=True)
 
 
 def _version(requirement: Requirement) -> str:
     """The same in words, with what is wrong with it."""
-    found = _found(requirement)
+    found = version_of(requirement.name)
     if found is None:
         return "missing"
     return found if _suits(requirement) else f"{found}, which is not {requirement.specifier}"

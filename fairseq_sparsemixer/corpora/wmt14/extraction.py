@@ -10,11 +10,12 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.corpora.archives import unpack
 from fairseq_sparsemixer.corpora.cleaning import normalise
-from fairseq_sparsemixer.corpora.downloads import Checksums, RemoteFile, md5_of
+from fairseq_sparsemixer.corpora.downloads import RemoteFile, Shelf, md5_of
 from fairseq_sparsemixer.corpora.folder import SPLITS, paths_of, raw_path
 from fairseq_sparsemixer.corpora.parallel_text import (
     ParallelFiles,
     iterate_segments,
+    parallel_files,
     write_parallel,
 )
 from fairseq_sparsemixer.corpora.resumable import StepResult
@@ -84,9 +85,7 @@ def _published_md5(url: str) -> Optional[str]:
 
 def extract(
     folder: Path,
-    downloads: Path,
-    checksums: Checksums,
-    mirror: Optional[str],
+    shelf: Shelf,
     news_commentary: str,
 ) -> StepResult:
     """Download what is missing, and write ``raw/``.
@@ -98,23 +97,20 @@ def extract(
         ``held_out_sources``, the training sentences that are also in the validation or test text.
 
     Raises:
-        UserError: see :func:`.archives.unpack`; or two
-            languages of one text have different numbers of lines.
+        UserError: see :func:`.archives.unpack`; or two languages of one text have different
+            numbers of lines.
     """
     sources = archives(news_commentary)
     with scratch_folder(folder / ".raw.partial") as scratch:
         # The small archives of validation and test come first: what is wrong shows early.
-        texts = {
-            archive: _unpack(archive, downloads, checksums, mirror, scratch)
-            for archive in reversed(sources)
-        }
+        texts = {archive: _unpack(archive, shelf, scratch) for archive in reversed(sources)}
         pairs, dropped, also_held_out = _write_raw(
             folder, [texts[archive] for archive in sources[:-2]], texts[VALID], texts[TEST]
         )
-    is_published = md5_of(downloads / TEST.remote.name) == TEST.remote.md5
+    is_published = md5_of(shelf.folder / TEST.remote.name) == TEST.remote.md5
     return paths_of(raw_path, folder, LANGUAGES), {
         "archives": {
-            archive.remote.name: checksums.entries[archive.remote.name] for archive in sources
+            archive.remote.name: shelf.checksums.entries[archive.remote.name] for archive in sources
         },
         "pairs": dict(zip(("europarl", "common_crawl", "news_commentary"), pairs)),
         "dropped": dropped,
@@ -161,15 +157,12 @@ def _write_raw(
 
 def raw_paths(folder: Path, split: str) -> ParallelFiles:
     """The files of a split in both languages."""
-    source, target = (raw_path(folder, split, language) for language in LANGUAGES)
-    return source, target
+    return parallel_files(raw_path, folder, split, LANGUAGES)
 
 
 def _unpack(
     archive: Archive,
-    downloads: Path,
-    checksums: Checksums,
-    mirror: Optional[str],
+    shelf: Shelf,
     scratch: Path,
 ) -> ParallelFiles:
     """The text of an archive in both languages, as files in ``scratch``."""
@@ -180,7 +173,7 @@ def _unpack(
         }
     else:
         members = archive.members(scratch)
-    unpack(archive.remote, members, downloads, checksums, mirror, DOWNLOAD_MEGABYTES)
+    unpack(archive.remote, members, shelf, DOWNLOAD_MEGABYTES)
     source, target = members.values()
     if archive is TEST:
         source, target = (_plain_text(side) for side in (source, target))

@@ -13,7 +13,12 @@ from fairseq_sparsemixer.corpora.cleaning import (
     normalise,
 )
 from fairseq_sparsemixer.corpora.folder import count_lines, raw_path
-from fairseq_sparsemixer.corpora.parallel_text import LinePair, ParallelFiles, pair_writer
+from fairseq_sparsemixer.corpora.parallel_text import (
+    LinePair,
+    ParallelFiles,
+    pair_writer,
+    parallel_files,
+)
 from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.wmt14.extraction import LANGUAGES, raw_paths
 from fairseq_sparsemixer.corpora.workers import map_chunks, useful_workers
@@ -86,9 +91,9 @@ def tokenise(folder: Path, workers: Optional[int]) -> StepResult:
         ("valid", _tokenise_valid_chunk),
         ("test", _tokenise_test_chunk),
     ):
-        source, target = (token_path(folder, split, language) for language in LANGUAGES)
-        counts = _filter(folder, split, (source, target), function, workers)
-        outputs += [source, target]
+        targets = parallel_files(token_path, folder, split, LANGUAGES)
+        counts = _filter(folder, split, targets, function, workers)
+        outputs += targets
         if split == "train":
             result = counts
     return outputs, result

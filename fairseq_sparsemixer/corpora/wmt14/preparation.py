@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from fairseq_sparsemixer.corpora import bpe
-from fairseq_sparsemixer.corpora.downloads import Checksums, check_recorded
+from fairseq_sparsemixer.corpora.downloads import DEFAULT_SHELF, ShelfChoice
 from fairseq_sparsemixer.corpora.folder import paths_of, raw_path, steps_in
 from fairseq_sparsemixer.corpora.own_text import check_raw_dir
 from fairseq_sparsemixer.corpora.resumable import Steps
@@ -17,7 +17,6 @@ from fairseq_sparsemixer.corpora.wmt14 import extraction, filtering
 from fairseq_sparsemixer.corpora.wmt14.extraction import LANGUAGES
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import sha256_of
-from fairseq_sparsemixer.text import moses
 from fairseq_sparsemixer.version import __version__
 
 PIPELINES = ("sentencepiece", "moses")
@@ -40,9 +39,7 @@ def prepare_wmt14(
     merges: int = WMT14_MERGES,
     news_commentary: str = DEFAULT_NEWS_COMMENTARY,
     raw_dir: Optional[Path] = None,
-    downloads: Optional[Path] = None,
-    checksums: Optional[Path] = None,
-    mirror: Optional[str] = None,
+    archives: ShelfChoice = DEFAULT_SHELF,
     workers: Optional[int] = None,
 ) -> Dict[str, Any]:
     """Build WMT14 English-German in ``output``; finished steps are skipped.
@@ -54,7 +51,7 @@ def prepare_wmt14(
         merges: of the pipeline ``moses``.
         news_commentary: ``"v12"`` or ``"v9"``.
         raw_dir: the user's own text in place of the archives.
-        downloads, checksums, mirror: see :func:`.downloads.obtain`.
+        archives: where they are kept, and come from.
         workers: processes at most (default: the cores).
 
     Returns:
@@ -66,12 +63,11 @@ def prepare_wmt14(
     """
     if pipeline == "moses":
         # Missing packages are told before an hour of downloading.
-        moses.tokenise("", LANGUAGES[0])
         bpe.check_installed()
     _check_pipeline(output, pipeline)
     corpus = "wmt14" if raw_dir is None else "own text"
     with steps_in(output, MEGABYTES, corpus) as steps:
-        raw = _raw_text(steps, news_commentary, raw_dir, downloads, checksums, mirror)
+        raw = _raw_text(steps, news_commentary, raw_dir, archives)
         if pipeline == "moses":
             cleaning, cut = _cut_by_moses(steps, merges, workers)
         else:
@@ -108,9 +104,7 @@ def _raw_text(
     steps: Steps,
     news_commentary: str,
     raw_dir: Optional[Path],
-    downloads: Optional[Path],
-    checksums: Optional[Path],
-    mirror: Optional[str],
+    archives: ShelfChoice,
 ) -> Dict[str, Any]:
     """The step that writes ``raw/``, and what it says of it."""
     folder = steps.folder
@@ -120,16 +114,15 @@ def _raw_text(
         checksums_of_text = {name: sha256_of(own / name) for name in names}
         settings = {"version": __version__, "sha256": checksums_of_text}
         return steps.run("copy-text", settings, [], lambda: extraction.copy_text(folder, own))
-    downloads = downloads or folder / "download"
-    record = Checksums(checksums or downloads / "checksums.json")
+    shelf = archives.shelf(folder)
     settings = {"version": __version__, "news_commentary": news_commentary}
     raw = steps.run(
         "extract",
         settings,
         [],
-        lambda: extraction.extract(folder, downloads, record, mirror, news_commentary),
+        lambda: extraction.extract(folder, shelf, news_commentary),
     )
-    check_recorded(raw["archives"], record, folder)
+    shelf.check_made_from(raw["archives"], folder)
     return raw
 
 
