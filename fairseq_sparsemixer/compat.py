@@ -280,8 +280,7 @@ def _train_deterministically() -> None:
 
     @functools.wraps(original)
     def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(cfg.model, "deterministic", False):
-            determinism.switch(True)
+        determinism.follow(bool(getattr(cfg.model, "deterministic", False)))
         original(self, cfg, *args, **kwargs)
 
     Trainer.__init__ = __init__

@@ -27,6 +27,24 @@ def switch(on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
 
 
+_switched = False
+"""Whether the training before switched it on."""
+
+
+def follow(wanted: bool) -> None:
+    """Switch it on for a training that wants it, and off again for the next one in this process.
+
+    hydra's sweeps train several. Who has asked PyTorch for it keeps it.
+    """
+    global _switched
+    if wanted and not torch.are_deterministic_algorithms_enabled():
+        switch(True)
+        _switched = True
+    elif _switched and not wanted:
+        switch(False)
+        _switched = False
+
+
 def naming_the_flag(step: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a step of training: an operator that is refused is told in one sentence."""
 

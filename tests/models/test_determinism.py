@@ -28,7 +28,7 @@ def switched_off(monkeypatch):
     """What the flag changes in the process is undone."""
     monkeypatch.delenv(determinism.WORKSPACE, raising=False)
     yield
-    determinism.switch(False)
+    determinism.follow(False)
     assert torch.utils.deterministic.fill_uninitialized_memory  # PyTorch's default
 
 
@@ -109,6 +109,19 @@ def test_on_a_cpu_the_flag_changes_nothing(name, trained, one_thread):
     (with_it, _) = trained(name, **{"model.deterministic": True})
     assert torch.are_deterministic_algorithms_enabled()
     assert_same(with_it, without)
+    trained(name)  # the next one of a sweep
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_who_has_asked_pytorch_for_it_keeps_it(trained):
+    torch.use_deterministic_algorithms(True)
+    try:
+        trained("switch")
+        trained("switch", **{"model.deterministic": True})
+        trained("switch")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_an_operator_without_a_deterministic_form_is_refused(build_trainer, monkeypatch):
