@@ -6,10 +6,13 @@
 Three exchanges among processes of gloo, in float32: ``legacy_ddp`` sums the gradients of a model
 with experts, as a training does that holds all experts in each worker; tensors of many sizes are
 summed alone; and ``all_to_all_single`` carries tokens to the workers of their experts, evenly, or
-by the shares that a trained model gave its experts (``--shares``). The kernel counts each worker's
-bytes. A time is the slowest worker's, the least over rounds, beside the time that two numbers
-foretell: seconds a message and bytes a second, of the smallest and the largest sum. Processes on
-few cores share them: how times grow is what is checked, not a network.
+by the shares that a trained model gave its experts (``--shares``). Then an update without its
+optimiser, forward to summed gradients, once with all experts in each worker and once with the
+experts spread over all (``--expert-parallel-size``). The kernel counts each worker's bytes. A time
+is the slowest worker's, the least over rounds, beside the time that two numbers foretell: seconds a
+message and bytes a second, of the smallest and the largest sum; for spread experts, the time of the
+update that does not spread them, and what its exchanges take more or less. Processes on few cores
+share them: how times grow is what is checked, not a network.
 """
 
 import argparse
@@ -30,10 +33,15 @@ from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistribut
 
 from benchmarks import measuring, models, scaling
 from benchmarks.measuring import Record
+from fairseq_sparsemixer.moe.feed_forward import moe_layers
+from fairseq_sparsemixer.moe.parallel import is_spread
 from fairseq_sparsemixer.tables import markdown
 
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24)
 """Bytes of the tensors that are summed."""
+LENGTH = 32
+"""Tokens of a sentence in an update."""
+REPLICATED, SPREAD = "update, all experts in each", "update, experts spread"
 _BYTES_SENT = 200
 """Where struct tcp_info of Linux (4.19 and later) has ``tcpi_bytes_sent``."""
 
@@ -86,6 +94,39 @@ def _gradients(args: argparse.Namespace) -> Tuple[int, Callable[[], Any]]:
     return sum(p.numel() for p in model.parameters()), wrapped.all_reduce_grads
 
 
+def _update(args: argparse.Namespace, group: int) -> Tuple[float, Callable[[], Any]]:
+    """Bytes that a worker sends in an update by the formulas, and forward, backward and sums.
+
+    Args:
+        args: the flags.
+        group: workers that share the experts; 1 where each holds all.
+    """
+    task = models.RandomWords(args.vocabulary)
+    sizes = {"expert_parallel_size": group, "dropout": 0.0}
+    model = models.build(models.configuration(args, "switch", data="", **sizes).model, task)
+    wrapped = LegacyDistributedDataParallel(model, dist.group.WORLD)
+    torch.manual_seed(dist.get_rank())
+    words = torch.randint(4, args.vocabulary, (args.tokens // LENGTH, LENGTH))
+    lengths = torch.full((len(words),), LENGTH)
+
+    def update() -> None:
+        model.zero_grad()
+        model(words, lengths, words)[0].sum().backward()
+        wrapped.all_reduce_grads()
+        for layer in moe_layers(model):
+            if layer.experts.parallel is not None:
+                layer.experts.parallel.average_gradients(layer.experts.parameters())
+
+    workers, layers = dist.get_world_size(), len(list(moe_layers(model)))
+    shared = sum(p.numel() for p in model.parameters() if not is_spread(p))
+    tokens = 4 * words.numel() * args.embed_dim
+    foretold = scaling.all_reduce_bytes(4 * shared, workers)
+    if group > 1:  # there and back, and so do the gradients; and the counts, 8 bytes each
+        foretold += 4 * layers * scaling.all_to_all_bytes(tokens, group)
+        foretold += layers * scaling.all_to_all_bytes(8 * args.num_experts, group)
+    return foretold, update
+
+
 def _tokens(args: argparse.Namespace, shares: List[float]) -> Callable[[], Any]:
     """An exchange of tokens with the workers of their experts.
 
@@ -129,6 +170,9 @@ def _work(rank: int, workers: int, args: argparse.Namespace, place: str) -> None
         size = 4 * args.tokens * args.embed_dim
         # Each sends all but its own experts' tokens: in the mean, whatever the shares.
         add(name, size, scaling.all_to_all_bytes(size, workers), _tokens(args, shares))
+    for name, group in ((REPLICATED, 1), (SPREAD, workers)):
+        foretold, update = _update(args, group)
+        add(name, int(foretold), foretold, update)
     if rank == 0:
         Path(place, "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
@@ -160,6 +204,11 @@ def foretell(rows: List[Record]) -> None:
     for row in rows:
         messages = (workers - 1) * (1 if row["exchange"].startswith("tokens") else 2)
         row["foretold_seconds"] = messages * a_message + row["foretold_bytes"] / a_second
+    updates = {row["exchange"]: row for row in rows}
+    whole, spread = updates[REPLICATED], updates[SPREAD]
+    more = spread["foretold_seconds"] - whole["foretold_seconds"]
+    spread["foretold_seconds"] = min(whole["seconds"]) + more
+    whole["foretold_seconds"] = None
 
 
 def table(rows: List[Record]) -> str:
@@ -173,7 +222,8 @@ def table(rows: List[Record]) -> str:
                 *(row["exchange"], str(row["workers"])),
                 *(f"{row[key] / 1e6:.3f}" for key in ("bytes", "sent_bytes")),
                 f"{row['sent_bytes'] / row['foretold_bytes']:.4f}",
-                *(f"{1e3 * s:.2f}" for s in (min(row["seconds"]), row["foretold_seconds"])),
+                f"{1e3 * min(row['seconds']):.2f}",
+                "" if row["foretold_seconds"] is None else f"{1e3 * row['foretold_seconds']:.2f}",
             ]
         )
     return markdown(cells)

@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistributedDataParallel
 from fairseq.models.ema.ema import EMA
 from fairseq.optim import FairseqOptimizer
 from fairseq.trainer import Trainer
@@ -29,6 +30,7 @@ def apply() -> None:
     """Put this in the place of what fairseq does."""
     _refuse_what_would_be_wrong()
     _average_gradients()
+    _sum_no_empty_buffer()
     _agree_on_norm()
     _end_without_memory()
     _save_one_file()
@@ -104,6 +106,22 @@ def _average_gradients() -> None:
                 layer.experts.parallel.average_gradients(layer.experts.parameters())
 
     FairseqOptimizer.all_reduce_grads = all_reduce_grads
+
+
+def _sum_no_empty_buffer() -> None:
+    """Let ``legacy_ddp`` send what is shared, and no room for experts behind it.
+
+    It sums its buffer as a whole, of the size of all parameters of the worker.
+    """
+    original = LegacyDistributedDataParallel.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, module, *args, **kwargs)
+        shared = sum(p.numel() for p in module.parameters() if not is_spread(p))
+        self.buffer_size = min(self.buffer_size, shared)
+
+    LegacyDistributedDataParallel.__init__ = __init__
 
 
 def _agree_on_norm() -> None:

@@ -82,7 +82,12 @@ def test_two_threads_give_the_same_bits_again(name, trained, one_thread):
     """And another rounding than one, which shows that they share the work."""
     one, norm = trained(name, subset="train", **WIDE)
     torch.set_num_threads(2)
-    (first, norm_of_two), (second, _) = (trained(name, subset="train", **WIDE) for _ in range(2))
+    try:
+        (first, norm_of_two), (second, _) = (
+            trained(name, subset="train", **WIDE) for _ in range(2)
+        )
+    finally:
+        torch.set_num_threads(1)  # as all of this module have it
     assert_same(second, first)
     assert any(not torch.equal(one[key], first[key]) for key in first)
     assert norm_of_two == pytest.approx(norm, rel=1e-5)
