@@ -14,7 +14,7 @@ from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.archives import Refusal, verify
 from fairseq_sparsemixer.runs.checkpoints import BEST_PATTERN, EPOCH_PATTERN, UPDATE_PATTERN
 
-LAST = "checkpoint_last.pt"
+LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 
 
 def is_intact(path: Path) -> bool:
@@ -56,4 +56,4 @@ def mend_last(folder: Path) -> Optional[Path]:
 def _is_fairseqs(name: str) -> bool:
     """Whether fairseq wrote it in training: an average, for one, has no state of the optimiser."""
     patterns = (EPOCH_PATTERN, UPDATE_PATTERN, BEST_PATTERN)
-    return name == "checkpoint_best.pt" or any(pattern.fullmatch(name) for pattern in patterns)
+    return name == BEST or any(pattern.fullmatch(name) for pattern in patterns)

@@ -29,6 +29,7 @@ _STATE = {
     "overrides?": [str],
     "config?": str,
     "evaluate_every?": int,
+    "score?": str,
     "beam?": int,
     f"{KEY}?": [str],
 }
@@ -67,7 +68,8 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
 
 def read_run_state(folder: Path) -> Dict[str, Any]:
     """What :data:`STATE` says in the folder of a run; see :func:`.engine.read_state`."""
-    return read_state(folder / STATE, _STATE)
+    state = read_state(folder / STATE, _STATE)
+    return {"score": "last", **state} if state else {}  # all did, before there was a choice
 
 
 def _copy_corpus(data: Path, target: Path, plan_file: Path) -> None:
@@ -119,6 +121,7 @@ def made_with(plan: Plan, run: Variant) -> Dict[str, Any]:
         "overrides": run.overrides,
         "config": plan.config,
         "evaluate_every": plan.evaluate_every,
+        "score": plan.score,
         "beam": plan.beam,
     }
 

@@ -11,7 +11,8 @@
     full-gate-4: {router: sparsemixer, experts: 4, options: {gate: full}}  # --router-options
 
 Further keys, with their defaults: ``config: study`` (of configs/), ``jobs: 1`` (models trained at
-once), ``beam: 4`` (of the test set), ``overrides: []`` (hydra's, of every arm).
+once), ``score: last`` (or ``best``: the checkpoint that translates the test set), ``beam: 4`` (of
+it), ``overrides: []`` (hydra's, of every arm).
 """
 
 import json
@@ -24,10 +25,13 @@ import yaml
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import LARGEST
 from fairseq_sparsemixer.runs.arms import DENSE, Variant, build_variant
+from fairseq_sparsemixer.runs.mending import BEST, LAST
 from fairseq_sparsemixer.training.settings import overridden, quoted
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")  # a folder, and a value for hydra
 _ARM_KEYS = {"router", "experts", "options", "overrides"}
+CHECKPOINTS = {"last": LAST, "best": BEST}
+"""What can be scored: the end, or the update with the lowest validation loss."""
 _MOST = f", at most {LARGEST}"
 
 
@@ -40,6 +44,7 @@ class Plan(NamedTuple):
         updates, evaluate_every: of the parameters.
         seeds: of ``common.seed``.
         jobs: models trained at once.
+        score: the checkpoint that translates the test set, one of :data:`CHECKPOINTS`.
         beam: of the final translation of the test set.
         arms: the overrides of each, common ones first.
     """
@@ -50,6 +55,7 @@ class Plan(NamedTuple):
     evaluate_every: int
     seeds: List[int]
     jobs: int
+    score: str
     beam: int
     arms: Dict[str, List[str]]
 
@@ -103,7 +109,10 @@ def read_plan(path: Path) -> Plan:
         raise UserError(f"cannot read the plan {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no plan of a study: it holds no keys such as arms and seeds")
-    values = {"config": "study", "jobs": 1, "beam": 4, "overrides": [], **content}
+    values = {
+        **{"config": "study", "jobs": 1, "score": "last", "beam": 4, "overrides": []},
+        **content,
+    }
     for key in ("data", "updates", "evaluate_every", "seeds", "arms"):
         if not values.get(key):
             raise UserError(f"{path}: {key} is missing")
@@ -114,6 +123,7 @@ def read_plan(path: Path) -> Plan:
         _check(_is_count(values[key]), path, f"{key} must be a whole number of at least 1{_MOST}")
     for key in ("data", "config"):
         _check(isinstance(values[key], str), path, f"{key} must be a name")
+    _check(values["score"] in CHECKPOINTS, path, f"score must be {' or '.join(CHECKPOINTS)}")
     _check(_NAME.fullmatch(values["config"]), path, "config must be the name of one of configs/")
     _check(
         _is_list(values["seeds"]) and all(map(_is_count, values["seeds"])),

@@ -24,7 +24,7 @@ from fairseq_sparsemixer.study.engine import (
 )
 from fairseq_sparsemixer.study.layout import KEY, PLAN, STATE, lay_out, made_with, read_run_state
 from fairseq_sparsemixer.study.machine import Choice, choose
-from fairseq_sparsemixer.study.plan import Plan
+from fairseq_sparsemixer.study.plan import CHECKPOINTS, Plan
 from fairseq_sparsemixer.training import process
 from fairseq_sparsemixer.training.machine import find_machine
 from fairseq_sparsemixer.training.resources import Parameters
@@ -181,8 +181,8 @@ class _Study:
             print(f"{run.name}: training", flush=True)
             command = self._training_command(run)
             yield Stage("train", command, folder / "train.log", environment)
-        beam = ("--beam", str(self.plan.beam))
-        command = scoring_command(run.name, LAST, "data", Path(run.name, SCORES), *beam)
+        what, beam = CHECKPOINTS[self.plan.score], ("--beam", str(self.plan.beam))
+        command = scoring_command(run.name, what, "data", Path(run.name, SCORES), *beam)
         yield Stage("evaluate", command, folder / "evaluate.log", environment)
         self._finish(run)
 
@@ -224,7 +224,7 @@ class _Study:
     def _finish(self, run: Variant) -> None:
         folder = self.folder / run.name
         for path in folder.glob("checkpoint*.pt"):
-            if path.name != LAST:
+            if path.name not in {LAST, CHECKPOINTS[self.plan.score]}:
                 path.unlink()  # a study of many runs would fill the disk
         state = read_run_state(folder)
         write_json(folder / STATE, {**state, "finished_updates": self.plan.updates})

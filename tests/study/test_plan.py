@@ -18,6 +18,7 @@ WRONG_PLANS = [
     ({"updates": True}, "updates must be a whole number"),
     ({"seeds": 1}, "seeds must be a list"),
     ({"seeds": [1, 1]}, "a seed stands in seeds twice"),
+    ({"score": "all"}, "score must be last or best"),
     ({"jobs": 0}, "jobs must be a whole number of at least 1"),
     ({"epochs": 3}, "there is no key epochs; see docs/study.md"),
     ({"arms": ["dense"]}, "arms must be names"),

@@ -114,6 +114,7 @@ def test_a_plan_may_grow_but_not_change(finished, prepared, tmp_path, capsys):
     for change in (
         {"overrides": [*TINY, "model.jitter_eps=0"]},
         {"evaluate_every": 10},
+        {"score": "best"},
         {"beam": 2},
         {"config": "demo"},
     ):
@@ -150,13 +151,19 @@ def test_a_damaged_run_does_not_keep_the_others_from_work(finished, tmp_path):
 def test_a_folder_that_was_only_prepared_needs_nothing_else(prepared, tmp_path):
     """Wherever it is carried to."""
     corpus = shutil.copytree(prepared, tmp_path / "corpus")
-    plan = write_plan(tmp_path / "plan.yaml", corpus, updates=30, arms={"d": {"router": "dense"}})
+    arms = {"d": {"router": "dense"}}
+    plan = write_plan(tmp_path / "plan.yaml", corpus, updates=30, arms=arms, score="best")
     folder = tmp_path / "study"
     assert "1 runs to do" in study(plan, "--output", folder, "--prepare-only")
     shutil.rmtree(corpus)
     plan.unlink()
     carried = shutil.move(folder, tmp_path / "für a=b, (c) 'd' $e:f")
     assert "all 1 runs are finished" in study(carried, cwd="/")
+    (run,) = map(read_run, find_runs([carried]))
+    (scored,) = run.evaluation["checkpoints"]
+    assert scored["path"] == "d-seed1/checkpoint_best.pt"
+    names = {path.name for path in carried.glob("d-seed1/*.pt")}
+    assert names == {"checkpoint_best.pt", "checkpoint_last.pt"}
 
 
 def test_two_studies_do_not_share_a_folder(finished, prepared):
