@@ -188,7 +188,8 @@ def cost(
     rest, own = total - of_experts, of_experts // group
     held = total / workers if way == SHARDED else rest + own
     of_ddp = 1 if way == SHARDED else workers
-    state = resources.state_bytes(int(held), half=True, workers=of_ddp)
+    spread = own if way == PARALLEL else 0
+    state = resources.state_bytes(int(held), half=True, workers=of_ddp, spread=spread)
     memory: Dict[str, float] = {"state": sum(state.values()), "activations": shape.activations}
     sent, seconds = {}, {}
     flops = 6.0 * TOKENS * 1e-12 / (cluster.tflops * resources.UTILISATION)

@@ -50,9 +50,13 @@ def _memory(launch: Launch) -> List[str]:
 
 
 def _memory_parts(launch: Launch, half: bool, workers: int) -> Dict[str, int]:
-    total = resources.count_parameters(launch.model).total
+    held, own = resources.count_parameters(launch.model).total, 0
+    group = launch.settings["model"].get("expert_parallel_size") or 1
+    if workers > 1 and group > 1:
+        own = resources.expert_parameters(launch.model, group)
+        held += own - resources.expert_parameters(launch.model)
     return {
-        **resources.state_bytes(total, half, workers),
+        **resources.state_bytes(held, half, workers, spread=own),
         **resources.activation_bytes(launch.model, launch.batch.max_tokens, half),
     }
 

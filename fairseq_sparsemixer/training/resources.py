@@ -97,19 +97,26 @@ def count_parameters(model: Any) -> Parameters:
     return Parameters(total, active, computed)
 
 
-def state_bytes(total: int, half: bool, workers: int = 1) -> Dict[str, int]:
+def expert_parameters(model: Any, group: int = 1) -> int:
+    """Number of parameters of the experts that a worker holds, of a group that shares them."""
+    experts = (p for layer in moe_layers(model) for p in layer.experts.parameters())
+    return sum(p.numel() for p in experts) // group
+
+
+def state_bytes(total: int, half: bool, workers: int = 1, spread: int = 0) -> Dict[str, int]:
     """Bytes on each GPU that do not depend on the batch, by part.
 
     Without half precision fairseq keeps weights, gradients and Adam's two moments in fp32: 16
     bytes a parameter. With it (its ``FP16Optimizer``, for fp16 and bf16 alike) the model and its
     gradients have two bytes, and the copies that Adam works on four: 20. ``legacy_ddp`` adds a
-    buffer of the model's type, of 2^28 elements at most. The step itself takes up to 4 bytes more,
+    buffer of the model's type, of 2^28 elements at most, for what is not spread over workers. The step itself takes up to 4 bytes more,
     when there are no activations.
 
     Args:
-        total: number of parameters.
+        total: number of parameters that a worker holds.
         half: fp16 or bf16.
         workers: that train together.
+        spread: of these, parameters of experts that are spread over workers.
     """
     width = 2 if half else 4
     parts = {"weights": width * total, "gradients": width * total}
@@ -118,7 +125,7 @@ def state_bytes(total: int, half: bool, workers: int = 1) -> Dict[str, int]:
         parts["fp32 copy of the gradients"] = 4 * total
     parts["Adam's moments"] = 8 * total
     if workers > 1:
-        parts["buffer of legacy_ddp"] = width * min(2**28, total)
+        parts["buffer of legacy_ddp"] = width * min(2**28, total - spread)
     return parts
 
 

@@ -168,3 +168,16 @@ def test_dry_run_without_a_gpu_tells_of_others(monkeypatch, tmp_path):
     assert "not known for this machine" in text and "RTX 4090" in text
     text = report.format_launch(plan_for(gpus(2, name="New GPU"), monkeypatch, *TINY))
     assert "not known for this machine" in text
+
+
+def test_experts_that_are_spread_take_their_share_of_memory(monkeypatch):
+    plain, spread = (
+        plan_for(gpus(4), monkeypatch, *(f"model.expert_parallel_size={group}" for group in groups))
+        for groups in ([], [4])
+    )
+    before, after = (
+        report._memory_parts(launch, half=True, workers=4) for launch in (plain, spread)
+    )
+    experts = resources.expert_parameters(plain.model)
+    assert before["weights"] - after["weights"] == 2 * experts * 3 // 4
+    assert after["buffer of legacy_ddp"] == before["weights"] - 2 * experts
