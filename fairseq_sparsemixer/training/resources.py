@@ -109,8 +109,8 @@ def state_bytes(total: int, half: bool, workers: int = 1, spread: int = 0) -> Di
     Without half precision fairseq keeps weights, gradients and Adam's two moments in fp32: 16
     bytes a parameter. With it (its ``FP16Optimizer``, for fp16 and bf16 alike) the model and its
     gradients have two bytes, and the copies that Adam works on four: 20. ``legacy_ddp`` adds a
-    buffer of the model's type, of 2^28 elements at most, for what is not spread over workers. The step itself takes up to 4 bytes more,
-    when there are no activations.
+    buffer of the model's type, of 2^28 elements at most, for what is not spread over workers. The
+    step itself takes up to 4 bytes more, when there are no activations.
 
     Args:
         total: number of parameters that a worker holds.
