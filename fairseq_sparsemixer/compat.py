@@ -27,6 +27,7 @@ from fairseq.logging import meters
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
+from hydra._internal import utils as hydra_utils
 from omegaconf.errors import ConfigKeyError
 
 from fairseq_sparsemixer import determinism, expert_parallelism, restarts, watchdogs, workers
@@ -445,7 +446,8 @@ def _compare_data_and_dictionaries() -> None:
 def _print_user_errors_alone() -> None:
     """Print a :class:`UserError` that ends the program as one line, without its traceback.
 
-    Of an error that was raised while a UserError was handled, Python prints both.
+    Of an error that was raised while a UserError was handled, Python prints both. And hydra, which
+    prints what ends its jobs itself, has a class of errors that explain themselves.
     """
     previous = sys.excepthook
 
@@ -460,6 +462,8 @@ def _print_user_errors_alone() -> None:
             previous(kind, error, traceback)
 
     sys.excepthook = hook
+    alone = (hydra_utils.CompactHydraException, UserError)
+    hydra_utils.CompactHydraException = alone  # type: ignore[misc, assignment]
 
 
 def _is_of_trainer(error: BaseException) -> bool:

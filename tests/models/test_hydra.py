@@ -110,6 +110,8 @@ def test_hydra_sweeps_over_routers(by_hydra, toy_corpus, tmp_path):
     [
         ("model.router=sparsmixer", "did you mean 'sparsemixer'"),
         ("+model.num_expert=8", "num_expert"),
+        ("model.jitter_eps=-1", "--jitter-eps must be a number of at least 0, not -1.0"),
+        ("task.data=missing", "missing"),
     ],
 )
 def test_hydra_gives_one_clear_line_for_a_wrong_setting(override, message, toy_corpus, tmp_path):
