@@ -31,8 +31,9 @@ _LAST_BYTES = 1 << 20
 _NO_REASON = re.compile(r"Set the environment variable HYDRA_FULL_ERROR|.*/gloo/transport/")
 """Matches a line that tells nothing: hydra's hint after the reason of a failure, and of a worker
 that another one is gone."""
-_TORCHRUN = re.compile(r"[EW]\d{4} .* torch/distributed/elastic/")
-"""Matches torchrun's lines, with which a failure is over; it goes on about how it failed itself."""
+_TORCHRUN = re.compile(r"[EW]\d{4} \S+ +\d+ \S*torch/distributed/elastic/")
+"""Finds torchrun's lines, with which a failure is over; it goes on about how it failed itself. Their
+path begins with that of the virtual environment where this lies below the working folder."""
 _KILLED = re.compile(r".* failed \(exitcode: -(\d+)\) local_rank: (\d+) ")
 """Matches that of the first worker that failed, where a signal ended it: signal, worker."""
 
@@ -133,13 +134,16 @@ class Process:
                 self._width = len(text) + 3
 
     def _look_for_reason(self, line: str) -> None:
-        if _TORCHRUN.match(line):
+        of_torchrun = _TORCHRUN.search(line)
+        # It may stand behind what a worker had no time to end with a new line.
+        text = line[: of_torchrun.start()] if of_torchrun else line
+        if not self._failed and text.strip() and not _NO_REASON.match(text):
+            self.last = text.strip()
+        if of_torchrun:
             self._failed = True
             killed = _KILLED.match(line)
             if killed:
                 self.last = ended_by(int(killed[2]), int(killed[1]))
-        elif not self._failed and not _NO_REASON.match(line):
-            self.last = line.strip()
 
     def _new_lines(self) -> List[str]:
         """The lines with text since the last call; half a line only where no more can come."""

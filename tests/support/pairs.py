@@ -26,7 +26,7 @@ from fairseq_sparsemixer import cli, files, locks
 from fairseq_sparsemixer.corpora.folder import SPLITS, raw_path
 from fairseq_sparsemixer.corpora.homeassistant import preparation
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
-from fairseq_sparsemixer.files import read_lines, write_lines
+from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
 from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
 from fairseq_sparsemixer.runs.logs import read_log
 from support import small_run
@@ -147,8 +147,13 @@ def _scored(place, path):
     """Whether scores and translations belong together."""
     content = json.loads(path.read_text())
     hypotheses = read_lines(path.with_suffix(".de"))
-    # A study names what it reads from its own folder.
-    references = read_lines(place / "s" / content["data"]["reference"])
+    # A study names what it reads from its own folder; a corpus may have been replaced since.
+    texts = [place / "s" / content["data"]["reference"]]
+    texts += [raw_path_of(place / name, "test", "de") for name in ("first", "second")]
+    read = [path for path in texts if sha256_of(path) == content["data"]["reference_sha256"]]
+    if not read:
+        return "the reference is another text than any that was there"
+    references = read_lines(read[0])
     # A model of so few updates has no BLEU.
     score = sacrebleu.corpus_chrf(hypotheses, [references]).score
     found = content["scores"]["chrf"]["score"]

@@ -63,6 +63,15 @@ def test_why_workers_of_torchrun_failed_is_told(tmp_path):
             [line.replace("exitcode: 1)", "exitcode: -9)") for line in FAILED],
             "failed: worker 0 was ended by SIGKILL, as the system does where memory runs out; ",
         ),
+        (
+            [f"half a line{FAILED[4]}".replace("exitcode: 1)", "exitcode: -9)"), *FAILED[5:]],
+            "failed: worker 0 was ended by SIGKILL, ",
+        ),
+        ([FAILED[0] + FAILED[3], *FAILED[4:]], r"no such file \(all its"),
+        (
+            [line.replace(" torch/", " .venv/lib/torch/") for line in FAILED],
+            r"no such file \(all its",
+        ),
     ):
         code = f"import sys; print(*{lines!r}, sep='\\n'); sys.exit(1)"
         with pytest.raises(UserError, match=reason):
