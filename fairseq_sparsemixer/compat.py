@@ -30,7 +30,14 @@ from fairseq.trainer import Trainer
 from hydra._internal import utils as hydra_utils
 from omegaconf.errors import ConfigKeyError
 
-from fairseq_sparsemixer import determinism, expert_parallelism, restarts, watchdogs, workers
+from fairseq_sparsemixer import (
+    determinism,
+    expert_parallelism,
+    host_memory,
+    restarts,
+    watchdogs,
+    workers,
+)
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
@@ -43,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 def apply() -> None:
     """Cure what can be cured, and name what cannot."""
+    if not torch.cuda.is_available():
+        host_memory.keep()
     workers.apply()
     restarts.apply()
     expert_parallelism.apply()

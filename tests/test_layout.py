@@ -13,7 +13,7 @@ PACKAGE = Path(fairseq_sparsemixer.__file__).parent
 # From the bottom up; a room imports only rooms of lower floors. "" is the package itself.
 FLOORS = [
     ["errors", "version"],
-    ["determinism", "disk", "requirements", "tables"],
+    ["determinism", "disk", "host_memory", "requirements", "tables"],
     ["locks"],
     ["files"],
     ["plotting"],

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence
 
-import torch
-
 from fairseq_sparsemixer.disk import FullDiskError, cannot_write, check_room, full_disk_in
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
@@ -23,17 +21,14 @@ STOP_SECONDS = 10
 """How long an interrupted training may take to end by itself."""
 POLL_SECONDS = 0.2
 """Between two looks at a process."""
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-"""Tells the C library to keep memory that was released (docs/performance.md): on a CPU each update
-otherwise asks the system for the same gigabytes anew, page by page."""
 _LAST_BYTES = 1 << 20
 """Of the log of a process that failed, in which the reason is looked for."""
 _NO_REASON = re.compile(r"Set the environment variable HYDRA_FULL_ERROR|.*/gloo/transport/")
 """Matches a line that tells nothing: hydra's hint after the reason of a failure, and of a worker
 that another one is gone."""
 _TORCHRUN = re.compile(r"[EW]\d{4} \S+ +\d+ \S*torch/distributed/elastic/")
-"""Finds torchrun's lines, with which a failure is over; it goes on about how it failed itself. Their
-path begins with that of the virtual environment where this lies below the working folder."""
+"""Finds torchrun's lines, with which a failure is over; it goes on about how it failed itself. A
+virtual environment below the working folder is part of their path."""
 _KILLED = re.compile(r".* failed \(exitcode: -(\d+)\) local_rank: (\d+) ")
 """Matches that of the first worker that failed, where a signal ended it: signal, worker."""
 
@@ -69,9 +64,8 @@ def progress(line: str) -> str:
 
 
 def training_environment(environment: Mapping[str, str]) -> Dict[str, str]:
-    """``environment`` and what a training process needs besides: :data:`KEEP_MEMORY` on a CPU."""
-    memory = {} if torch.cuda.is_available() else KEEP_MEMORY
-    return {**memory, **environment, "PYTHONUNBUFFERED": "1"}
+    """``environment``, and that what is printed can be followed."""
+    return {**environment, "PYTHONUNBUFFERED": "1"}
 
 
 class Process:

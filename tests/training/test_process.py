@@ -4,24 +4,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from support.full_disk import room_for
 
 from fairseq_sparsemixer.disk import FullDiskError
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.training import process
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-def test_training_on_a_cpu_keeps_the_memory_that_it_releases(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
-    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
-    names = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
-    log = tmp_path / "log"
-    code = f"import os; print([os.environ.get(name) for name in {names}])"
-    process.run_with_progress([sys.executable, "-c", code], log)
-    assert log.read_text() == f"{[None if gpu else '0', '5']}\n"  # the user's own setting stays
 
 
 def test_lines_are_shown_when_they_are_whole(tmp_path, monkeypatch):
