@@ -22,6 +22,7 @@ COMMANDS = (
     "prepare",
     "train",
     "average",
+    "upcycle",
     "evaluate",
     "table",
     "report",
