@@ -23,6 +23,7 @@ COMMANDS = (
     "train",
     "average",
     "upcycle",
+    "prune",
     "evaluate",
     "table",
     "report",

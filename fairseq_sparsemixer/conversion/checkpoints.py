@@ -1,7 +1,7 @@
 """A checkpoint's model without its dictionaries, and a checkpoint of another model."""
 
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from fairseq import models
@@ -77,7 +77,13 @@ def read_transformer(path: Path) -> Tuple[Dict[str, Any], Vocabularies, Transfor
     return state, vocabularies, model
 
 
-def write_model(state: Dict[str, Any], model: nn.Module, settings: Settings, output: Path) -> None:
+def write_model(
+    state: Dict[str, Any],
+    model: nn.Module,
+    settings: Settings,
+    output: Path,
+    parts: Optional[Dict[str, Settings]] = None,
+) -> None:
     """Write a checkpoint of ``model``, with all else as in ``state``.
 
     Args:
@@ -85,13 +91,14 @@ def write_model(state: Dict[str, Any], model: nn.Module, settings: Settings, out
         model: its parameters are written in the dtype of that checkpoint's, routers in float32.
         settings: of the model, with ``_name``.
         output: the file.
+        parts: other sections of its settings.
 
     Raises:
         FullDiskError: it does not fit on the disk.
     """
     dtype = state["model"]["encoder.embed_tokens.weight"].dtype
     cfg: Any = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
-    cfg["model"] = settings
+    cfg.update({"model": settings, **(parts or {})})
     cast: Dict[Any, torch.Tensor] = {}  # tied embeddings stay one storage
     parameters = {}
     for name, value in model.state_dict().items():

@@ -137,12 +137,6 @@ def test_experts_are_copies_up_to_what_is_drawn_anew(tmp_path):
     assert 0.8 < ratio < 1.2
 
 
-@pytest.fixture(scope="module")
-def dense_run(shared, corpus):
-    """60 updates of fairseq's own transformer: checkpoint_last.pt."""
-    return shared.directory("dense_run", lambda folder: dense.train(corpus, folder))
-
-
 def test_fairseq_trains_it_further(dense_run, corpus, server, tmp_path, capsys):
     """The first update's loss is that of the dense model's first further update."""
     output = tmp_path / "up.pt"
