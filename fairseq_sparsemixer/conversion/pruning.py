@@ -177,10 +177,12 @@ class _Bench:
         seconds = time.perf_counter() - started
         lines = [each.text for each in translations]
         bleu = scoring.score(lines, text.references, text.tokeniser)["bleu"]
+        parameters = list(translator.model.parameters())
         return {
             "model": name,
             "experts": experts,
-            "parameters": sum(each.numel() for each in translator.model.parameters()),
+            "parameters": sum(each.numel() for each in parameters),
+            "megabytes": sum(each.numel() * each.element_size() for each in parameters) / 1e6,
             "bits": TextLoss(translator.model, self.encoded, *self.symbols).bits(),
             "bleu": bleu["score"],
             "signature": bleu["signature"],
@@ -305,8 +307,9 @@ def _table_of_experts(usage: Dict[str, Usage], needs: Dict[str, List[float]], ba
 
 
 def _table_of_steps(steps: List[Dict[str, Any]]) -> str:
-    rows = [["model", "experts", "parameters", "bits", "BLEU", "words/s"]]
+    rows = [["model", "experts", "parameters", "MB", "bits", "BLEU", "words/s"]]
     for step in steps:
+        sizes = [str(step["experts"]), f"{step['parameters']:,}", f"{step['megabytes']:.1f}"]
         figures = [f"{step['bits']:.3f}", f"{step['bleu']:.2f}", f"{step['words_per_second']:.1f}"]
-        rows.append([step["model"], str(step["experts"]), f"{step['parameters']:,}", *figures])
+        rows.append([step["model"], *sizes, *figures])
     return format_table(rows)

@@ -10,6 +10,7 @@ from support.models import sample
 from torch.nn.functional import nll_loss
 
 from fairseq_sparsemixer import cli
+from fairseq_sparsemixer.conversion.upcycling import sum_of_gates
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.models.layers import switch_layers
@@ -248,3 +249,16 @@ def test_expert_choice_that_is_renormalised():
         assert [i for i in range(4) if after.expert_index[token, i] >= 0] == (
             [] if padding[token] else taken
         )
+
+
+def test_a_masked_gate_begins_far_from_zero():
+    """The mask goes by the size of logits: of small ones it leaves some tokens one expert."""
+    router = build_router("sparsemixer", embed_dim=16, num_experts=4)
+    router.begin_undecided()
+    assert sum_of_gates(router) == pytest.approx(1 / 4, rel=1e-3)
+    with torch.no_grad():
+        router.bias.fill_(0)
+    with pytest.raises(
+        ValueError, match=r"the gates of a token add up to 0\.[2-5].* up to 1 where"
+    ):
+        sum_of_gates(router)
