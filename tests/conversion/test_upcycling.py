@@ -262,3 +262,18 @@ def test_a_masked_gate_begins_far_from_zero():
         ValueError, match=r"the gates of a token add up to 0\.[2-5].* up to 1 where"
     ):
         sum_of_gates(router)
+
+
+def test_mean_outputs_come_in_slowly(tmp_path):
+    """Those of default-moe add to the output as soon as an update has ended."""
+    expected = loss(dense.write(tmp_path / "dense.pt"))
+    model = without_dropout(upcycled(tmp_path / "dense.pt", router="default-moe")).train()
+    model(**sample(((9, 8), (5, 11)))["net_input"])
+    layers = [layer.moe for layer in switch_layers(model).values()]
+    for layer in layers:
+        layer.end_update()
+    model.eval()
+    after_one = abs(loss(model) - expected)
+    for layer in layers:
+        layer.router.expert_means.mean.mul_(100)  # all of the way
+    assert 0 < after_one < 0.02 < abs(loss(model) - expected)
