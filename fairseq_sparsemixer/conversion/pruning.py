@@ -8,6 +8,7 @@ stand in for each other each is needless only as long as the other is there.
 import argparse
 import dataclasses
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -261,9 +262,19 @@ def _write(
         experts["num_experts"] = _count(layers)
         write_model(state, model, {"_name": "switch_transformer", **flat, **experts}, output)
         return
-    # CTranslate2 and others look at `arch`.
-    settings = {"_name": DENSE, "arch": DENSE, **flat}
+    settings = _of_both_kinds({"_name": DENSE, "arch": DENSE, "task": "translation", **flat})
     write_model(state, _dense(path, state, model, layers), settings, output, _plain_parts(state))
+
+
+def _of_both_kinds(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings whose entries are attributes, too.
+
+    fairseq reads a mapping. Converters, as that of CTranslate2, read the attributes of a Namespace,
+    which torch refuses to load from a file unless it is told to; an OrderedDict it takes.
+    """
+    both = OrderedDict(settings)
+    vars(both).update(settings)
+    return both
 
 
 def _dense(
