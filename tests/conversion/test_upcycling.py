@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import dense
 from support.commands import PACKAGE, command, hypotheses, load, logged
+from support.full_disk import room_for
 from support.models import sample
 from torch.nn.functional import nll_loss
 
@@ -277,3 +278,19 @@ def test_mean_outputs_come_in_slowly(tmp_path):
     for layer in layers:
         layer.router.expert_means.mean.mul_(100)  # all of the way
     assert 0 < after_one < 0.02 < abs(loss(model) - expected)
+
+
+def test_a_full_disk(tmp_path, capsys):
+    dense.write(tmp_path / "dense.pt")
+    command_line = [
+        "upcycle",
+        tmp_path / "dense.pt",
+        "--experts",
+        2,
+        "--output",
+        tmp_path / "up.pt",
+    ]
+    with room_for(5000):
+        assert cli.main(list(map(str, command_line))) == 2
+    assert "error: cannot write " in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["dense.pt"]
