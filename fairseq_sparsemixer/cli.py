@@ -22,6 +22,8 @@ COMMANDS = (
     "prepare",
     "train",
     "average",
+    "upcycle",
+    "prune",
     "evaluate",
     "table",
     "report",

@@ -53,7 +53,7 @@ def sentences(path, count):
 @pytest.mark.parametrize(
     ("name", "ending", "size"),
     [("average", ".pt", 5000), ("translate", ".de", 100), ("evaluate", ".json", 400),
-     ("report", ".html", 5000)],
+     ("report", ".html", 5000), ("prune", ".pt", 5000)],
 )  # fmt: skip
 def test_a_command_says_so_and_goes_on(
     name, ending, size, run_dir, corpus, study, tmp_path, capsys
@@ -63,6 +63,7 @@ def test_a_command_says_so_and_goes_on(
         "translate": [run_dir, "--input", sentences(tmp_path / "source", 50), "--beam", 1],
         "evaluate": [run_dir, "--data", corpus, "--beam", 1],
         "report": [study],
+        "prune": [run_dir, "--data", corpus, "--beam", 1, "--sentences", 2, "--experts", 3],
     }[name]
     output = tmp_path / f"output{ending}"
     command = [name, *map(str, arguments), "--output", str(output)]

@@ -27,14 +27,23 @@ FLOORS = [
     ["evaluation"],
     ["tasks"],
     [""],
-    ["comparison", "training"],
+    ["comparison", "conversion", "training"],
     ["study", "installation"],
     ["report", "laboratory"],
     ["commands"],
     ["cli"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TOOLS = {"corpora", "evaluation", "comparison", "training", "study", "installation", "report"}
+TOOLS = {
+    "corpora",
+    "evaluation",
+    "comparison",
+    "conversion",
+    "training",
+    "study",
+    "installation",
+    "report",
+}
 TOOLS.add("laboratory")
 
 

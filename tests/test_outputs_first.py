@@ -54,6 +54,8 @@ def test_other_commands(run_dir, tmp_path, capsys):
     for command in (
         ["translate", run_dir, "--input", __file__, "--output"],
         ["average", "--inputs", run_dir, "--last", 2, "--output"],
+        ["upcycle", run_dir, "--experts", 2, "--output"],
+        ["prune", run_dir, "--experts", 2, "--output"],
         ["table", tmp_path, "--baseline", "dense", "--output"],
         ["demo", "--runs"],
         ["gradients", "--output"],

@@ -64,6 +64,16 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
     Returns:
         The group of ``--checkpoint``, for flags that exclude it.
     """
+    choice = add_model_arguments(parser)
+    add_search_arguments(parser)
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="half precision, on a GPU")
+    precision.add_argument("--bf16", action="store_true", help="bfloat16, on a GPU")
+    return choice
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that choose a model; returns the group of ``--checkpoint``."""
     parser.add_argument(
         "run_dir", metavar="RUN_DIR", help="a run folder, or checkpoint files joined by ':'"
     )
@@ -87,6 +97,12 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
             metavar="LANG",
             help=f"{side} language, where neither checkpoint nor data tell it",
         )
+    add_trust_argument(parser)
+    return choice
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the search, its precision aside."""
     parser.add_argument(
         "--beam", type=whole_number, default=5, help="beam size (default: %(default)s)"
     )
@@ -102,11 +118,6 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
         default=4096,
         help="source tokens in a batch, padding included (default: %(default)s)",
     )
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="half precision, on a GPU")
-    precision.add_argument("--bf16", action="store_true", help="bfloat16, on a GPU")
-    add_trust_argument(parser)
-    return choice
 
 
 def model_of(args: argparse.Namespace) -> ModelChoice:

@@ -6,13 +6,13 @@ from typing import Any, Dict, List
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.checkpoints import (
     best_checkpoints,
     check_finite,
     last_checkpoints,
     load_state,
     num_updates,
+    save_model,
 )
 
 
@@ -120,10 +120,5 @@ def _write_average(
         first = shared.setdefault((place, tensor.shape), key)
         tied = first != key and torch.equal(means[first], means[key])
         model[key] = means[first] if tied else means[key]
-    newest.pop("last_optimizer_state", None)
-    for key in ("ema", "ema_fp32_params"):
-        newest.get("extra_state", {}).pop(key, None)
     newest["averaged_from"] = [path.name for path in paths]
-    # To an open file: of a path that is full torch does not tell why it could not be written.
-    with atomic_path(output) as partial, partial.open("wb") as file:
-        torch.save(newest, file)
+    save_model(newest, output)

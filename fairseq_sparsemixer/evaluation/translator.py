@@ -151,6 +151,13 @@ class Translator:
         """The model, the first of an ensemble."""
         return next(iter(self._hub.models))
 
+    def with_model(self, model: torch.nn.Module) -> "Translator":
+        """One that translates with another model of the same dictionaries, in float32."""
+        other = copy.copy(self)
+        other._hub = _build_hub(self._hub.cfg, self._hub.task, [model], self.subwords)
+        other._hub.to(self.device).eval()
+        return other
+
     @property
     def target_dictionary(self) -> Any:
         """fairseq's dictionary of the output."""

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import re
+from enum import Enum
 from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
 
 import torch
@@ -56,6 +57,28 @@ def _transformer_fields() -> Iterator[Tuple[str, Any, Any]]:
                 metadata["help"] = f"{field.name}: {metadata['help']}"
             default: Any = None if name in from_architecture else member.default
             yield name, Optional[inner], dataclasses.field(default=default, metadata=metadata)
+
+
+def flat_settings(cfg: TransformerConfig) -> Dict[str, Any]:
+    """The settings of one of fairseq's transformers under their flag names, to build it anew.
+
+    Without what its parameters hold already: embeddings of a file, and layers that it has left out.
+    """
+    flat = {}
+    for field in dataclasses.fields(TransformerConfig):
+        value = getattr(cfg, field.name)
+        members = vars(value) if isinstance(value, FairseqDataclass) else None
+        for name, each in [("", value)] if members is None else members.items():
+            flat[f"{field.name}_{name}" if name else field.name] = each
+    plain = {name: str(value) if isinstance(value, Enum) else value for name, value in flat.items()}
+    known = _FlatTransformerConfig.__dataclass_fields__
+    return {
+        name: value
+        for name, value in plain.items()
+        if name in known
+        and not name.startswith("_")
+        and not name.endswith(("_embed_path", "_layers_to_keep"))
+    }
 
 
 _FlatTransformerConfig: Type = dataclasses.make_dataclass(

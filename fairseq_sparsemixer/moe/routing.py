@@ -22,6 +22,10 @@ from fairseq_sparsemixer.moe.adaptation import (
 from fairseq_sparsemixer.moe.kernels import projection as fused_projection
 from fairseq_sparsemixer.moe.kernels import router as fused_router
 
+UNDECIDED = 1e-4
+"""How much logits differ after :meth:`Router.begin_undecided`, for tokens of unit variance: float16
+still tells such weights apart, and gates are equal to this share."""
+
 
 @dataclasses.dataclass
 class Routing:
@@ -136,6 +140,11 @@ class Router(nn.Module):
     name = ""
     """The name in :data:`ROUTERS`, set by :func:`register_router`."""
 
+    @property
+    def undecided_logit(self) -> float:
+        """What logits are close to after :meth:`begin_undecided`."""
+        return 0.0
+
     def __init__(
         self,
         *,
@@ -188,6 +197,27 @@ class Router(nn.Module):
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)
+
+    @torch.no_grad()
+    def begin_undecided(self) -> None:
+        """Start anew with logits that are next to equal, as fits experts that are alike.
+
+        What they differ by sends tokens to all experts, and is too small for a gate to show.
+
+        Raises:
+            ValueError: the router needs a bias for it and has none.
+        """
+        if self.weight is None:
+            return
+        bound = UNDECIDED / math.sqrt(self.embed_dim)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            self.bias.fill_(self.undecided_logit)
+        elif self.undecided_logit != 0:
+            raise ValueError(
+                f"router {self.name!r} must have a bias: the mask compares logits with their size, "
+                "so that of logits near 0 it leaves one"
+            )
 
     def forward(
         self,

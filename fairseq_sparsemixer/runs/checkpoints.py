@@ -9,6 +9,7 @@ import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.archives import reason
 from fairseq_sparsemixer.runs.reading import CheckpointError, read
 
@@ -142,6 +143,22 @@ def building(path: Path) -> Iterator[None]:
             f"cannot build the model of the checkpoint {path} ({reason(error)}); choose another "
             "with --checkpoint"
         ) from error
+
+
+def save_model(state: Dict[str, Any], output: Path) -> None:
+    """Write a checkpoint whose model is not that of its training any more, whole or not at all.
+
+    Optimiser state and the EMA copy of the weights, which belong to that training, are left out.
+
+    Raises:
+        FullDiskError: it does not fit on the disk.
+    """
+    state.pop("last_optimizer_state", None)
+    for key in ("ema", "ema_fp32_params"):
+        state.get("extra_state", {}).pop(key, None)
+    # To an open file: of a path that is full torch does not tell why it could not be written.
+    with atomic_path(output) as partial, partial.open("wb") as file:
+        torch.save(state, file)
 
 
 def num_updates(state: Dict[str, Any]) -> int:

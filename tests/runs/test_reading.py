@@ -124,7 +124,18 @@ def test_a_flag_says_so_too(trusted, run_dir, corpus, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "average", "evaluate", "report", "translate", "study", "gradients"]
+    "command",
+    [
+        "train",
+        "average",
+        "upcycle",
+        "prune",
+        "evaluate",
+        "report",
+        "translate",
+        "study",
+        "gradients",
+    ],
 )
 def test_every_command_that_reads_checkpoints_takes_the_flag(command):
     parser = cli.build_parser()

@@ -33,7 +33,10 @@ USER_DIR = ["--user-dir", str(Path(fairseq_sparsemixer.__file__).parent)]
 NAME = "checkpoint_best.pt"
 SCORED = "sparsemixer-4-seed1"
 """The run of the study whose checkpoint the report loads."""
-OURS = ("translate", "evaluate", "baseline", "gradients", "report", "average", "best", "ensemble")
+OURS = (
+    "translate", "evaluate", "baseline", "gradients", "report", "average", "best", "ensemble",
+    "upcycle", "prune",
+)  # fmt: skip
 
 
 def commands(corpus, good, study, file):
@@ -62,6 +65,8 @@ def commands(corpus, good, study, file):
         "gradients": (None, ["gradients", run, *data, "--tokens", "8", "--output", "gradients"]),
         "report": (None, ["report", study, "--output", "report.html"]),
         "average": (None, ["average", "--inputs", good, file, "--output", "mean.pt"]),
+        "upcycle": (None, ["upcycle", file, "--experts", "2", "--output", "up.pt"]),
+        "prune": (None, ["prune", run, *data, "--sentences", "2", "--beam", "1"]),
         "best": (None, ["average", "--inputs", run, "--best", "2", "--output", "mean.pt"]),
         "from_pretrained": ("from_pretrained", [run, NAME, bin_folder]),
         "generate": ("fairseq_cli.generate", [bin_folder, *USER_DIR, "--path", file, *every]),

@@ -1,9 +1,11 @@
 """Experts choose tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.routing import Context, Router, Routing, register_router
+from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
 
 
 @register_router("expert-choice")
@@ -21,12 +23,20 @@ class ExpertChoiceRouter(Router):
 
     Args:
         jitter_eps: not used.
+        renormalise: divide a token's gates by their sum (as Komatsuzaki et al. 2022, arXiv
+            2212.05055), and send a token that no expert took to its favourite (of this project),
+            so that the gates of each token add up to 1, as upcycling needs it. The router learns
+            from tokens of several experts alone.
         **options: see :class:`~fairseq_sparsemixer.moe.Router`.
     """
 
     max_top_k = None
     causal = False
     takes_balance_bias = False
+
+    def __init__(self, *, renormalise: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.renormalise = renormalise
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
@@ -41,10 +51,16 @@ class ExpertChoiceRouter(Router):
         rank_TN = score_TN.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
         # A padding row may come within the first ceil(...) where few tokens are left.
         chosen_TN = (rank_TN < taken) & (score_TN >= 0)
+        if self.renormalise:
+            favourite_TN = one_hot(score_TN.argmax(dim=-1, keepdim=True), probs_TN).bool()
+            chosen_TN = chosen_TN | (favourite_TN & ~chosen_TN.any(dim=-1, keepdim=True))
+        gate_TN = probs_TN * chosen_TN
+        if self.renormalise:
+            gate_TN = gate_TN / gate_TN.sum(dim=-1, keepdim=True)
         expert_N = torch.arange(self.num_experts, device=logits_TN.device)
         return Routing(
             expert_index=torch.where(chosen_TN, expert_N, -1),
-            gate=probs_TN * chosen_TN,
+            gate=gate_TN,
             logits=logits_TN,
             probs=probs_TN,
             sampling_probs=probs_TN,

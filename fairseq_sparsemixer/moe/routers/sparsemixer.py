@@ -33,6 +33,9 @@ from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, r
 
 LEAST_JITTER = 1e-6
 """Less hardly tells two float32 logits apart."""
+UNDECIDED_MASKED = 10.0
+"""Logits that start from it are masked where they are 2 eps as much below the largest, at eps = 0.1
+by 2. Near 0 the first updates would mask all but one, and its gate jump from 1/N to 1."""
 
 
 def unreachable(logits_TN: Tensor, max_T1: Tensor, jitter_eps: float) -> Tensor:
@@ -148,6 +151,11 @@ class SparseMixerBase(Router):
     def gate_is_chance(self) -> bool:
         """Whether g = q, so that dg_D and g_D dlog q_D are the same."""
         return self.gate == ("masked" if self.masked else "full")
+
+    @property
+    def undecided_logit(self) -> float:
+        """See :meth:`Router.undecided_logit`: all experts are within the mask of a masked gate."""
+        return UNDECIDED_MASKED if self.masked and self.gate == "masked" else 0.0
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""

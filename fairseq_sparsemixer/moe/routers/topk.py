@@ -208,6 +208,16 @@ class DefaultMoERouter(Router):
         super().__init__(**options)
         self.expert_means = ExpertMeans(self.num_experts, self.embed_dim, mean_decay)
 
+    @torch.no_grad()
+    def begin_undecided(self) -> None:
+        """See :meth:`Router.begin_undecided`; the means, which add to the output, grow from 0.
+
+        By 1 - decay of the way in each update: at once, they would undo what the model has learnt.
+        """
+        super().begin_undecided()
+        assert isinstance(self.expert_means, ExpertMeans)
+        self.expert_means.updates.fill_(1 / (1 - self.expert_means.decay))
+
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
         probs_TN = logits_TN.softmax(dim=-1)
