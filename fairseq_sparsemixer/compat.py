@@ -14,13 +14,21 @@ import sys
 import tarfile
 from collections import OrderedDict
 from collections.abc import MutableMapping
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Optional, Type
 
 import numpy as np
 import torch
 from fairseq import checkpoint_utils, file_utils, models, utils
-from fairseq.data import Dictionary, data_utils, fasta_dataset, indexed_dataset
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.data import (
+    Dictionary,
+    data_utils,
+    fasta_dataset,
+    indexed_dataset,
+    language_pair_dataset,
+    token_block_dataset,
+)
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters
@@ -49,6 +57,7 @@ def apply() -> None:
     _quote_fasta_files()
     _take_any_names()
     _keep_archives_in_their_folder()
+    _give_numpy_its_long()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
@@ -175,6 +184,21 @@ def _keep_archives_in_their_folder() -> None:
     file_utils.tarfile = _TarfileOfModels()
 
 
+class _NumpyOfData:
+    """numpy as two of fairseq's data sets see it: with a name that numpy 2 has no more."""
+
+    compat = SimpleNamespace(long=int)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+def _give_numpy_its_long() -> None:
+    """Text cut into sentences (--sample-break-mode eos), and sources cut into buckets."""
+    if not hasattr(np, "compat"):
+        token_block_dataset.np = language_pair_dataset.np = _NumpyOfData()
+
+
 def _warn_of_dropped_sentences() -> None:
     """Say so when fairseq leaves out sentences.
 
@@ -249,7 +273,10 @@ def _end_updates() -> None:
     @functools.wraps(train_step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not getattr(self.get_criterion(), "uses_routing_statistics", False):
-            _warn_of_missing_balance(next(moe_layers(self.model), None) is not None)
+            name = f"{self.cfg.criterion._name}_with_routing"
+            if name not in CRITERION_REGISTRY:
+                name = "label_smoothed_cross_entropy_with_routing"
+            _warn_of_missing_balance(next(moe_layers(self.model), None) is not None, name)
         self.in_train_step = True
         try:
             return train_step(self, *args, **kwargs)
@@ -332,12 +359,13 @@ _BEST_IS_LEAST = ("loss", "nll_loss", "ppl")
 
 
 @functools.cache
-def _warn_of_missing_balance(has_experts: bool) -> None:
+def _warn_of_missing_balance(has_experts: bool, criterion: str) -> None:
     """Once: a criterion that does not know of experts leaves them without a balance loss."""
     if has_experts:
         logger.warning(
             "the criterion ignores the routing losses, so nothing balances the experts; "
-            "use --criterion label_smoothed_cross_entropy_with_routing"
+            "use --criterion %s",
+            criterion,
         )
 
 
