@@ -35,9 +35,17 @@ from fairseq.logging import meters
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
-from omegaconf.errors import ConfigKeyError
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, InterpolationKeyError
 
-from fairseq_sparsemixer import determinism, expert_parallelism, restarts, watchdogs, workers
+from fairseq_sparsemixer import (
+    bits_per_byte,
+    determinism,
+    expert_parallelism,
+    restarts,
+    watchdogs,
+    workers,
+)
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
@@ -66,11 +74,13 @@ def apply() -> None:
     _refuse_senseless_settings()
     _draw_differently_by_worker()
     _report_unknown_keys()
+    _name_parts_that_do_not_fit()
     _name_damaged_dictionaries()
     _compare_data_and_dictionaries()
     _print_user_errors_alone()
     _measure_bleu_of_nothing()
     _name_missing_measures()
+    bits_per_byte.apply()
 
 
 class _TorchOfCheckpoints:
@@ -425,6 +435,33 @@ def _report_unknown_keys() -> None:
             raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
 
     dataclass_utils.merge_with_parent = merge_with_parent
+
+
+class _OmegaConfOfFlags:
+    """OmegaConf as fairseq's module of settings sees it: with an error that says what to do."""
+
+    @staticmethod
+    def to_container(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Settings, of which some are what another part has."""
+        try:
+            return OmegaConf.to_container(cfg, *args, **kwargs)
+        except InterpolationKeyError as error:
+            parts = {"arch": cfg.get("model"), "task": cfg.get("task")}
+            parts["criterion"] = cfg.get("criterion")
+            flags = [f"--{flag} {part._name}" for flag, part in parts.items() if part]
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{' and '.join(flags)} do not go together ({error.full_key}: {reason}): choose "
+                "another"
+            ) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(OmegaConf, name)
+
+
+def _name_parts_that_do_not_fit() -> None:
+    """Say it in one line where a part asks another for a setting that this does not have."""
+    dataclass_utils.OmegaConf = _OmegaConfOfFlags()
 
 
 def _name_damaged_dictionaries() -> None:

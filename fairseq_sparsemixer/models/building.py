@@ -65,7 +65,7 @@ def fill_gaps(settings: Settings, config: Type[FairseqDataclass], fill: Fill) ->
         if value is not None and not name.startswith("_"):
             # fairseq fills in base_shuffle, a number, with False
             is_number = field.type in (int, Optional[int])
-            setattr(settings, name, int(value) if is_number else value)
+            setattr(settings, name, int(value) if is_number and value is False else value)
 
 
 class SwitchModel(BaseFairseqModel):
