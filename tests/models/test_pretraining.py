@@ -12,6 +12,7 @@ from support.training import assert_same, last_line, train_on_workers
 
 from fairseq_sparsemixer.models import SwitchRobertaModel, SwitchTransformerLanguageModel
 
+CONFIGS = commands.PACKAGE.parent / "configs"
 KINDS = {"masked": (MASKED, "input0"), "classes": (CLASSES, "."), "words": (WORDS, "input0")}
 FIRST_OF_KINDS = [
     "masked",
@@ -96,13 +97,24 @@ GRADIENT = {
 }
 
 
-@pytest.mark.parametrize("kind", FIRST_OF_KINDS)
-def test_two_workers_take_the_steps_of_one(kind, one_text_data, tmp_path, server):
+@pytest.mark.parametrize(
+    ("kind", "spread"),
+    [
+        ("masked", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("classes", 1), ("words", 1), ("masked", 2), ("words", 2))
+        ),
+    ],
+)
+def test_two_workers_take_the_steps_of_one(kind, spread, one_text_data, tmp_path, server):
+    """Each with all experts, or half of them."""
     settings, data = KINDS[kind]
     arch = {**settings["arch"], "router": "switch", "jitter-eps": 0}
-    settings = {**GRADIENT, **settings, "arch": arch}
     # Of a head's model the one for masked tokens has no gradient.
     backend = "legacy_ddp" if kind == "classes" else "pytorch_ddp"
+    settings = {**GRADIENT, **settings}
+    del settings["arch"]
     for name, several in (("one", ()), ("two", (backend, 2))):
         train_on_workers(
             server,
@@ -110,6 +122,7 @@ def test_two_workers_take_the_steps_of_one(kind, one_text_data, tmp_path, server
             tmp_path / name,
             *several,
             batch_size=4 if several else 8,
+            arch={**arch, "expert-parallel-size": spread if several else 1},
             **settings,
         )
     one, two = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("one", "two"))
@@ -140,7 +153,35 @@ def test_fine_tuning_goes_on_from_what_was_pre_trained(trained, one_text_data, t
     assert valid(text)["accuracy"] >= 90  # the class is that of the first word
 
 
-def test_an_old_checkpoint_can_be_loaded_in_python(trained, one_text_data):
+def test_the_configs_train_and_fine_tune(one_text_data, tmp_path):
+    """Fine-tuning from the checkpoint that pre-training left."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = [
+        f"common.user_dir={commands.PACKAGE}",
+        "optimization.max_update=2",
+        "lr_scheduler.warmup_updates=1",
+    ]
+    for name, data, folder, more in (
+        ("pretraining", one_text_data / "input0", first, []),
+        (
+            "finetuning",
+            one_text_data,
+            second,
+            ["task.num_classes=2", f"checkpoint.finetune_from_model={first}/checkpoint_best.pt"],
+        ),
+    ):
+        folder.mkdir()
+        overrides = [*common, f"task.data={data}", f"hydra.run.dir={folder}", *more]
+        words = ["--config-dir", CONFIGS, "--config-name", name, *overrides]
+        # The server knows this extension before hydra does; a process of its own does not.
+        commands.run("fairseq_cli.hydra_train", *words)
+    before, after = (parameters(folder / "checkpoint_best.pt") for folder in (first, second))
+    name = "encoder.sentence_encoder.embed_tokens.weight"
+    assert (after[name] - before[name]).abs().max() < 0.01
+    assert any(name.startswith("classification_heads.") for name in after)
+
+
+def test_a_fine_tuned_model_predicts_in_python(trained, one_text_data):
     model = SwitchRobertaModel.from_pretrained(
         str(trained / "classes"), "checkpoint_last.pt", str(one_text_data), bpe=None
     ).eval()
