@@ -32,7 +32,9 @@ def test_what_lies_at_the_top_can_be_started():
 
 
 def test_what_is_pre_trained_can_be_fine_tuned():
-    before, after = map(compose, ONE_TEXT)
+    before, after = (compose(entry, "model.router=switch") for entry in ONE_TEXT)
+    for dense in (compose(entry, "model.encoder_moe_layers=none") for entry in ONE_TEXT):
+        assert "model.router" not in read_settings(OmegaConf.to_container(dense, enum_to_str=True))
     for cfg in (before, after):
         assert not OmegaConf.missing_keys(cfg)
         OmegaConf.to_container(cfg, resolve=True)
