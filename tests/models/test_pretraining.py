@@ -58,7 +58,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert_same(resumed["extra_state"]["ema"], whole["extra_state"]["ema"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST_OF_KINDS)
 def test_validation_finds_what_training_found(kind, trained, one_text_data, server):
     settings, data = KINDS[kind]
     own = {"num_classes": 2, **CLASSES["criterion"]} if kind == "classes" else {}
@@ -130,6 +130,7 @@ def test_two_workers_take_the_steps_of_one(kind, spread, one_text_data, tmp_path
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_from_what_was_pre_trained(trained, one_text_data, tmp_path, server):
     """From a file whose head is another: all but the head begins as it ended."""
     settings = {
