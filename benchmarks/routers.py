@@ -18,9 +18,7 @@ from omegaconf import OmegaConf
 
 from benchmarks import measuring
 from benchmarks.models import RandomWords
-from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
-    LabelSmoothedCrossEntropyWithRouting,
-)
+from fairseq_sparsemixer.criterions import LabelSmoothedCrossEntropyWithRouting
 from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.moe import ROUTERS
 from fairseq_sparsemixer.moe.feed_forward import moe_layers

@@ -19,7 +19,7 @@ from fairseq_sparsemixer.version import __version__  # noqa: F401
 requirements.check()
 
 _REGISTERED = ("compat", "models", "criterions", "tasks", "optim")
-_WHOLE = ("expert_parallelism", "restarts", "watchdogs", "workers")
+_WHOLE = ("bits_per_byte", "expert_parallelism", "restarts", "watchdogs", "workers")
 """What compat calls when it is imported."""
 
 

@@ -14,13 +14,21 @@ import sys
 import tarfile
 from collections import OrderedDict
 from collections.abc import MutableMapping
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Optional, Type
 
 import numpy as np
 import torch
 from fairseq import checkpoint_utils, file_utils, models, utils
-from fairseq.data import Dictionary, data_utils, fasta_dataset, indexed_dataset
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.data import (
+    Dictionary,
+    data_utils,
+    fasta_dataset,
+    indexed_dataset,
+    language_pair_dataset,
+    token_block_dataset,
+)
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters
@@ -28,9 +36,11 @@ from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
 from hydra._internal import utils as hydra_utils
-from omegaconf.errors import ConfigKeyError
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, InterpolationKeyError
 
 from fairseq_sparsemixer import (
+    bits_per_byte,
     determinism,
     expert_parallelism,
     host_memory,
@@ -59,6 +69,7 @@ def apply() -> None:
     _quote_fasta_files()
     _take_any_names()
     _keep_archives_in_their_folder()
+    _give_numpy_its_long()
     _warn_of_dropped_sentences()
     _mark_dummy_batches()
     _end_updates()
@@ -67,11 +78,13 @@ def apply() -> None:
     _refuse_senseless_settings()
     _draw_differently_by_worker()
     _report_unknown_keys()
+    _name_parts_that_do_not_fit()
     _name_damaged_dictionaries()
     _compare_data_and_dictionaries()
     _print_user_errors_alone()
     _measure_bleu_of_nothing()
     _name_missing_measures()
+    bits_per_byte.apply()
 
 
 class _TorchOfCheckpoints:
@@ -185,6 +198,21 @@ def _keep_archives_in_their_folder() -> None:
     file_utils.tarfile = _TarfileOfModels()
 
 
+class _NumpyOfData:
+    """numpy as two of fairseq's data sets see it: with a name that numpy 2 has no more."""
+
+    compat = SimpleNamespace(long=int)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+def _give_numpy_its_long() -> None:
+    """Text cut into sentences (--sample-break-mode eos), and sources cut into buckets."""
+    if not hasattr(np, "compat"):
+        token_block_dataset.np = language_pair_dataset.np = _NumpyOfData()
+
+
 def _warn_of_dropped_sentences() -> None:
     """Say so when fairseq leaves out sentences.
 
@@ -259,7 +287,10 @@ def _end_updates() -> None:
     @functools.wraps(train_step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not getattr(self.get_criterion(), "uses_routing_statistics", False):
-            _warn_of_missing_balance(next(moe_layers(self.model), None) is not None)
+            name = f"{self.cfg.criterion._name}_with_routing"
+            if name not in CRITERION_REGISTRY:
+                name = "label_smoothed_cross_entropy_with_routing"
+            _warn_of_missing_balance(next(moe_layers(self.model), None) is not None, name)
         self.in_train_step = True
         try:
             return train_step(self, *args, **kwargs)
@@ -341,12 +372,13 @@ _BEST_IS_LEAST = ("loss", "nll_loss", "ppl")
 
 
 @functools.cache
-def _warn_of_missing_balance(has_experts: bool) -> None:
+def _warn_of_missing_balance(has_experts: bool, criterion: str) -> None:
     """Once: a criterion that does not know of experts leaves them without a balance loss."""
     if has_experts:
         logger.warning(
             "the criterion ignores the routing losses, so nothing balances the experts; "
-            "use --criterion label_smoothed_cross_entropy_with_routing"
+            "use --criterion %s",
+            criterion,
         )
 
 
@@ -406,6 +438,33 @@ def _report_unknown_keys() -> None:
             raise ConfigError(f"{part} settings: {str(error).splitlines()[0]}") from None
 
     dataclass_utils.merge_with_parent = merge_with_parent
+
+
+class _OmegaConfOfFlags:
+    """OmegaConf as fairseq's module of settings sees it: with an error that says what to do."""
+
+    @staticmethod
+    def to_container(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Settings, of which some are what another part has."""
+        try:
+            return OmegaConf.to_container(cfg, *args, **kwargs)
+        except InterpolationKeyError as error:
+            parts = {"arch": cfg.get("model"), "task": cfg.get("task")}
+            parts["criterion"] = cfg.get("criterion")
+            flags = [f"--{flag} {part._name}" for flag, part in parts.items() if part]
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{' and '.join(flags)} do not go together ({error.full_key}: {reason}): choose "
+                "another"
+            ) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(OmegaConf, name)
+
+
+def _name_parts_that_do_not_fit() -> None:
+    """Say it in one line where a part asks another for a setting that this does not have."""
+    dataclass_utils.OmegaConf = _OmegaConfOfFlags()
 
 
 def _name_damaged_dictionaries() -> None:

@@ -15,7 +15,7 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from torch import nn
 
-from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import PREFIX
+from fairseq_sparsemixer.criterions.routing_losses import PREFIX
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.expert_parallelism import parallel_of
 from fairseq_sparsemixer.models.layers import switch_layers
@@ -174,12 +174,11 @@ def apply() -> None:
     def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = self.get_num_updates()
         output = original(self, *args, **kwargs)
-        criterion = self.get_criterion()
-        mode = getattr(criterion, "watchdogs", "off")  # of another criterion
-        if mode != "off":
+        settings = getattr(self.get_criterion(), "routing", None)  # None of another criterion
+        if settings is not None and settings.watchdogs != "off":
             if not hasattr(self, "watchdogs"):
-                self.watchdogs = Watchdogs(criterion.watchdog_share, criterion.watchdog_updates)
-            _tell(self, mode, _look(self, before))
+                self.watchdogs = Watchdogs(settings.watchdog_share, settings.watchdog_updates)
+            _tell(self, settings.watchdogs, _look(self, before))
         return output
 
     Trainer.train_step = train_step

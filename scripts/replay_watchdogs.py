@@ -18,9 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fairseq_sparsemixer.criterions import (  # noqa: E402
-    LabelSmoothedCrossEntropyWithRoutingConfig as Config,
-)
+from fairseq_sparsemixer.criterions import RoutingLossesConfig as Config  # noqa: E402
 from fairseq_sparsemixer.files import write_json  # noqa: E402
 from fairseq_sparsemixer.runs.points import FILE, read_points  # noqa: E402
 from fairseq_sparsemixer.watchdogs import Layer, Watchdogs  # noqa: E402

@@ -13,6 +13,7 @@ from fairseq_sparsemixer.training.plan import make_task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = ("demo", "study", "iwslt14", "wmt14")
+ONE_TEXT = ("pretraining", "finetuning")
 
 
 def choices(entry):
@@ -27,7 +28,18 @@ def compose(entry, *overrides):
 
 
 def test_what_lies_at_the_top_can_be_started():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(ENTRIES)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ENTRIES, *ONE_TEXT}
+
+
+def test_what_is_pre_trained_can_be_fine_tuned():
+    before, after = (compose(entry, "model.router=switch") for entry in ONE_TEXT)
+    for dense in (compose(entry, "model.encoder_moe_layers=none") for entry in ONE_TEXT):
+        assert "model.router" not in read_settings(OmegaConf.to_container(dense, enum_to_str=True))
+    for cfg in (before, after):
+        assert not OmegaConf.missing_keys(cfg)
+        OmegaConf.to_container(cfg, resolve=True)
+    assert before.model == after.model
+    assert before.task.tokens_per_sample == after.task.max_positions == after.model.max_positions
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

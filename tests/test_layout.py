@@ -19,7 +19,7 @@ FLOORS = [
     ["plotting"],
     ["moe"],
     ["models", "text"],
-    ["criterions", "expert_parallelism", "optim", "restarts", "workers"],
+    ["bits_per_byte", "criterions", "expert_parallelism", "optim", "restarts", "workers"],
     ["watchdogs"],
     ["runs"],
     ["compat"],

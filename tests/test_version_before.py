@@ -334,10 +334,16 @@ def _plain(value):
 
 def settings(owner):
     """The fields that a dataclass of ours adds to fairseq's, with their defaults."""
+    ours = {
+        name
+        for kind in owner.__mro__
+        if kind.__module__.startswith(PACKAGE.name) and not kind.__name__.startswith("_")
+        for name in kind.__annotations__
+    }
     return {
         field.name: None if field.default is dataclasses.MISSING else _plain(field.default)
         for field in dataclasses.fields(owner)
-        if field.name in owner.__annotations__
+        if field.name in ours
     }
 
 

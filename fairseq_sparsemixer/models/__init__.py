@@ -1,9 +1,22 @@
-"""The fairseq seam: configuration, layers, model and named architectures."""
+"""The fairseq seam: configurations, layers, models and named architectures."""
 
 import fairseq  # noqa: F401  (registers all three, in whichever order they are imported)
 
-from fairseq_sparsemixer.models import architectures, switch_transformer  # noqa: F401
-from fairseq_sparsemixer.models.config import SwitchTransformerConfig
+from fairseq_sparsemixer.models import architectures  # noqa: F401
+from fairseq_sparsemixer.models.config import (
+    SwitchRobertaConfig,
+    SwitchTransformerConfig,
+    SwitchTransformerLanguageModelConfig,
+)
+from fairseq_sparsemixer.models.switch_roberta import SwitchRobertaModel
 from fairseq_sparsemixer.models.switch_transformer import SwitchTransformerModel
+from fairseq_sparsemixer.models.switch_transformer_lm import SwitchTransformerLanguageModel
 
-__all__ = ["SwitchTransformerConfig", "SwitchTransformerModel"]
+__all__ = [
+    "SwitchRobertaConfig",
+    "SwitchRobertaModel",
+    "SwitchTransformerConfig",
+    "SwitchTransformerLanguageModel",
+    "SwitchTransformerLanguageModelConfig",
+    "SwitchTransformerModel",
+]

@@ -12,12 +12,15 @@ import json
 import math
 import re
 from enum import Enum
-from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
-from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.utils import interpret_dc_type
+from fairseq.models.roberta import RobertaModel
+from fairseq.models.roberta import model as roberta
 from fairseq.models.transformer import TransformerConfig, transformer_legacy
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from hydra.errors import CompactHydraException
 
 from fairseq_sparsemixer.errors import UserError
@@ -29,10 +32,13 @@ class ConfigError(UserError, CompactHydraException):
     """A wrong model setting; hydra, too, prints its message without a traceback."""
 
 
-def _architecture_fields() -> FrozenSet[str]:
+SIDES = ("encoder", "decoder")
+
+
+def _decided_by(architecture: Callable[[argparse.Namespace], Any]) -> FrozenSet[str]:
     """The settings that fairseq's named architectures decide."""
     args = argparse.Namespace()
-    transformer_legacy.base_architecture(args)
+    architecture(args)
     return frozenset(vars(args))
 
 
@@ -42,7 +48,7 @@ def _transformer_fields() -> Iterator[Tuple[str, Any, Any]]:
     What a named architecture decides is None here, so that it is filled in the same way under
     both launchers; the rest has fairseq's default.
     """
-    from_architecture = _architecture_fields()
+    from_architecture = _decided_by(transformer_legacy.base_architecture)
     for field in dataclasses.fields(TransformerConfig):
         kind: Any = field.type
         is_group = isinstance(kind, type) and issubclass(kind, FairseqDataclass)
@@ -86,13 +92,33 @@ _FlatTransformerConfig: Type = dataclasses.make_dataclass(
 )
 
 
-@dataclasses.dataclass
-class SwitchTransformerConfig(_FlatTransformerConfig):
-    """Settings of :class:`~fairseq_sparsemixer.models.SwitchTransformerModel`.
+def _roberta_fields() -> Iterator[Tuple[str, Any, Any]]:
+    """fairseq's settings of RoBERTa, which are flags alone, as :func:`_transformer_fields`."""
+    from_architecture = _decided_by(roberta.base_architecture)
+    flags = argparse.ArgumentParser(add_help=False)
+    RobertaModel.add_args(flags)
+    for flag in flags._actions:
+        kind: Any = bool if flag.nargs == 0 else flag.type or str
+        kind = ChoiceEnum(list(flag.choices)) if flag.choices else kind
+        default = None if flag.dest in from_architecture else flag.default
+        field = dataclasses.field(default=default, metadata={"help": flag.help})
+        yield flag.dest, Optional[kind], field
+    # Its layers have these, too.
+    for field in dataclasses.fields(TransformerConfig):
+        if field.name in ("checkpoint_activations", "offload_activations"):
+            metadata = dict(field.metadata)
+            own: Any = dataclasses.field(default=field.default, metadata=metadata)
+            yield field.name, field.type, own
 
-    All of fairseq's transformer settings (``encoder_embed_dim``, ``dropout``, ...), where None
-    means what the architecture says, and those of the experts.
-    """
+
+_FlatRobertaConfig: Type = dataclasses.make_dataclass(
+    "_FlatRobertaConfig", list(_roberta_fields()), bases=(FairseqDataclass,)
+)
+
+
+@dataclasses.dataclass
+class ExpertConfig(FairseqDataclass):
+    """Settings of the experts, whatever the model."""
 
     num_experts: int = dataclasses.field(
         default=4, metadata={"help": "experts in each mixture-of-experts layer"}
@@ -102,20 +128,6 @@ class SwitchTransformerConfig(_FlatTransformerConfig):
     )
     moe_offset: int = dataclasses.field(
         default=0, metadata={"help": "the first layer that holds experts, counted from 0"}
-    )
-    encoder_moe_layers: Optional[str] = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "encoder layers that hold experts, as '0,2,4' or 'none' "
-            "(default: by --moe-every and --moe-offset)"
-        },
-    )
-    decoder_moe_layers: Optional[str] = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "decoder layers that hold experts, as '0,2,4' or 'none' "
-            "(default: by --moe-every and --moe-offset)"
-        },
     )
     router: str = dataclasses.field(
         default="sparsemixer", metadata={"help": f"one of {', '.join(ROUTERS)}"}
@@ -186,6 +198,52 @@ class SwitchTransformerConfig(_FlatTransformerConfig):
     )
 
 
+def _moe_layers_field(side: str) -> Any:
+    return dataclasses.field(
+        default=None,
+        metadata={
+            "help": f"{side} layers that hold experts, as '0,2,4' or 'none' "
+            "(default: by --moe-every and --moe-offset)"
+        },
+    )
+
+
+@dataclasses.dataclass
+class SwitchTransformerConfig(_FlatTransformerConfig, ExpertConfig):
+    """Settings of :class:`~fairseq_sparsemixer.models.SwitchTransformerModel`.
+
+    All of fairseq's transformer settings (``encoder_embed_dim``, ``dropout``, ...), where None
+    means what the architecture says, and those of the experts.
+    """
+
+    encoder_moe_layers: Optional[str] = _moe_layers_field("encoder")
+    decoder_moe_layers: Optional[str] = _moe_layers_field("decoder")
+
+
+@dataclasses.dataclass
+class SwitchRobertaConfig(_FlatRobertaConfig, ExpertConfig):
+    """Settings of :class:`~fairseq_sparsemixer.models.SwitchRobertaModel`: RoBERTa's and those of
+    the experts."""
+
+    encoder_moe_layers: Optional[str] = _moe_layers_field("encoder")
+
+
+@dataclasses.dataclass
+class SwitchTransformerLanguageModelConfig(TransformerLanguageModelConfig, ExpertConfig):
+    """Settings of :class:`~fairseq_sparsemixer.models.SwitchTransformerLanguageModel`: those of
+    fairseq's transformer_lm and of the experts."""
+
+    decoder_moe_layers: Optional[str] = _moe_layers_field("decoder")
+
+
+EXPERT_FIELDS = {
+    field.name: field
+    for field in dataclasses.fields(SwitchTransformerConfig)
+    if field.name in ExpertConfig.__annotations__ or field.name.endswith("_moe_layers")
+}
+"""The settings that are ours, of all models together."""
+
+
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What ``--moe-inference-dtype`` may be."""
 
@@ -215,17 +273,18 @@ class ExpertSettings:
     decoder_kept: Tuple[int, ...]
 
 
-def expert_settings(args: argparse.Namespace) -> ExpertSettings:
+def expert_settings(args: argparse.Namespace, sides: Sequence[str] = SIDES) -> ExpertSettings:
     """Check the settings of the experts.
 
     Args:
-        args: a namespace with every field of :class:`SwitchTransformerConfig`, gaps filled.
+        args: a namespace with every field of the model's configuration, gaps filled.
+        sides: those that the model has; of the other, no layer holds experts.
 
     Raises:
         ConfigError: naming the flag and the allowed values.
     """
     _check_numbers(args)
-    _check_sizes(args)
+    _check_sizes(args, sides)
     # fairseq would add its noise to every other layer, and leave the experts and the router alone.
     for flag in ("quant_noise_pq", "quant_noise_scalar"):
         if getattr(args, flag) > 0:
@@ -241,6 +300,8 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
             f"--moe-inference-dtype must be {' or '.join(INFERENCE_DTYPES)}, "
             f"not {args.moe_inference_dtype!r}"
         )
+    layers = {side: _moe_layers(args, side) for side in sides}
+    kept = {side: _kept_layers(args, side) for side in sides}
     settings = ExpertSettings(
         num_experts=args.num_experts,
         router=args.router,
@@ -253,16 +314,16 @@ def expert_settings(args: argparse.Namespace) -> ExpertSettings:
         recompute=args.moe_recompute,
         parallel_size=args.expert_parallel_size,
         inference_dtype=INFERENCE_DTYPES[args.moe_inference_dtype],
-        encoder_layers=_moe_layers(args, "encoder"),
-        decoder_layers=_moe_layers(args, "decoder"),
-        encoder_kept=_kept_layers(args, "encoder"),
-        decoder_kept=_kept_layers(args, "decoder"),
+        encoder_layers=layers.get("encoder", frozenset()),
+        decoder_layers=layers.get("decoder", frozenset()),
+        encoder_kept=kept.get("encoder", ()),
+        decoder_kept=kept.get("decoder", ()),
     )
     _try_router(settings)
     if settings.decoder_layers and not ROUTERS[settings.router].causal:
         raise ConfigError(
             f"--router {settings.router} looks at all words of a sentence, also those that a "
-            "decoder has yet to write: pass --decoder-moe-layers none"
+            "decoder has yet to write: choose another, or pass --decoder-moe-layers none"
         )
     return settings
 
@@ -321,8 +382,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         )
 
 
-def _check_sizes(args: argparse.Namespace) -> None:
-    for side in ("encoder", "decoder"):
+def _check_sizes(args: argparse.Namespace, sides: Sequence[str]) -> None:
+    for side in sides:
         for flag in (f"{side}_embed_dim", f"{side}_ffn_embed_dim", f"{side}_attention_heads"):
             if not 1 <= getattr(args, flag) < 1 << 31:
                 raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")

@@ -39,6 +39,17 @@ class Call:
         return getattr(self._module, name)
 
 
+class Recorded(Call):
+    """A module whose last output its caller keeps to itself."""
+
+    output: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output."""
+        self.output = self._module(*args, **kwargs)
+        return self.output
+
+
 class _LayerCall(Call):
     """Of a layer: its feed-forward network is the mixture."""
 
@@ -123,7 +134,8 @@ class SwitchLayer(nn.Module):
     runs the forward without gradient, so that only what is put out has one.
 
     Args:
-        cfg: fairseq's settings, with the :class:`ExpertSettings` as ``cfg.experts``.
+        cfg: fairseq's settings, with the :class:`ExpertSettings` as ``cfg.experts``, and as
+            ``cfg.init_experts`` what initialises :class:`Experts` (None: as they do themselves).
         layer_name: "encoder.0", "decoder.2", ...: the place of the layer, for logs.
     """
 
@@ -155,6 +167,8 @@ class SwitchLayer(nn.Module):
             recompute=experts.recompute,
             **experts.router_options,
         )
+        if cfg.init_experts is not None:
+            cfg.init_experts(self.moe.experts)
         if cfg.expert_parallel is not None:
             self.moe.experts.spread(cfg.expert_parallel)
 

@@ -11,7 +11,7 @@ from fairseq_sparsemixer.models.config import ConfigError
 _SHARE = (0, 1)
 _COUNT = (1, math.inf)
 _NUMBER = (0, math.inf)
-_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout")
+_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "relu_dropout", "pooler_dropout")
 _LAYERS = ("adaptive_softmax_dropout", "encoder_layerdrop", "decoder_layerdrop")
 RANGES: Dict[str, Tuple[float, float]] = {
     **{f"model.{name}": _SHARE for name in (*_DROPOUTS, *_LAYERS)},

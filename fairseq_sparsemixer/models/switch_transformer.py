@@ -1,13 +1,8 @@
 """The Switch Transformer for translation: fairseq's transformer with experts in some layers."""
 
-import argparse
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Dict, Optional
 
-import torch
-import torch.distributed as dist
-from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.data import Dictionary
-from fairseq.dataclass.utils import gen_parser_from_dataclass, merge_with_parent
 from fairseq.distributed import fsdp_wrap
 from fairseq.models import register_model
 from fairseq.models.transformer import (
@@ -23,17 +18,16 @@ from fairseq.modules.transformer_layer import (
     TransformerEncoderLayerBase,
 )
 from fairseq.tasks import FairseqTask
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from torch.nn.parallel.distributed import DistributedDataParallel
 
-from fairseq_sparsemixer.models.config import (
-    ConfigError,
-    SwitchTransformerConfig,
-    check_workers,
-    expert_settings,
+from fairseq_sparsemixer.models.building import (
+    INPUTS,
+    TEXTS,
+    Settings,
+    SwitchModel,
+    naming_conflicts,
 )
+from fairseq_sparsemixer.models.config import SwitchTransformerConfig
 from fairseq_sparsemixer.models.layers import (
     STATISTICS,
     Call,
@@ -42,71 +36,10 @@ from fairseq_sparsemixer.models.layers import (
     SwitchTransformerEncoderLayer,
 )
 from fairseq_sparsemixer.moe import ROUTERS
-from fairseq_sparsemixer.moe.parallel import ExpertParallel, is_spread
-
-Settings = Union[argparse.Namespace, DictConfig]
-
-
-def _given(settings: Settings) -> argparse.Namespace:
-    """The settings that are not None."""
-    if isinstance(settings, DictConfig):
-        values: Any = OmegaConf.to_container(settings, resolve=True, enum_to_str=True)
-    else:
-        values = vars(settings)
-    return argparse.Namespace(**{k: v for k, v in values.items() if v is not None})
-
-
-def fill_gaps(settings: Settings, fill: Callable[[argparse.Namespace], Any]) -> None:
-    """Give the settings that are missing or None what one of fairseq's architectures says.
-
-    Args:
-        settings: flags or hydra's node, changed in place.
-        fill: sets the attributes that its argument does not have.
-    """
-    filled = _given(settings)
-    fill(filled)
-    for name in SwitchTransformerConfig.__dataclass_fields__:
-        value = getattr(filled, name, None)
-        if value is not None and not name.startswith("_"):
-            setattr(settings, name, value)
-
-
-def _expand(settings: Settings) -> TransformerConfig:
-    """fairseq's nested settings, with those of the experts as ``experts``.
-
-    Raises:
-        ConfigError: for a setting that is unknown, out of range or not supported.
-    """
-    if getattr(settings, "scale_fc", False):
-        raise ConfigError("--scale-fc must be off: experts have no inner layer norm")
-    if isinstance(settings, DictConfig):
-        # hydra builds the node before it knows this dataclass: fill in and refuse unknown keys.
-        try:
-            settings = merge_with_parent(SwitchTransformerConfig(), settings)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"model settings: {str(error).splitlines()[0]}") from None
-    args = _given(SwitchTransformerConfig.from_namespace(settings))
-    transformer_legacy.base_architecture(args)
-    for name, field in SwitchTransformerConfig.__dataclass_fields__.items():
-        if not hasattr(args, name):
-            setattr(args, name, field.default)
-    experts = expert_settings(args)
-    cfg = TransformerConfig.from_namespace(_given(args))
-    cfg.experts = experts
-    cfg.expert_parallel = _expert_parallel(experts.parallel_size)
-    return cfg
-
-
-def _expert_parallel(size: int) -> Optional[ExpertParallel]:
-    """What spreads the experts, where several workers train; else whoever reads them has all."""
-    if size == 1 or not (dist.is_available() and dist.is_initialized()):
-        return None
-    check_workers(size, dist.get_world_size())
-    return ExpertParallel(size)
 
 
 @register_model("switch_transformer", dataclass=SwitchTransformerConfig)
-class SwitchTransformerModel(TransformerModelBase):
+class SwitchTransformerModel(SwitchModel, TransformerModelBase):
     """Switch Transformer (Fedus et al. 2021, arXiv 2101.03961) for translation.
 
     fairseq's encoder-decoder transformer whose layers 0, 2, 4, ... have experts for their
@@ -120,13 +53,9 @@ class SwitchTransformerModel(TransformerModelBase):
     >>> model.translate("The device is not available.")
     """
 
-    @classmethod
-    def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        """Add a flag for every field of :class:`SwitchTransformerConfig`."""
-        # Without defaults: a flag that is not given is for the architecture to fill.
-        gen_parser_from_dataclass(
-            parser, SwitchTransformerConfig(), delete_default=True, with_prefix=""
-        )
+    base_architecture = staticmethod(transformer_legacy.base_architecture)
+    tasks = "translation or translation_with_routing"
+    refused_tasks = (*TEXTS, *INPUTS)
 
     @classmethod
     def build_model(cls, settings: Settings, task: FairseqTask) -> "SwitchTransformerModel":
@@ -135,17 +64,9 @@ class SwitchTransformerModel(TransformerModelBase):
         Raises:
             ConfigError: for a setting that is unknown, out of range or not supported.
         """
-        cfg = _expand(settings)
-        try:
-            model = super().build_model(cfg, task)
-        except ValueError as error:
-            # fairseq's own checks of flags that do not fit together
-            raise ConfigError(str(error)) from error
-        if cfg.expert_parallel is not None:
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, [name for name, value in model.named_parameters() if is_spread(value)]
-            )
-        return model
+        cfg = cls._expand(cls._read(settings, task))
+        with naming_conflicts():
+            return cls._finished(super().build_model(cfg, task), cfg)
 
     @classmethod
     def build_encoder(
@@ -162,71 +83,6 @@ class SwitchTransformerModel(TransformerModelBase):
         """The decoder, called by fairseq's ``build_model``."""
         kind = SwitchTransformerDecoder if _has_experts(cfg) else TransformerDecoderBase
         return kind(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
-
-    def load_state_dict(
-        self,
-        state_dict: Dict[str, Tensor],
-        strict: bool = True,
-        model_cfg: Optional[Settings] = None,
-        args: Optional[argparse.Namespace] = None,
-    ) -> Any:
-        """Load parameters, of the layers to keep.
-
-        Raises:
-            ConfigError: for a checkpoint of another shape, naming the first parameter that differs.
-        """
-        if model_cfg is not None:
-            _keep_the_other_side(model_cfg, state_dict)
-            # Here rather than in fairseq, so that a difference is looked for in what is loaded.
-            state_dict = prune_state_dict(state_dict, model_cfg)
-        try:
-            return super().load_state_dict(state_dict, strict, model_cfg, args)
-        except RuntimeError as error:
-            difference = _first_difference(self._whole_shapes(), state_dict)
-            if difference is None:
-                raise
-            raise ConfigError(
-                f"the checkpoint does not fit the model: {difference}; give the --arch, --router, "
-                "--num-experts and layer flags that it was trained with, or another --save-dir"
-            ) from error
-
-    def _whole_shapes(self) -> Dict[str, torch.Size]:
-        """Of what a checkpoint holds of it, whichever worker's experts these are."""
-        size = self.cfg.experts.parallel_size
-        spread = {name for name, value in self.named_parameters() if is_spread(value)}
-        return {
-            name: torch.Size([size * len(value), *value.shape[1:]])
-            if name in spread
-            else value.shape
-            for name, value in self.state_dict().items()
-        }
-
-
-def _keep_the_other_side(settings: Settings, state_dict: Dict[str, Tensor]) -> None:
-    """Keep all layers of the encoder where only the decoder is pruned, and the other way round.
-
-    fairseq drops every layer of a side without ``layers_to_keep`` where the other has one.
-    """
-    sides = ("encoder", "decoder")
-    kept = [getattr(settings, f"{side}_layers_to_keep", None) for side in sides]
-    if not any(kept):
-        return
-    for side, layers in zip(sides, kept):
-        if not layers:
-            prefix = f"{side}.layers."
-            numbers = {n[len(prefix) :].split(".")[0] for n in state_dict if n.startswith(prefix)}
-            setattr(settings, f"{side}_layers_to_keep", ",".join(sorted(numbers, key=int)))
-
-
-def _first_difference(here: Dict[str, torch.Size], there: Dict[str, Tensor]) -> Optional[str]:
-    """Which parameter of the model differs from the checkpoint's in name or shape."""
-    for name, shape in here.items():
-        if name not in there:
-            return f"it has no {name}"
-        if there[name].shape != shape:
-            return f"{name} is {tuple(there[name].shape)} there and {tuple(shape)} here"
-    extra = [name for name in there if name not in here]
-    return f"the model has no {extra[0]}" if extra else None
 
 
 def _has_experts(cfg: TransformerConfig) -> bool:

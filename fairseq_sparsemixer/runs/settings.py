@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-from typing import Any, Dict
+from typing import Any, Dict, Sequence
 
-from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
-    LabelSmoothedCrossEntropyWithRoutingConfig,
-)
-from fairseq_sparsemixer.models.config import SwitchTransformerConfig
+from fairseq_sparsemixer.criterions.routing_losses import RoutingLossesConfig
+from fairseq_sparsemixer.models.config import EXPERT_FIELDS, SIDES
 
 _WHOLE_SECTIONS = (
     "model",
@@ -92,24 +90,27 @@ def read_settings(config: Dict[str, Any]) -> Dict[str, Any]:
 
 def _is_dense(model: Dict[str, Any]) -> bool:
     """Whether the model has no experts, be it one of fairseq's own."""
-    if "router" not in model and not str(model.get("_name")).startswith("switch_transformer"):
+    name = str(model.get("_name"))
+    if "router" not in model and not name.startswith("switch_"):
         return True
-    return all(model.get(f"{side}_moe_layers") == "none" for side in ("encoder", "decoder"))
+    sides: Sequence[str] = SIDES
+    if name.startswith("switch_roberta"):
+        sides = ("encoder",)
+    elif name.startswith("switch_transformer_lm"):
+        sides = ("decoder",)
+    return all(model.get(f"{side}_moe_layers") == "none" for side in sides)
 
 
 def expert_fields() -> Dict[str, Dict[str, Any]]:
     """The settings of this package, by section, with their defaults."""
-    owners = {
-        "model": SwitchTransformerConfig,
-        "criterion": LabelSmoothedCrossEntropyWithRoutingConfig,
-    }
+    losses = RoutingLossesConfig.__annotations__
     return {
-        section: {
+        "model": {name: field.default for name, field in EXPERT_FIELDS.items()},
+        "criterion": {
             field.name: field.default
-            for field in dataclasses.fields(owner)
-            if field.name in owner.__annotations__
-        }
-        for section, owner in owners.items()
+            for field in dataclasses.fields(RoutingLossesConfig)
+            if field.name in losses
+        },
     }
 
 

@@ -20,6 +20,7 @@ from typing import Any, Container, Dict, List, Mapping, Union, get_args, get_ori
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models.roberta import RobertaModel
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
@@ -31,14 +32,19 @@ READ = frozenset(
     for name in (
         "models.transformer.transformer_legacy.TransformerModel",
         "models.transformer_align.TransformerAlignModel",
+        "models.roberta.model.RobertaModel",
         "models.transformer_lm.TransformerLanguageModel",
         "tasks.translation.TranslationTask",
         "tasks.language_modeling.LanguageModelingTask",
+        "tasks.masked_lm.MaskedLMTask",
+        "tasks.sentence_prediction.SentencePredictionTask",
         "criterions.adaptive_loss.AdaptiveLoss",
         "criterions.cross_entropy.CrossEntropyCriterion",
         "criterions.label_smoothed_cross_entropy.LabelSmoothedCrossEntropyCriterion",
         "criterions.label_smoothed_cross_entropy_with_alignment."
         "LabelSmoothedCrossEntropyCriterionWithAlignment",
+        "criterions.masked_lm.MaskedLmLoss",
+        "criterions.sentence_prediction.SentencePredictionCriterion",
         "data.encoders.byte_bpe.ByteBPE",
         "data.encoders.bytes.Bytes",
         "data.encoders.characters.Characters",
@@ -220,7 +226,7 @@ def _declared(part: str, names: List[Any]) -> Dict[str, List[Any]]:
     for name in names:
         kind = _class(part, name)
         _add(declared, _fields(getattr(kind, "__dataclass", None)))
-        if part == "model" and issubclass(kind, TransformerModelBase):
+        if part == "model" and issubclass(kind, (TransformerModelBase, RobertaModel)):
             _add(declared, _transformer_fields())
     return declared
 

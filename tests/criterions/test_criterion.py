@@ -8,7 +8,10 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.logging import metrics
 from support.models import TargetTask, build, sample
 
-from fairseq_sparsemixer.criterions import LabelSmoothedCrossEntropyWithRouting
+from fairseq_sparsemixer.criterions import (
+    LabelSmoothedCrossEntropyWithRouting,
+    RoutingLossesConfig,
+)
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.layers import routing_statistics
 from fairseq_sparsemixer.moe import RoutingStatistics
@@ -16,8 +19,10 @@ from fairseq_sparsemixer.moe import RoutingStatistics
 LENGTHS = [(3, 4), (5, 2), (1, 6), (4, 4)]
 
 
-def criterion(**settings):
-    return LabelSmoothedCrossEntropyWithRouting(TargetTask(), False, 0.1, **settings)
+def criterion(sentence_avg=False, **settings):
+    built = LabelSmoothedCrossEntropyWithRouting(TargetTask(), sentence_avg, 0.1)
+    built.configure(RoutingLossesConfig(**settings))
+    return built
 
 
 def deterministic_model(**settings):
@@ -151,7 +156,7 @@ def test_scope_of_the_balance_loss(balance_loss, scope, monkeypatch):
 
     expected = balance_gradient(whole)
     assert expected.abs().max() > 1e-3
-    module = "fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing"
+    module = "fairseq_sparsemixer.criterions.routing_losses"
     utils = f"{module}.distributed_utils"
     sums = []
     monkeypatch.setattr(f"{utils}.get_data_parallel_world_size", lambda: 2)
@@ -173,7 +178,7 @@ class Workers:
     """The workers of one batch, played one after the other: each sums what all of them have."""
 
     def __init__(self, monkeypatch, count):
-        module = "fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing"
+        module = "fairseq_sparsemixer.criterions.routing_losses"
         utils = f"{module}.distributed_utils"
         self.sums, self.total = [], None
         monkeypatch.setattr(f"{utils}.get_data_parallel_world_size", lambda: count)
@@ -362,7 +367,7 @@ def test_losses_stay_float32_in_half_precision():
 
 def test_sentence_average_weights_by_sentences():
     model, data = deterministic_model(), sample(LENGTHS)
-    by_sentence = LabelSmoothedCrossEntropyWithRouting(TargetTask(), True, 0.1, balance_weight=1.0)
+    by_sentence = criterion(sentence_avg=True, balance_weight=1.0)
     loss, sample_size, _ = by_sentence(model, data)
     assert sample_size == len(LENGTHS)
     balance = statistics_of(model, data).load_balance_loss.mean()

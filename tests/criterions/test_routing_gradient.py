@@ -9,7 +9,10 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.models.ema.ema import EMA
 from support.models import TargetTask, build, sample
 
-from fairseq_sparsemixer.criterions import LabelSmoothedCrossEntropyWithRouting
+from fairseq_sparsemixer.criterions import (
+    LabelSmoothedCrossEntropyWithRouting,
+    RoutingLossesConfig,
+)
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 
 LENGTHS = ((3, 4), (5, 2), (1, 6), (4, 4))
@@ -30,9 +33,9 @@ def model_of(encoder_moe_layers="1", **settings):
 
 
 def criterion(balance_weight, z_loss_weight):
-    return LabelSmoothedCrossEntropyWithRouting(
-        TargetTask(), False, 0.1, balance_weight=balance_weight, z_loss_weight=z_loss_weight
-    )
+    built = LabelSmoothedCrossEntropyWithRouting(TargetTask(), False, 0.1)
+    built.configure(RoutingLossesConfig(balance_weight=balance_weight, z_loss_weight=z_loss_weight))
+    return built
 
 
 def routers(model):
@@ -143,7 +146,7 @@ def test_two_workers_have_the_gradient_of_the_whole_batch(monkeypatch):
         target = whole["target"][rows]
         ntokens = int(target.ne(1).sum())
         halves.append({"net_input": net_input, "target": target, "ntokens": ntokens})
-    module = "fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing"
+    module = "fairseq_sparsemixer.criterions.routing_losses"
     utils = f"{module}.distributed_utils"
     monkeypatch.setattr(f"{utils}.get_data_parallel_world_size", lambda: 2)
     monkeypatch.setattr(f"{utils}.get_data_parallel_group", lambda: None)

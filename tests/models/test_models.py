@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from fairseq.models import ARCH_CONFIG_REGISTRY, build_model
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, build_model
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from omegaconf import OmegaConf
-from support.models import Task, batch, build
+from support.models import Task, batch, build, copy_into_dense, draw_alike
 
 from fairseq_sparsemixer.models import SwitchTransformerConfig, SwitchTransformerModel
 from fairseq_sparsemixer.models.architectures import ARCHITECTURES
-from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.models.config import EXPERT_FIELDS, ConfigError
 from fairseq_sparsemixer.models.layers import SwitchLayer, routing_statistics
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, RoutingStatistics
 from fairseq_sparsemixer.moe.backends import products
@@ -38,9 +38,8 @@ def test_sizes_of_the_demo():
 
 
 def test_every_setting_of_ours_has_a_help_text():
-    for name, field in SwitchTransformerConfig.__dataclass_fields__.items():
-        if name in SwitchTransformerConfig.__annotations__:
-            assert field.metadata["help"], name
+    for name, field in EXPERT_FIELDS.items():
+        assert field.metadata["help"], name
 
 
 @pytest.mark.parametrize(("side", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
@@ -117,19 +116,8 @@ def test_one_expert_with_gate_one_equals_fairseqs_transformer(router, training):
     settings = {"dropout": 0.2, "attention_dropout": 0.1, "activation_dropout": 0.0}
     model = build(num_experts=1, router=router, **settings).train(training)
     dense = dense_transformer(copy.deepcopy(model.cfg)).train(training)
-    state = dense.state_dict()
-    renamed = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
-    for name, value in model.state_dict().items():
-        prefix, _, last = name.rpartition(".moe.experts.")
-        if prefix:
-            state[f"{prefix}.{renamed[last]}"] = value[0]
-        elif ".moe." not in name:
-            state[name] = value
-    dense.load_state_dict(state)
-    # Router noise would shift the dropout masks of the later layers: give every mask its own seed.
-    for both in (model, dense):
-        for module in both.modules():
-            module.register_forward_pre_hook(lambda *_: torch.manual_seed(7) and None)
+    copy_into_dense(model, dense)
+    draw_alike(model, dense)
     # Padding is not routed, so its own outputs, which nobody reads, are others.
     keep = batch()["prev_output_tokens"].ne(1)
     torch.testing.assert_close(model(**batch())[0][keep], dense(**batch())[0][keep])
@@ -287,25 +275,31 @@ def test_running_means_see_each_batch_once_and_change_between_updates(checkpoint
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-def test_flags_and_hydra_agree_on_every_architecture(arch):
+def test_flags_and_hydra_agree_on_every_architecture(arch, monkeypatch):
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-    flags = ["data", "--arch", arch, "--num-experts", "3", "--dropout", "0.25"]
+    monkeypatch.setattr(torch.nn.Module, "apply", lambda self, _: self)  # needs storage in BERT's
+    task = {"encoder": "masked_lm", "decoder": "language_modeling"}
+    task = task.get("".join(ARCH_MODEL_REGISTRY[arch].sides), "translation")
+    flags = ["data", "--arch", arch, "--task", task, "--num-experts", "3", "--dropout", "0.25"]
     args = options.parse_args_and_arch(options.get_training_parser(), flags)
-    from_flags = convert_namespace_to_omegaconf(args).model
-    from_hydra = OmegaConf.create({"_name": arch, "num_experts": 3, "dropout": 0.25})
+    of_flags = convert_namespace_to_omegaconf(args)
+    from_flags = of_flags.model
+    model = {"_name": arch, "num_experts": 3, "dropout": 0.25}
+    of_hydra = {"model": model, "task": of_flags.task, "common": of_flags.common}
+    from_hydra = OmegaConf.create(of_hydra).model
     with torch.device("meta"):  # sizes only
         a, b = build_model(from_flags, Task()), build_model(from_hydra, Task())
     assert vars(a.cfg) == vars(b.cfg)
     assert a.cfg.dropout == 0.25
     assert a.cfg.experts.num_experts == 3
-    fairseq_name = arch.replace("switch_transformer", "transformer")
+    fairseq_name = arch.removeprefix("switch_")
     if fairseq_name in ARCH_CONFIG_REGISTRY:
         args = argparse.Namespace(dropout=0.25)
         ARCH_CONFIG_REGISTRY[fairseq_name](args)
         dense = TransformerConfig.from_namespace(args)
-        for side in ("encoder", "decoder"):
+        for side in a.sides:
             assert getattr(a.cfg, side).embed_dim == getattr(dense, side).embed_dim
             assert getattr(a.cfg, side).layers == getattr(dense, side).layers
             assert getattr(a.cfg, side).normalize_before == getattr(dense, side).normalize_before

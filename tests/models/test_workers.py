@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import commands
 from support.commands import SIZE, parameters
-from support.training import assert_same
+from support.training import assert_same, train_on_workers
 
 from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.runs import points
@@ -98,34 +98,6 @@ def micro_batch_gradients(checkpoint):
     for name, value in model.named_parameters(remove_duplicate=False):
         gradients[name] = value.grad
     return before, gradients, [size for _, size in results]
-
-
-def train_on_workers(server, data, save_dir, ddp_backend=None, workers=1, **settings):
-    """Train with so many processes that share this machine; what they printed."""
-    save_dir.mkdir(exist_ok=True)
-    rendezvous = save_dir / "rendezvous"  # each start makes its own
-    rendezvous.unlink(missing_ok=True)
-    sharded = ddp_backend == "fully_sharded"
-    module = "support.fairscale_on_a_cpu" if sharded else "fairseq_cli.train"
-    started = [
-        (module, *commands.train_command(data, save_dir, **settings, **distributed))
-        for distributed in (
-            {
-                "ddp_backend": ddp_backend,
-                "distributed_world_size": workers,
-                "distributed_init_method": f"file://{rendezvous}" if workers > 1 else None,
-                "distributed_no_spawn": True,
-                "distributed_rank": rank,
-            }
-            for rank in range(workers)
-        )
-    ]
-    log = save_dir / "log"
-    before = log.stat().st_size if log.exists() else 0
-    statuses = server.run(*started, output=log)
-    text = log.read_text()[before:]
-    assert not any(statuses), text[-5000:]
-    return text
 
 
 def last_norm(checkpoint):

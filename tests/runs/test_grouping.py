@@ -91,6 +91,15 @@ def test_a_plain_transformer_of_fairseq_is_dense(place):
     assert rows["dense"]["router"] is None
 
 
+def test_models_of_one_side_without_experts_are_dense():
+    for name, side in (("switch_roberta_tiny", "encoder"), ("switch_transformer_lm", "decoder")):
+        model = {"_name": name, "router": "switch", "num_experts": 4}
+        with_experts = settings.read_settings({"model": model})
+        assert with_experts["model.router"] == "switch"
+        dense = settings.read_settings({"model": {**model, f"{side}_moe_layers": "none"}})
+        assert "model.router" not in dense
+
+
 def test_experts_ascend(place):
     for experts in (16, 2, 8):
         place.run(f"s{experts}", experts=experts)

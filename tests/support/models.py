@@ -2,12 +2,14 @@
 
 import torch
 from fairseq.data import Dictionary
-from fairseq.models import build_model
+from fairseq.models import ARCH_MODEL_REGISTRY, build_model
 from omegaconf import OmegaConf
 
 SMALL = {
     "encoder_embed_dim": 16,
     "encoder_ffn_embed_dim": 24,
+    "decoder_embed_dim": 16,
+    "decoder_ffn_embed_dim": 24,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
     "encoder_layers": 3,
@@ -23,10 +25,35 @@ class Task:
         for symbol in "abcdefgh":
             self.source_dictionary.add_symbol(symbol)
 
+    def max_positions(self):
+        return 64
+
 
 def build(arch="switch_transformer", seed=0, **settings):
     torch.manual_seed(seed)
-    return build_model(OmegaConf.create({"_name": arch, **SMALL, **settings}), Task())
+    sides = ARCH_MODEL_REGISTRY[arch].sides
+    small = {name: size for name, size in SMALL.items() if name.startswith(tuple(sides))}
+    return build_model(OmegaConf.create({"_name": arch, **small, **settings}), Task())
+
+
+def copy_into_dense(model, dense):
+    """Give fairseq's own model the parameters of ours, of which each layer has one expert."""
+    state = dense.state_dict()
+    renamed = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
+    for name, value in model.state_dict().items():
+        prefix, _, last = name.rpartition(".moe.experts.")
+        if prefix:
+            state[f"{prefix}.{renamed[last]}"] = value[0]
+        elif ".moe." not in name:
+            state[name] = value
+    dense.load_state_dict(state)
+
+
+def draw_alike(*models):
+    """Give every dropout mask its own seed: router noise would shift those of later layers."""
+    for model in models:
+        for module in model.modules():
+            module.register_forward_pre_hook(lambda *_: torch.manual_seed(7) and None)
 
 
 def batch(lengths=((3, 4), (5, 2)), seed=0):

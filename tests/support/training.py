@@ -44,6 +44,34 @@ def step(trainer, batch):
         trainer.train_step([batch])
 
 
+def train_on_workers(server, data, save_dir, ddp_backend=None, workers=1, **settings):
+    """Train with so many processes that share this machine; what they printed."""
+    save_dir.mkdir(exist_ok=True)
+    rendezvous = save_dir / "rendezvous"  # each start makes its own
+    rendezvous.unlink(missing_ok=True)
+    sharded = ddp_backend == "fully_sharded"
+    module = "support.fairscale_on_a_cpu" if sharded else "fairseq_cli.train"
+    started = [
+        (module, *commands.train_command(data, save_dir, **settings, **distributed))
+        for distributed in (
+            {
+                "ddp_backend": ddp_backend,
+                "distributed_world_size": workers,
+                "distributed_init_method": f"file://{rendezvous}" if workers > 1 else None,
+                "distributed_no_spawn": True,
+                "distributed_rank": rank,
+            }
+            for rank in range(workers)
+        )
+    ]
+    log = save_dir / "log"
+    before = log.stat().st_size if log.exists() else 0
+    statuses = server.run(*started, output=log)
+    text = log.read_text()[before:]
+    assert not any(statuses), text[-5000:]
+    return text
+
+
 def log_of(directory, tag):
     return commands.logged((directory / "log").read_text(), tag)
 
