@@ -29,6 +29,7 @@ COMMANDS = (
     "study",
     "gradients",
     "demo",
+    "export",
     "check",
 )
 

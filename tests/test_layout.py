@@ -27,7 +27,7 @@ FLOORS = [
     ["evaluation"],
     ["tasks"],
     [""],
-    ["comparison", "training"],
+    ["comparison", "training", "export"],
     ["study", "installation"],
     ["report", "laboratory"],
     ["commands"],
@@ -35,7 +35,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOOLS = {"corpora", "evaluation", "comparison", "training", "study", "installation", "report"}
-TOOLS.add("laboratory")
+TOOLS.update(["laboratory", "export"])
 
 
 def module_name(path):
