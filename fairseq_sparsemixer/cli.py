@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import keyword
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ COMMANDS = (
     "gradients",
     "demo",
     "export",
+    "import",
     "check",
 )
 
@@ -50,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"fairseq_sparsemixer.commands.{name}")
+        file = f"{name}_" if keyword.iskeyword(name) else name
+        module = importlib.import_module(f"fairseq_sparsemixer.commands.{file}")
         command = commands.add_parser(
             name,
             help=module.HELP,

@@ -10,7 +10,8 @@ There, with torch, transformers and sentencepiece:
   tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 generate() searches as fairseq does, with --beam and --lenpen unless it is told otherwise. See
-docs/export.md for what is the same and what is not.
+docs/export.md for what is the same and what is not, and `fairseq-sparsemixer import` for the way
+back.
 """
 
 import argparse
