@@ -43,6 +43,9 @@ setup(
             "jinja2",
             "matplotlib",
             "mypy",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "pypdf",
             "pytest>=7",
             "pytest-xdist",
@@ -56,6 +59,7 @@ setup(
             "triton>=3.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
         "export": ["transformers>=5"],
+        "onnx": ["onnx", "onnxruntime", "onnxscript", "transformers>=5"],
         "report": ["jinja2", "matplotlib", "tensorboardX"],
         "sharded": ["fairscale>=0.4.13"],  # --ddp-backend fully_sharded
         "slurm": ["hydra-submitit-launcher"],

@@ -1,4 +1,4 @@
-"""A run as a folder that transformers loads where fairseq is not installed."""
+"""A run as a folder that is loaded where fairseq is not installed: transformers' or of ONNX."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from torch import Tensor
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import ModelChoice
 from fairseq_sparsemixer.evaluation.translator import MAX_LEN_B, Translator, load_translator
+from fairseq_sparsemixer.export import graphs
 from fairseq_sparsemixer.export.description import describe, settings_of
 from fairseq_sparsemixer.export.requirements import load
 from fairseq_sparsemixer.files import atomic_folder
@@ -30,11 +31,12 @@ LARGEST_DIFFERENCE = 1e-3
 experts tie."""
 
 
-def export(choice: ModelChoice, beam: int, lenpen: float, output: Path) -> int:
-    """Write a folder for transformers, whole or not at all.
+def export(choice: ModelChoice, to: str, beam: int, lenpen: float, output: Path) -> int:
+    """Write a folder, whole or not at all.
 
     Args:
         choice: the model.
+        to: ``"transformers"``, or ``"onnx"`` for graphs in place of weights.
         beam, lenpen: how ``generate`` searches by default.
         output: a new folder, or one that was exported before.
 
@@ -57,8 +59,13 @@ def export(choice: ModelChoice, beam: int, lenpen: float, output: Path) -> int:
         fill(model, state, translator.checkpoints[0].path)
         _check_equal(translator, model)
         model.generation_config = _generation(translator, beam, lenpen)
-        # With what only training reads, so that nothing is lost on the way back.
-        _save(model, partial, state)
+        if to == "onnx":
+            model.config.save_pretrained(partial)
+            model.generation_config.save_pretrained(partial)
+            graphs.write(model, partial)
+        else:
+            # With what only training reads, so that nothing is lost on the way back.
+            _save(model, partial, state)
         tokenizer.save_pretrained(partial)
         return sum(path.stat().st_size for path in partial.iterdir())
 

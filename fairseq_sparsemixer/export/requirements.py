@@ -1,4 +1,4 @@
-"""What is installed only for export and import."""
+"""What is installed for export and import alone."""
 
 import importlib
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from fairseq_sparsemixer.errors import UserError
 
 
-def load(module: str) -> Any:
-    """A module that needs what the extra ``export`` installs.
+def load(module: str, extra: str = "export") -> Any:
+    """A module that needs what an extra of this package installs.
 
     Raises:
         UserError: it is not installed.
@@ -16,5 +16,5 @@ def load(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"this needs {error.name}: run `pip install 'fairseq-sparsemixer[export]'`"
+            f"this needs {error.name}: run `pip install 'fairseq-sparsemixer[{extra}]'`"
         ) from error

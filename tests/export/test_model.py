@@ -2,29 +2,18 @@
 
 import pytest
 import torch
+from support.exported import exported
 from support.models import Task, batch, build
 from support.reference_routers import fits
 from support.routers import random_layer
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.export.description import describe, describe_router
-from fairseq_sparsemixer.export.exporting import fill, untied
-from fairseq_sparsemixer.export.modeling_sparsemixer import (
-    Mixture,
-    SparseMixerConfig,
-    SparseMixerForSeq2SeqLM,
-)
+from fairseq_sparsemixer.export.modeling_sparsemixer import Mixture, SparseMixerConfig
 from fairseq_sparsemixer.moe import ROUTERS
 from fairseq_sparsemixer.moe.routers.composed import ComposedRouter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def exported(model):
-    """The model of transformers with the parameters of fairseq's."""
-    converted = SparseMixerForSeq2SeqLM(SparseMixerConfig(**describe(model, Task()))).eval()
-    fill(converted, untied(model.state_dict(), converted), "model.pt")
-    return converted
 
 
 ROUTING = [
