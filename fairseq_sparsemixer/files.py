@@ -111,9 +111,12 @@ def atomic_folder(
                 if each.is_file():
                     with each.open("rb") as file:
                         os.fsync(file.fileno())
+            aside = target.with_name(f".{target.name}.old")
             if target.is_dir():
-                shutil.rmtree(target)
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(target, aside)
             os.replace(partial, target)
+            shutil.rmtree(aside, ignore_errors=True)
     except UserError:
         raise
     except Exception as error:

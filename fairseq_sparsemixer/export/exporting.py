@@ -25,6 +25,12 @@ MODELING = "fairseq_sparsemixer.export.modeling_sparsemixer"
 TOKENIZATION = "fairseq_sparsemixer.export.tokenization_sparsemixer"
 MODEL_TYPE = "fairseq_sparsemixer"
 """What the folder's config.json says it is."""
+OWN = re.compile(
+    r"(config|generation_config|tokenizer_config|model\.safetensors\.index)\.json"
+    r"|model.*\.safetensors|(en|de)coder\.onnx(\.data)?|dict\.(source|target)\.txt"
+    r"|(modeling|tokenization)_sparsemixer\.py|sentencepiece\.bpe\.model"
+)
+"""Names of the files that are written."""
 TASKS = (TranslationTask, TranslationWithRoutingTask)
 LARGEST_DIFFERENCE = 1e-3
 """Between the logits of both models, in the median over tokens: single ones may differ, where two
@@ -71,7 +77,9 @@ def export(choice: ModelChoice, to: str, beam: int, lenpen: float, output: Path)
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder was written by :func:`export`."""
+    """Whether a folder was written by :func:`export`, and nothing was added to it."""
+    if not all(OWN.fullmatch(path.name) for path in folder.iterdir()):
+        return False
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

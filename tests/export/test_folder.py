@@ -140,11 +140,18 @@ def test_a_folder_is_whole_or_missing_and_never_someone_elses(run_dir, corpus, t
     assert export(run_dir, output, "--data", corpus) == 2
     assert "holds something else; give --output" in capsys.readouterr().err
     (output / "mine").unlink()
+    (tmp_path / "file").touch()
+    assert export(run_dir, tmp_path / "file", "--data", corpus) == 2
+    assert "is no folder; give --output" in capsys.readouterr().err
+    (tmp_path / "file").unlink()
     for _ in range(2):
         assert export(run_dir, output, "--data", corpus, "--beam", 2, "--lenpen", 0.6) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     search = json.loads((output / "generation_config.json").read_text())
     assert (search["num_beams"], search["length_penalty"], search["max_length"]) == (2, 0.6, 41)
+    (output / "README.md").touch()
+    assert export(run_dir, output, "--data", corpus) == 2
+    assert (output / "README.md").is_file()
     modes = {path.stat().st_mode for path in output.iterdir()}
     assert len(modes) == 1
 

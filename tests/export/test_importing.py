@@ -71,6 +71,25 @@ def test_fairseq_takes_it(imported, corpus, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in state.items())
 
 
+@pytest.mark.slow
+def test_a_model_of_fairseq_itself_goes_out_and_comes_back(corpus, tmp_path):
+    python(
+        "-m", "fairseq_cli.train", corpus / "bin", "--cpu", "--arch", "transformer_iwslt_de_en",
+        "--share-decoder-input-output-embed", "--encoder-layers", 1, "--decoder-layers", 1,
+        "--encoder-embed-dim", 32, "--decoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64,
+        "--decoder-ffn-embed-dim", 64, "--optimizer", "adam", "--lr", 0.01, "--max-tokens", 1000,
+        "--max-update", 9, "--save-dir", tmp_path / "run", "--num-workers", 0,
+    )  # fmt: skip
+    there = tmp_path / "there"
+    options = ["--data", corpus, "--to", "transformers", "--output", there]
+    commands.command("export", tmp_path / "run", *options)
+    commands.command("import", there, "--output", tmp_path / "back")
+    before, after = (read(tmp_path / name / "checkpoint_best.pt") for name in ("run", "back"))
+    assert after["cfg"]["model"].arch == "transformer_iwslt_de_en"
+    assert list(after["model"]) == list(before["model"])
+    assert all(torch.equal(after["model"][name], each) for name, each in before["model"].items())
+
+
 def test_what_transformers_saved_with_other_weights_comes_back(exported, tmp_path):
     model = AutoModelForSeq2SeqLM.from_pretrained(exported, trust_remote_code=True)
     with torch.no_grad():
