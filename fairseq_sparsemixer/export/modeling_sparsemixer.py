@@ -57,54 +57,50 @@ class SparseMixerConfig(PretrainedConfig):
     model_type = "fairseq_sparsemixer"
     keys_to_ignore_at_inference: ClassVar[List[str]] = ["past_key_values"]
 
-    def __init__(
-        self,
-        source_vocab_size: int = 8,
-        vocab_size: int = 8,
-        shared_embeddings: str = "all",
-        encoder_embed_dim: int = 8,
-        encoder_ffn_embed_dim: int = 8,
-        encoder_layers: int = 1,
-        encoder_attention_heads: int = 1,
-        encoder_normalize_before: bool = False,
-        encoder_final_norm: bool = False,
-        encoder_learned_pos: bool = False,
-        encoder_moe_layers: Tuple[int, ...] = (),
-        decoder_embed_dim: int = 8,
-        decoder_input_dim: int = 8,
-        decoder_output_dim: int = 8,
-        decoder_ffn_embed_dim: int = 8,
-        decoder_layers: int = 1,
-        decoder_attention_heads: int = 1,
-        decoder_normalize_before: bool = False,
-        decoder_final_norm: bool = False,
-        decoder_learned_pos: bool = False,
-        decoder_moe_layers: Tuple[int, ...] = (),
-        max_source_positions: int = 1024,
-        max_target_positions: int = 1024,
-        no_token_positional_embeddings: bool = False,
-        layernorm_embedding: bool = False,
-        no_scale_embedding: bool = False,
-        activation_fn: str = "relu",
-        num_experts: int = 1,
-        router: Optional[Dict[str, Any]] = None,
-        fairseq: Optional[Dict[str, Any]] = None,
-        **kwargs: Any,
-    ) -> None:
-        settings = {**locals()}
-        for name in ("self", "kwargs", "__class__"):
-            settings.pop(name, None)
-        # fairseq's numbers of <s>, <pad> and </s>; a translation begins with the last.
-        special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-        further = {"decoder_start_token_id": 2, "is_encoder_decoder": True}
-        super().__init__(**{**special, **further, **kwargs})
-        for name, value in settings.items():
-            setattr(self, name, value)
-        self.tie_word_embeddings = shared_embeddings != "none"
+    source_vocab_size: int = 8
+    vocab_size: int = 8
+    shared_embeddings: str = "all"
+    encoder_embed_dim: int = 8
+    encoder_ffn_embed_dim: int = 8
+    encoder_layers: int = 1
+    encoder_attention_heads: int = 1
+    encoder_normalize_before: bool = False
+    encoder_final_norm: bool = False
+    encoder_learned_pos: bool = False
+    encoder_moe_layers: Tuple[int, ...] = ()
+    decoder_embed_dim: int = 8
+    decoder_input_dim: int = 8
+    decoder_output_dim: int = 8
+    decoder_ffn_embed_dim: int = 8
+    decoder_layers: int = 1
+    decoder_attention_heads: int = 1
+    decoder_normalize_before: bool = False
+    decoder_final_norm: bool = False
+    decoder_learned_pos: bool = False
+    decoder_moe_layers: Tuple[int, ...] = ()
+    max_source_positions: int = 1024
+    max_target_positions: int = 1024
+    no_token_positional_embeddings: bool = False
+    layernorm_embedding: bool = False
+    no_scale_embedding: bool = False
+    activation_fn: str = "relu"
+    num_experts: int = 1
+    router: Any = None
+    fairseq: Optional[Dict[str, Any]] = None
+    # fairseq's numbers of <s>, <pad> and </s>; a translation begins with the last.
+    bos_token_id: int = 0
+    pad_token_id: int = 1
+    eos_token_id: int = 2
+    decoder_start_token_id: int = 2
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.tie_word_embeddings = self.shared_embeddings != "none"
         # What caches are made by.
-        self.hidden_size = decoder_embed_dim
-        self.num_hidden_layers = decoder_layers
-        self.num_attention_heads = decoder_attention_heads
+        self.hidden_size = self.decoder_embed_dim
+        self.num_hidden_layers = self.decoder_layers
+        self.num_attention_heads = self.decoder_attention_heads
+        super().__post_init__(**kwargs)
 
 
 class Positions(nn.Module):
@@ -113,8 +109,8 @@ class Positions(nn.Module):
     def __init__(self, size: int, width: int, padding: int, learned: bool) -> None:
         super().__init__()
         self.width, self.padding = width, padding
-        rows = size + padding + 1
-        self.weight = nn.Parameter(torch.zeros(rows, width)) if learned else None
+        table = torch.zeros(size + padding + 1, width)
+        self.weight = nn.Parameter(table) if learned else None
 
     def forward(self, mask_BL: Tensor, last: int, dtype: torch.dtype) -> Tensor:
         """(B, last, D): of the last tokens, by how many that are not padding come before.
@@ -186,8 +182,7 @@ class Router(nn.Module):
 
     def __init__(self, rule: Dict[str, Any], width: int, num_experts: int) -> None:
         super().__init__()
-        self.rule, self.num_experts = rule, num_experts
-        size = {"N": num_experts, "D": width}
+        self.rule, self.num_experts, size = rule, num_experts, {"N": num_experts, "D": width}
         for name in rule["tensors"]:
             module: nn.Module = self
             *outer, inner = name.split(".")
@@ -214,13 +209,13 @@ class Router(nn.Module):
             logits_TN = x_TD.new_zeros(len(x_TD), self.num_experts, dtype=torch.float32)
         else:
             logits_TN = F.linear(x_TD.float(), matrix, self.held("bias"))
-        if self.rule["hash_seed"] is not None:
-            index_TK = (self._hash(token_T) % self.num_experts).unsqueeze(-1)
-            return index_TK, self._gates(logits_TN, index_TK), logits_TN
         bias = self.held("balance_bias.bias")
         left_TN = logits_TN if bias is None else logits_TN + bias
         if self.rule["gate"] not in ("left", "masked"):
-            index_TK = left_TN.topk(self.rule["top_k"], dim=-1).indices
+            if self.rule["hash_seed"] is None:
+                index_TK = left_TN.topk(self.rule["top_k"], dim=-1).indices
+            else:
+                index_TK = (self._hash(token_T) % self.num_experts).unsqueeze(-1)
             return index_TK, self._gates(logits_TN, index_TK), logits_TN
         chosen, gates = [], []
         for _ in range(self.rule["top_k"]):
@@ -302,15 +297,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: SparseMixerConfig, side: str, number: int) -> None:
         super().__init__()
-        width, inner, heads, self.norm_first, with_experts = (
-            getattr(config, f"{side}_{name}")
-            for name in (
-                "embed_dim",
-                "ffn_embed_dim",
-                "attention_heads",
-                "normalize_before",
-                "moe_layers",
-            )
+        settings = ("embed_dim", "ffn_embed_dim", "attention_heads", "normalize_before")
+        width, inner, heads, self.norm_first = (
+            getattr(config, f"{side}_{name}") for name in settings
         )
         self.number = number
         self.self_attn = Attention(width, heads, width)
@@ -318,7 +307,7 @@ class Layer(nn.Module):
         if side == "decoder":
             self.encoder_attn = Attention(width, heads, config.encoder_embed_dim)
             self.encoder_attn_layer_norm = nn.LayerNorm(width)
-        if number in with_experts:
+        if number in getattr(config, f"{side}_moe_layers"):
             self.moe: Optional[Mixture] = Mixture(config, width, inner)
         else:
             self.moe = None
@@ -513,16 +502,14 @@ class SparseMixerForSeq2SeqLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        target = "decoder.embed_tokens.weight"
-        tied = {"decoder.output_projection.weight": target} if self._is_tied("decoder") else {}
-        if self._is_tied("all"):
-            source = "encoder.embed_tokens.weight"
-            tied = {target: source, "decoder.output_projection.weight": source}
-        self._tied_weights_keys = tied
+        source, target = (f"{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
+        projection = "decoder.output_projection.weight"
+        self._tied_weights_keys = {
+            "all": {target: source, projection: source},
+            "decoder": {projection: target},
+            "none": {},
+        }[config.shared_embeddings]
         self.post_init()
-
-    def _is_tied(self, which: str) -> bool:
-        return self.config.shared_embeddings == which
 
     def get_input_embeddings(self) -> nn.Module:
         """Those of the source."""
@@ -574,7 +561,7 @@ class SparseMixerForSeq2SeqLM(PreTrainedModel, GenerationMixin):
             encoder_outputs = self.encoder(input_ids, attention_mask)
         memory = encoder_outputs[0]
         if attention_mask is None:
-            ones = memory.new_ones(memory.shape[:2], dtype=torch.bool)
+            ones = memory.new_ones(memory.shape[:2])
             attention_mask = ones if input_ids is None else input_ids != self.config.pad_token_id
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -585,24 +572,17 @@ class SparseMixerForSeq2SeqLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        output = Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            encoder_last_hidden_state=memory,
-        )
+        output = Seq2SeqLMOutput(loss, logits, past_key_values, encoder_last_hidden_state=memory)
         return output.to_tuple() if return_dict is False else output
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """transformers' own, but for the limit of length."""
         usual: Any = super()
         processors = usual._get_logits_processor(*args, **kwargs)
-        return LogitsProcessorList(
-            EndAtLimit(each.max_length, each.eos_token_id)
-            if isinstance(each, ForcedEOSTokenLogitsProcessor)
-            else each
-            for each in processors
-        )
+        for place, each in enumerate(processors):
+            if isinstance(each, ForcedEOSTokenLogitsProcessor):
+                processors[place] = EndAtLimit(each.max_length, each.eos_token_id)
+        return processors
 
     def _decoder_mask(
         self, token_BL: Tensor, mask_BL: Optional[Tensor], cache: Optional[EncoderDecoderCache]
@@ -618,5 +598,3 @@ class SparseMixerForSeq2SeqLM(PreTrainedModel, GenerationMixin):
 
 SparseMixerConfig.register_for_auto_class()
 SparseMixerForSeq2SeqLM.register_for_auto_class("AutoModelForSeq2SeqLM")
-
-__all__: List[str] = ["SparseMixerConfig", "SparseMixerForSeq2SeqLM"]
