@@ -43,6 +43,9 @@ setup(
             "jinja2",
             "matplotlib",
             "mypy",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "pypdf",
             "pytest>=7",
             "pytest-xdist",
@@ -51,10 +54,12 @@ setup(
             "selenium>=4.6",  # drives the browser that looks at reports
             "subword-nmt",
             "tensorboardX",
-            "transformers>=4.46",  # an independent SparseMixer-v2 to test against
+            "transformers>=5",  # export, and an independent SparseMixer-v2 to test against
             # Its interpreter runs the kernels on a CPU.
             "triton>=3.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
+        "export": ["transformers>=5"],
+        "onnx": ["onnx", "onnxruntime", "onnxscript", "transformers>=5"],
         "report": ["jinja2", "matplotlib", "tensorboardX"],
         "sharded": ["fairscale>=0.4.13"],  # --ddp-backend fully_sharded
         "slurm": ["hydra-submitit-launcher"],

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import keyword
 import logging
 import os
 import signal
@@ -31,6 +32,8 @@ COMMANDS = (
     "study",
     "gradients",
     "demo",
+    "export",
+    "import",
     "check",
 )
 
@@ -51,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"fairseq_sparsemixer.commands.{name}")
+        file = f"{name}_" if keyword.iskeyword(name) else name
+        module = importlib.import_module(f"fairseq_sparsemixer.commands.{file}")
         command = commands.add_parser(
             name,
             help=module.HELP,

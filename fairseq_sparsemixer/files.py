@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Callable, Dict, Iterable, Iterator, List
 
-from fairseq_sparsemixer.disk import FullDiskError, cannot_write, full_disk
+from fairseq_sparsemixer.disk import FullDiskError, cannot_write, full_disk, full_disk_in
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.locks import in_turn, locked
 
@@ -76,6 +76,51 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     except Exception as error:
         reason = full_disk(error)
+        if reason is None:
+            raise
+        raise FullDiskError(cannot_write(reason, path)) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: Path, replaces: Callable[[Path], bool] = lambda _: False, flag: str = "--output"
+) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; move it there when the block ends without error.
+
+    Who writes the same folder meanwhile waits.
+
+    Args:
+        path: new, an empty folder, or one that is replaced.
+        replaces: whether a folder that is not empty may be.
+        flag: that names it.
+
+    Raises:
+        UserError: ``path`` is something else, or cannot be written to.
+        FullDiskError: it does not fit on the disk.
+    """
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        if os.path.lexists(target) and not target.is_dir():
+            raise UserError(f"{path} is no folder; give {flag} another")
+        if target.is_dir() and any(target.iterdir()) and not replaces(target):
+            raise UserError(f"{path} holds something else; give {flag} a new folder")
+        with scratch_folder(partial):
+            yield partial
+            for each in partial.rglob("*"):
+                if each.is_file():
+                    with each.open("rb") as file:
+                        os.fsync(file.fileno())
+            aside = target.with_name(f".{target.name}.old")
+            if target.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(target, aside)
+            os.replace(partial, target)
+            shutil.rmtree(aside, ignore_errors=True)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = full_disk(error) or full_disk_in(str(error))  # safetensors has errors of its own
         if reason is None:
             raise
         raise FullDiskError(cannot_write(reason, path)) from error

@@ -73,6 +73,10 @@ LONG = "x" * 300
         "gradients --output {folder}/{long}",
         "prepare --raw-dir {long} --output {folder}/corpus",
         "prepare --raw-dir {raw} --output {folder}",
+        "export {long} --to transformers --output {folder}/a",
+        "export {folder} --to transformers --output {folder}/{long}",
+        "export {folder} --to transformers --output {file}/a",
+        "import {long} --output {folder}/a",
     ],
 )
 def test_places_that_cannot_be_used_are_one_line(command, tmp_path, capsys):
@@ -114,6 +118,7 @@ def test_errors_of_no_place_stay_what_they_are(monkeypatch):
         "gradients --seed {}",
         "study plan --jobs {}",
         "average --inputs a --output b --last {}",
+        "export run --to onnx --output a --beam {}",
     ],
 )
 def test_numbers_that_are_too_large_are_refused_at_once(flags, capsys):

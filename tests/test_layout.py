@@ -27,7 +27,7 @@ FLOORS = [
     ["evaluation"],
     ["tasks"],
     [""],
-    ["comparison", "conversion", "training"],
+    ["comparison", "conversion", "export", "training"],
     ["study", "installation"],
     ["report", "laboratory"],
     ["commands"],
@@ -35,16 +35,9 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOOLS = {
-    "corpora",
-    "evaluation",
-    "comparison",
-    "conversion",
-    "training",
-    "study",
-    "installation",
-    "report",
+    *("corpora", "evaluation", "comparison", "conversion", "export"),
+    *("training", "study", "installation", "report", "laboratory"),
 }
-TOOLS.add("laboratory")
 
 
 def module_name(path):

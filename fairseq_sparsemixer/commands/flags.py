@@ -58,22 +58,12 @@ def refuse_without_effect(args: argparse.Namespace, names: Sequence[str], why: s
             raise UserError(f"--{name.replace('_', '-')}: such flags {why}; leave it out")
 
 
-def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Add the flags that choose a model and how it searches.
+def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that choose a model.
 
     Returns:
         The group of ``--checkpoint``, for flags that exclude it.
     """
-    choice = add_model_arguments(parser)
-    add_search_arguments(parser)
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="half precision, on a GPU")
-    precision.add_argument("--bf16", action="store_true", help="bfloat16, on a GPU")
-    return choice
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Add the flags that choose a model; returns the group of ``--checkpoint``."""
     parser.add_argument(
         "run_dir", metavar="RUN_DIR", help="a run folder, or checkpoint files joined by ':'"
     )
@@ -101,8 +91,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
     return choice
 
 
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the search, its precision aside."""
+def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--beam`` and ``--lenpen``."""
     parser.add_argument(
         "--beam", type=whole_number, default=5, help="beam size (default: %(default)s)"
     )
@@ -112,6 +102,11 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="length penalty: below 1 favours short output, above 1 long (default: %(default)s)",
     )
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the search, its precision aside."""
+    add_beam_arguments(parser)
     parser.add_argument(
         "--max-tokens",
         type=whole_number,
@@ -120,8 +115,22 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that choose a model and how it searches.
+
+    Returns:
+        The group of ``--checkpoint``, for flags that exclude it.
+    """
+    choice = add_model_arguments(parser)
+    add_search_arguments(parser)
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="half precision, on a GPU")
+    precision.add_argument("--bf16", action="store_true", help="bfloat16, on a GPU")
+    return choice
+
+
 def model_of(args: argparse.Namespace) -> ModelChoice:
-    """The model that the flags of :func:`add_translation_arguments` choose."""
+    """The model that the flags of :func:`add_model_arguments` choose."""
     name = checkpoint_of(args)
     return ModelChoice(args.run_dir, name, args.data, args.source_lang, args.target_lang)
 

@@ -16,6 +16,7 @@ from fairseq import checkpoint_utils, tasks, utils
 from fairseq.data import data_utils
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.hub_utils import GeneratorHubInterface
+from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
@@ -147,6 +148,11 @@ class Translator:
         return self._hub.max_positions[0]
 
     @property
+    def max_target_positions(self) -> int:
+        """The longest translation, in tokens, end of sentence included."""
+        return self._hub.max_positions[1]
+
+    @property
     def model(self) -> torch.nn.Module:
         """The model, the first of an ensemble."""
         return next(iter(self._hub.models))
@@ -159,9 +165,19 @@ class Translator:
         return other
 
     @property
+    def task(self) -> FairseqTask:
+        """fairseq's task, with the dictionaries."""
+        return self._hub.task
+
+    @property
+    def cfg(self) -> DictConfig:
+        """fairseq's settings of the first checkpoint."""
+        return self._hub.cfg
+
+    @property
     def target_dictionary(self) -> Any:
         """fairseq's dictionary of the output."""
-        return self._hub.task.target_dictionary
+        return self.task.target_dictionary
 
     def encode_pair(self, source: str, target: str) -> EncodedPair:
         """A sentence and its translation as tokens; with those of languages, where the model has
@@ -175,13 +191,13 @@ class Translator:
         pieces = self._hub.apply_bpe(target)
         encoded = self.target_dictionary.encode_line(pieces, add_if_not_exist=False).long()
         tokens = self._encode_source(source)
-        data = self._hub.task.build_dataset_for_inference([tokens], torch.tensor([len(tokens)]))
+        data = self.task.build_dataset_for_inference([tokens], torch.tensor([len(tokens)]))
         read = data.collater([data[0]])["net_input"]["src_tokens"][0]
         return EncodedPair(read, torch.cat([self._begin(encoded), encoded]))
 
     def _begin(self, target: torch.Tensor) -> torch.Tensor:
         """The tokens before those of a target's text."""
-        task = self._hub.task
+        task = self.task
         if not isinstance(task, TranslationMultiSimpleEpochTask):
             return target[:0]
         if task.args.lang_tok_replacing_bos_eos:
@@ -282,7 +298,7 @@ class Translator:
         """Yield each source with its best hypothesis, shortest source first."""
         if not sources:
             return
-        task = self._hub.task
+        task = self.task
         tokens = [source.tokens for source in sources]
         lengths = torch.tensor([len(line) for line in tokens])
         batches = task.get_batch_iterator(
@@ -307,7 +323,7 @@ class Translator:
 
     def _decode(self, hypothesis: Dict[str, Any], source_cut: bool) -> Translation:
         """The :class:`Translation` of one of fairseq's hypotheses."""
-        longest = min(MAX_LEN_B + 1, self._hub.max_positions[1])
+        longest = min(MAX_LEN_B + 1, self.max_target_positions)
         pieces = self._hub.decode(hypothesis["text_tokens"].cpu())
         text, text_tokens = self.subwords.decode(pieces, self.target_lang)
         return Translation(

@@ -69,6 +69,24 @@ class Routing:
         return self.expert_index[:, : self.num_chosen]
 
 
+class EvaluationRule(NamedTuple):
+    """What a causal router does in evaluation, for programs that do the same without it.
+
+    Experts are those with the K largest logits (plus the balance bias), or a hash of the token.
+    """
+
+    gate: str
+    """``"one"``; ``"all"``, softmax over all experts, or ``"chosen"``, over the chosen ones, both
+    without the balance bias; ``"left"``, over all that are not chosen yet, or ``"masked"``, over
+    those of them that jitter could have made the largest, both with it."""
+    jitter_eps: Optional[float] = None
+    """Of the mask; None without one."""
+    temperature: float = 1.0
+    """Logits are divided by it for the gate."""
+    hash_seed: Optional[int] = None
+    """Where experts are a hash of the token."""
+
+
 class Context(NamedTuple):
     """What a router may look at besides the logits; None where the caller did not give it."""
 
@@ -288,6 +306,10 @@ class Router(nn.Module):
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """Choose experts for every row of float32 logits; :meth:`route` takes padding out."""
         raise NotImplementedError
+
+    def evaluation_rule(self) -> Optional[EvaluationRule]:
+        """What :meth:`select` does in evaluation; None if that is more than rules can say."""
+        return None
 
     def biased(self, logits_TN: Tensor) -> Tensor:
         """(T, N): the logits that experts are chosen by, z + b."""

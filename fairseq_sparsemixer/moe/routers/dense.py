@@ -10,13 +10,24 @@ import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.routers.sparsemixer import sample
-from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
+from fairseq_sparsemixer.moe.routing import (
+    Context,
+    EvaluationRule,
+    Router,
+    Routing,
+    one_hot,
+    register_router,
+)
 
 
 class _DenseRouter(Router):
     """Evaluation: D = argmax, gate p_D, and only that expert is computed."""
 
     computes_all_experts = True
+
+    def evaluation_rule(self) -> EvaluationRule:
+        """See :meth:`Router.evaluation_rule`."""
+        return EvaluationRule("left")
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""

@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.routing import Context, Router, Routing, register_router
+from fairseq_sparsemixer.moe.routing import (
+    Context,
+    EvaluationRule,
+    Router,
+    Routing,
+    register_router,
+)
 
 UNREACHABLE = -1e4
 """Logit of an expert with probability 0; finite, so that 0 times it is 0."""
@@ -54,6 +60,10 @@ class HashRouter(Router):
         if gate == "one":
             self.weight = self.bias = None
 
+    def evaluation_rule(self) -> EvaluationRule:
+        """See :meth:`Router.evaluation_rule`."""
+        return EvaluationRule("one" if self.gate == "one" else "all", hash_seed=self.seed)
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, N): zeros with gate 1, for which there is nothing to learn."""
         if self.weight is not None:
@@ -100,6 +110,10 @@ class RandomRouter(Router):
         super().__init__(**options)
         self.weight = self.bias = None
         self.register_buffer("projection", torch.randn(self.num_experts, self.embed_dim))
+
+    def evaluation_rule(self) -> EvaluationRule:
+        """See :meth:`Router.evaluation_rule`."""
+        return EvaluationRule("one")
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, N): the fixed projection."""

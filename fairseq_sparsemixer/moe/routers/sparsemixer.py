@@ -29,7 +29,14 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.adaptation import ExpertLines, ExpertMeans
 from fairseq_sparsemixer.moe.kernels import router as fused_router
-from fairseq_sparsemixer.moe.routing import Context, Router, Routing, one_hot, register_router
+from fairseq_sparsemixer.moe.routing import (
+    Context,
+    EvaluationRule,
+    Router,
+    Routing,
+    one_hot,
+    register_router,
+)
 
 LEAST_JITTER = 1e-6
 """Less hardly tells two float32 logits apart."""
@@ -156,6 +163,12 @@ class SparseMixerBase(Router):
     def undecided_logit(self) -> float:
         """See :meth:`Router.undecided_logit`: all experts are within the mask of a masked gate."""
         return UNDECIDED_MASKED if self.masked and self.gate == "masked" else 0.0
+
+    def evaluation_rule(self) -> EvaluationRule:
+        """See :meth:`Router.evaluation_rule`."""
+        if self.gate == "masked":
+            return EvaluationRule("masked", self.jitter_eps, self.temperature)
+        return EvaluationRule({"full": "left", "one": "one"}[self.gate], None, self.temperature)
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""

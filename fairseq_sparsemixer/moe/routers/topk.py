@@ -11,6 +11,7 @@ from fairseq_sparsemixer.moe.adaptation import ExpertMeans
 from fairseq_sparsemixer.moe.kernels import router as fused_router
 from fairseq_sparsemixer.moe.routing import (
     Context,
+    EvaluationRule,
     Router,
     Routing,
     one_hot,
@@ -63,6 +64,10 @@ class TopKRouter(Router):
             raise ValueError("renormalise needs top_k of at least 2: one gate would always be 1")
         self.renormalise = renormalise
 
+    def evaluation_rule(self) -> EvaluationRule:
+        """See :meth:`Router.evaluation_rule`."""
+        return EvaluationRule("chosen" if self.renormalise else "all")
+
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
         if self.training and self.jitter_eps > 0:
@@ -103,6 +108,10 @@ class GShardRouter(Router):
 
     min_top_k = 2
     max_top_k = 2
+
+    def evaluation_rule(self) -> EvaluationRule:
+        """See :meth:`Router.evaluation_rule`."""
+        return EvaluationRule("chosen")
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
@@ -152,6 +161,10 @@ class NoisyTopKRouter(Router):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.noise_weight = nn.Parameter(torch.zeros(self.num_experts, self.embed_dim))
+
+    def evaluation_rule(self) -> EvaluationRule:
+        """See :meth:`Router.evaluation_rule`."""
+        return EvaluationRule("chosen")
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
@@ -217,6 +230,10 @@ class DefaultMoERouter(Router):
         super().begin_undecided()
         assert isinstance(self.expert_means, ExpertMeans)
         self.expert_means.updates.fill_(1 / (1 - self.expert_means.decay))
+
+    def evaluation_rule(self) -> EvaluationRule:
+        """See :meth:`Router.evaluation_rule`; besides, :attr:`adds_means`."""
+        return EvaluationRule("all")
 
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
