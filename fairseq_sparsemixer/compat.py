@@ -182,11 +182,12 @@ class _TarfileOfModels:
     def open(name: str, mode: Any) -> tarfile.TarFile:
         """An archive whose members stay where they are unpacked."""
         archive = tarfile.open(name, mode)  # noqa: SIM115 - the caller closes it
-        if hasattr(tarfile, "data_filter"):  # since 3.11.4: links stay in it too
+        if hasattr(tarfile, "data_filter"):  # since 3.11.4: owners and modes are the user's
             archive.extraction_filter = tarfile.data_filter
-        for member in archive.getnames():
-            if os.path.isabs(member) or ".." in member.split("/"):
-                raise UserError(f"{name} would write outside of its folder ({member!r})")
+        for member in archive.getmembers():
+            leaves = os.path.isabs(member.name) or ".." in member.name.split("/")
+            if leaves or not (member.isfile() or member.isdir()):
+                raise UserError(f"{name} would write outside of its folder ({member.name!r})")
         return archive
 
     def __getattr__(self, name: str) -> Any:

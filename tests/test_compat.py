@@ -234,7 +234,7 @@ def test_an_archive_of_a_model_stays_in_its_folder(kind, tmp_path):
         folder = file_utils.load_archive_file(str(tmp_path / "model.tar.gz"))
         assert Path(folder).exists()
     else:
-        with pytest.raises((UserError, tarfile.FilterError)):
+        with pytest.raises(UserError, match="would write outside of its folder"):
             file_utils.load_archive_file(str(tmp_path / "model.tar.gz"))
     assert {path.name: path.read_text() for path in own.iterdir()} == {"file": "own"}
 

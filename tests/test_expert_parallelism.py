@@ -125,22 +125,26 @@ def assert_close(actual, expected, tolerance=1e-4):
 
 
 @pytest.mark.parametrize(
-    ("workers", "size", "optimizer", "updates"),
+    ("workers", "size", "optimizer", "updates", "router"),
     [
-        (4, 2, SGD, 4),
+        (4, 2, SGD, 4, "switch"),
         *(
-            pytest.param(workers, size, optimizer, 50, marks=pytest.mark.slow)
+            pytest.param(workers, size, optimizer, 50, "switch", marks=pytest.mark.slow)
             for optimizer in (SGD, ADAM)
             for workers, size in ((2, 1), (4, 1), (2, 2), (4, 2), (4, 4))
         ),
+        pytest.param(4, 2, SGD, 50, "sparsemixer", marks=pytest.mark.slow),  # drawn by token
+        pytest.param(2, 2, ADAM, 50, "sparsemixer", marks=pytest.mark.slow),
     ],
 )
-def test_workers_make_the_updates_of_one_process(workers, size, optimizer, updates, runs):
+def test_workers_make_the_updates_of_one_process(workers, size, optimizer, updates, router, runs):
     """Clipped, and with workers that have no batch at the end of an epoch."""
     settings = {"optimizer": optimizer, "max_update": updates}
+    if router == "sparsemixer":
+        settings["arch"] = {"router": router, "jitter-eps": 0.3}
     if updates == 4:
         settings["train_subset"] = "valid"  # 29 sentences: the third update has 5
-    whole = f"{optimizer['optimizer']}-{updates}"
+    whole = f"{router}-{optimizer['optimizer']}-{updates}"
     name = f"{whole}-{workers}-{size}"
     expected = runs.recorded(whole, **settings)
     actual = runs.recorded(name, workers, size, **settings)

@@ -5,6 +5,8 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, build_model
 from omegaconf import OmegaConf
 
+from fairseq_sparsemixer.models.config import SIDES
+
 SMALL = {
     "encoder_embed_dim": 16,
     "encoder_ffn_embed_dim": 24,
@@ -31,7 +33,7 @@ class Task:
 
 def build(arch="switch_transformer", seed=0, **settings):
     torch.manual_seed(seed)
-    sides = ARCH_MODEL_REGISTRY[arch].sides
+    sides = getattr(ARCH_MODEL_REGISTRY[arch], "sides", SIDES)  # fairseq's own translates
     small = {name: size for name, size in SMALL.items() if name.startswith(tuple(sides))}
     return build_model(OmegaConf.create({"_name": arch, **small, **settings}), Task())
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 FAULT = "FAULT"
+VOCABULARY = 1000
+"""More entries than the corpus has."""
 KINDS = ("step", "exchange", "gathering", "saving")
 """In what a worker may be killed: an update, an exchange of tokens, and writing a checkpoint."""
 
@@ -55,6 +57,29 @@ def command(data, folder, workers, *, record="-", meeting=None, **settings):
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def pin_noise():
+    """Let SparseMixer draw by token: of a table with a row for each entry of the vocabulary."""
+    from fairseq_sparsemixer.moe import ROUTERS
+
+    kind = ROUTERS["sparsemixer"]
+    route = kind.forward
+    exponential, rand_like = torch.Tensor.exponential_, torch.rand_like
+
+    def forward(self, x, padding_mask=None, token_ids=None):
+        generator = torch.Generator().manual_seed(self.num_experts)
+        noise = torch.empty(VOCABULARY, self.num_experts).exponential_(generator=generator)
+        coins = torch.rand(VOCABULARY, 1, generator=generator)
+        rows = token_ids.flatten()
+        torch.Tensor.exponential_ = lambda tensor: tensor.copy_(noise[rows])
+        torch.rand_like = lambda tensor: coins[rows].to(tensor)
+        try:
+            return route(self, x, padding_mask, token_ids)
+        finally:
+            torch.Tensor.exponential_, torch.rand_like = exponential, rand_like
+
+    kind.forward, kind.needs_token_ids = forward, True
 
 
 def write_down(file):
@@ -135,6 +160,7 @@ def install(fault):
 
 if __name__ == "__main__":
     program, record, *arguments = sys.argv
+    pin_noise()
     if record != "-":
         write_down(record)
     if os.environ.get(FAULT):
