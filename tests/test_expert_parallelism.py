@@ -296,6 +296,19 @@ def test_half_precision(runs):
         assert float(one["norm"]) == pytest.approx(float(whole["norm"]), rel=5e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [{}, {"fp16": True, "fp16_no_flatten_grads": True}])
+def test_two_workers_share_a_gpu(half, runs):
+    """By gloo, over the host: NCCL takes a GPU for each."""
+    settings = {"cpu": None, "max_update": 3, "optimizer": ADAM, **half, **SMALL}
+    expected, actual = (
+        runs.recorded(f"gpu-{bool(half)}-{size}", size, size, **settings) for size in (1, 2)
+    )
+    for one, whole in zip(actual, expected):
+        assert one["loss"] == pytest.approx(whole["loss"], rel=2e-2 if half else 1e-3)
+        assert float(one["norm"]) == pytest.approx(float(whole["norm"]), rel=5e-2 if half else 1e-2)
+
+
 # Settings
 
 

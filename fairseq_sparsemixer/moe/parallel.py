@@ -58,6 +58,8 @@ class ExpertParallel:
         Called by all workers. Experts come one by one, so that no more than one is held twice.
         """
         rank = dist.get_rank()
+        if dist.get_backend() == "gloo":
+            own = own.cpu()  # which sends nothing from a GPU to one worker
         if rank == 0:
             whole = torch.empty(self.size * len(own), *own.shape[1:], dtype=own.dtype)
             whole[: len(own)] = own

@@ -154,6 +154,7 @@ def test_fine_tuning_goes_on_from_what_was_pre_trained(trained, one_text_data, t
     assert valid(text)["accuracy"] >= 90  # the class is that of the first word
 
 
+@pytest.mark.slow
 def test_the_configs_train_and_fine_tune(one_text_data, tmp_path):
     """Fine-tuning from the checkpoint that pre-training left."""
     first, second = tmp_path / "first", tmp_path / "second"
