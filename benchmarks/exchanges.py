@@ -33,6 +33,7 @@ from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistribut
 
 from benchmarks import measuring, models, scaling
 from benchmarks.measuring import Record
+from fairseq_sparsemixer.expert_parallelism import average_gradients
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.moe.parallel import is_spread
 from fairseq_sparsemixer.tables import markdown
@@ -84,11 +85,17 @@ def _measured(exchange: Callable[[], Any], rounds: int) -> Tuple[float, List[flo
     return mean, [max(times) for times in zip(*(times for _, times in everyone))]
 
 
+def _model(args: argparse.Namespace, group: int) -> Tuple[Any, LegacyDistributedDataParallel]:
+    """A model, of whose workers so many share the experts, and what sums its gradients."""
+    settings = {"expert_parallel_size": group, "dropout": 0.0}
+    cfg = models.configuration(args, "switch", data="", **settings)
+    model = models.build(cfg.model, models.RandomWords(args.vocabulary))
+    return model, LegacyDistributedDataParallel(model, dist.group.WORLD)
+
+
 def _gradients(args: argparse.Namespace) -> Tuple[int, Callable[[], Any]]:
     """Parameters of the model, and the sum of their gradients."""
-    task = models.RandomWords(args.vocabulary)
-    model = models.build(models.configuration(args, "switch", data="").model, task)
-    wrapped = LegacyDistributedDataParallel(model, dist.group.WORLD)
+    model, wrapped = _model(args, group=1)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     return sum(p.numel() for p in model.parameters()), wrapped.all_reduce_grads
@@ -101,10 +108,7 @@ def _update(args: argparse.Namespace, group: int) -> Tuple[float, Callable[[], A
         args: the flags.
         group: workers that share the experts; 1 where each holds all.
     """
-    task = models.RandomWords(args.vocabulary)
-    sizes = {"expert_parallel_size": group, "dropout": 0.0}
-    model = models.build(models.configuration(args, "switch", data="", **sizes).model, task)
-    wrapped = LegacyDistributedDataParallel(model, dist.group.WORLD)
+    model, wrapped = _model(args, group)
     torch.manual_seed(dist.get_rank())
     words = torch.randint(4, args.vocabulary, (args.tokens // LENGTH, LENGTH))
     lengths = torch.full((len(words),), LENGTH)
@@ -113,9 +117,7 @@ def _update(args: argparse.Namespace, group: int) -> Tuple[float, Callable[[], A
         model.zero_grad()
         model(words, lengths, words)[0].sum().backward()
         wrapped.all_reduce_grads()
-        for layer in moe_layers(model):
-            if layer.experts.parallel is not None:
-                layer.experts.parallel.average_gradients(layer.experts.parameters())
+        average_gradients(model)
 
     workers, layers = dist.get_world_size(), len(list(moe_layers(model)))
     shared = sum(p.numel() for p in model.parameters() if not is_spread(p))

@@ -5,11 +5,11 @@ from typing import Any, Dict, List
 
 import torch
 from fairseq import options
-from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import FairseqModel, build_model
 from omegaconf import DictConfig
 
+from fairseq_sparsemixer.models.building import dictionary_of
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs.arms import DENSE
@@ -19,9 +19,7 @@ class RandomWords:
     """What a model and a criterion read of a task: one dictionary for both languages."""
 
     def __init__(self, size: int) -> None:
-        self.source_dictionary = self.target_dictionary = Dictionary()
-        for number in range(size - len(self.source_dictionary)):
-            self.source_dictionary.add_symbol(f"w{number}")
+        self.source_dictionary = self.target_dictionary = dictionary_of(size)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -101,11 +101,16 @@ def _average_gradients() -> None:
     @functools.wraps(original)
     def all_reduce_grads(self: Any, module: nn.Module) -> None:
         original(self, module)
-        for layer in moe_layers(module):
-            if layer.experts.parallel is not None:
-                layer.experts.parallel.average_gradients(layer.experts.parameters())
+        average_gradients(module)
 
     FairseqOptimizer.all_reduce_grads = all_reduce_grads
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Of the experts of a model that are spread (:meth:`.ExpertParallel.average_gradients`)."""
+    for layer in moe_layers(module):
+        if layer.experts.parallel is not None:
+            layer.experts.parallel.average_gradients(layer.experts.parameters())
 
 
 def _sum_no_empty_buffer() -> None:

@@ -5,13 +5,14 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 from fairseq import models
-from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModelBase
 from omegaconf import OmegaConf
 from torch import nn
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import find_checkpoints
+from fairseq_sparsemixer.models.building import dictionary_of
+from fairseq_sparsemixer.models.config import SIDES
 from fairseq_sparsemixer.runs.checkpoints import building, check_finite, load_state, save_model
 
 Settings = Dict[str, Any]
@@ -41,22 +42,15 @@ class Vocabularies:
     """
 
     def __init__(self, state: Dict[str, Any], path: Path) -> None:
-        names = [f"{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
+        names = [f"{side}.embed_tokens.weight" for side in SIDES]
         for name in names:
             if name not in state["model"]:
                 raise UserError(
                     f"{path} is of no transformer that translates (it has no {name}); give another"
                 )
         self.source_dictionary, self.target_dictionary = (
-            _of_size(len(state["model"][name])) for name in names
+            dictionary_of(len(state["model"][name])) for name in names
         )
-
-
-def _of_size(size: int) -> Dictionary:
-    dictionary = Dictionary()
-    for number in range(size - len(dictionary)):
-        dictionary.add_symbol(f"symbol{number}")
-    return dictionary
 
 
 def read_transformer(path: Path) -> Tuple[Dict[str, Any], Vocabularies, TransformerModelBase]:

@@ -7,7 +7,7 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig, OmegaConf
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.models.config import SwitchTransformerConfig
+from fairseq_sparsemixer.models.config import SIDES, SwitchTransformerConfig
 from fairseq_sparsemixer.moe import Router
 
 WEIGHTS = ("weight", "bias", "projection", "output_scale", "balance_bias.bias")
@@ -27,12 +27,12 @@ def describe(model: TransformerModelBase, task: FairseqTask) -> Dict[str, Any]:
     cfg = model.cfg
     mixtures = {
         side: [getattr(layer, "moe", None) for layer in getattr(model, side).layers]
-        for side in ("encoder", "decoder")
+        for side in SIDES
     }
     found = [each for side in mixtures.values() for each in side if each is not None]
     return {
-        **_side(model.encoder, mixtures["encoder"], cfg.encoder),
-        **_side(model.decoder, mixtures["decoder"], cfg.decoder),
+        **_side("encoder", model.encoder, mixtures["encoder"], cfg.encoder),
+        **_side("decoder", model.decoder, mixtures["decoder"], cfg.decoder),
         "source_vocab_size": len(task.source_dictionary),
         "vocab_size": len(task.target_dictionary),
         "shared_embeddings": _shared(model),
@@ -54,9 +54,8 @@ def describe(model: TransformerModelBase, task: FairseqTask) -> Dict[str, Any]:
     }
 
 
-def _side(side: Any, mixtures: List[Any], cfg: Any) -> Dict[str, Any]:
+def _side(name: str, side: Any, mixtures: List[Any], cfg: Any) -> Dict[str, Any]:
     """Of the encoder or the decoder."""
-    name = "encoder" if hasattr(side, "max_source_positions") else "decoder"
     return {
         f"{name}_embed_dim": cfg.embed_dim,
         f"{name}_ffn_embed_dim": cfg.ffn_embed_dim,

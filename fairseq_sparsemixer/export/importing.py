@@ -17,16 +17,17 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.export.exporting import MODEL_TYPE, MODELING
 from fairseq_sparsemixer.export.requirements import load
 from fairseq_sparsemixer.files import atomic_folder, read_json
+from fairseq_sparsemixer.models.config import SIDES
 from fairseq_sparsemixer.runs.archives import reason
+from fairseq_sparsemixer.runs.mending import BEST
 from fairseq_sparsemixer.runs.reading import CheckpointError
 from fairseq_sparsemixer.text import SENTENCEPIECE_MODEL
 
-CHECKPOINT = "checkpoint_best.pt"
 _CURE = "give a folder that `fairseq-sparsemixer export` wrote"
 _CONFIG = {
     "model_type": str,
-    **{f"{side}_layers": int for side in ("encoder", "decoder")},
-    **{f"{side}_moe_layers": [int] for side in ("encoder", "decoder")},
+    **{f"{side}_layers": int for side in SIDES},
+    **{f"{side}_moe_layers": [int] for side in SIDES},
     "fairseq": {
         "model": {str: (str, int, float, bool)},
         "source_lang": str,
@@ -63,7 +64,7 @@ def import_folder(folder: Path, output: Path) -> None:
                 shutil.copyfile(folder / there, run / here.format(**config["fairseq"]))
             except FileNotFoundError as error:
                 raise UserError(f"{folder} has no {there}; {_CURE}") from error
-        path = run / CHECKPOINT
+        path = run / BEST
         _write(path, config, output, tensors)
         whole = _model(folder, path).state_dict()
         for name in sorted(whole.keys() ^ tensors.keys()):
@@ -101,7 +102,7 @@ def _tensors(folder: Path) -> Dict[str, Tensor]:
     for source, target in zip(sources, sources[1:]):
         if f"{target}.weight" not in tensors and f"{source}.weight" in tensors:
             tensors[f"{target}.weight"] = tensors[f"{source}.weight"]
-    for side in ("encoder", "decoder"):
+    for side in SIDES:
         # What transformers does not keep: without it fairseq takes the model for one of before
         # 2018, which had no norm behind its last layer.
         tensors.setdefault(f"{side}.version", torch.tensor([3.0]))
@@ -111,7 +112,7 @@ def _tensors(folder: Path) -> Dict[str, Tensor]:
 def _write(path: Path, config: Dict[str, Any], output: Path, model: Dict[str, Tensor]) -> None:
     """A checkpoint as fairseq writes them, without state of the optimiser."""
     made, fairseq = dict(config["fairseq"]["model"]), config["fairseq"]
-    for side in ("encoder", "decoder"):
+    for side in SIDES:
         # As they were built: of a model that was pruned by layers some are left.
         layers = config[f"{side}_moe_layers"]
         made[f"{side}_layers"] = config[f"{side}_layers"]

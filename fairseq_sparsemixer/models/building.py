@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Typ
 import torch
 import torch.distributed as dist
 from fairseq.checkpoint_utils import prune_state_dict
+from fairseq.data import Dictionary
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass, merge_with_parent
 from fairseq.models import BaseFairseqModel
@@ -66,6 +67,14 @@ def fill_gaps(settings: Settings, config: Type[FairseqDataclass], fill: Fill) ->
             # fairseq fills in base_shuffle, a number, with False
             is_number = field.type in (int, Optional[int])
             setattr(settings, name, int(value) if is_number and value is False else value)
+
+
+def dictionary_of(size: int) -> Dictionary:
+    """One of so many entries, for a model of which only their number matters."""
+    dictionary = Dictionary()
+    for number in range(size - len(dictionary)):
+        dictionary.add_symbol(f"word{number}")
+    return dictionary
 
 
 class SwitchModel(BaseFairseqModel):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from typing import Any, Dict, Sequence
+from typing import Any, Dict
+
+from fairseq.models import ARCH_MODEL_REGISTRY
 
 from fairseq_sparsemixer.criterions.routing_losses import RoutingLossesConfig
 from fairseq_sparsemixer.models.config import EXPERT_FIELDS, SIDES
@@ -93,11 +95,7 @@ def _is_dense(model: Dict[str, Any]) -> bool:
     name = str(model.get("_name"))
     if "router" not in model and not name.startswith("switch_"):
         return True
-    sides: Sequence[str] = SIDES
-    if name.startswith("switch_roberta"):
-        sides = ("encoder",)
-    elif name.startswith("switch_transformer_lm"):
-        sides = ("decoder",)
+    sides = getattr(ARCH_MODEL_REGISTRY.get(name), "sides", SIDES)
     return all(model.get(f"{side}_moe_layers") == "none" for side in sides)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from fairseq.tasks.translation import TranslationTask
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.models.building import dictionary_of
 from fairseq_sparsemixer.runs.arms import Variant, build_variant
 from fairseq_sparsemixer.runs.record import kept_overrides, read_record
 from fairseq_sparsemixer.training import resources
@@ -236,5 +237,5 @@ def make_task(cfg: Any, assumed_entries: Optional[int]) -> Any:
     """fairseq's task, with the dictionaries of its data or with assumed ones of so many entries."""
     if assumed_entries is None:
         return TranslationTask.setup_task(cfg.task)
-    dictionary = resources.assumed_dictionary(assumed_entries)
+    dictionary = dictionary_of(assumed_entries)
     return TranslationTask(cfg.task, dictionary, dictionary)

@@ -7,7 +7,6 @@ import re
 from typing import Any, Dict, NamedTuple, Optional
 
 import torch
-from fairseq.data import Dictionary
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.layers import switch_layers
@@ -73,14 +72,6 @@ def build_on_meta(settings: Any, task: Any) -> Any:
         raise UserError(
             f"fairseq cannot build a model of these settings ({reason(error)})"
         ) from error
-
-
-def assumed_dictionary(size: int = VOCABULARY) -> Any:
-    """A dictionary of so many entries."""
-    dictionary = Dictionary()
-    for number in range(size - len(dictionary)):
-        dictionary.add_symbol(f"assumed {number}")
-    return dictionary
 
 
 def count_parameters(model: Any) -> Parameters:
