@@ -1,6 +1,6 @@
 """Make a Switch Transformer of a dense model: every expert a copy of its feed-forward network.
 
-It begins with the dense model's loss, whatever the router, and is there to be trained further, or
+It begins with the dense model's evaluation loss, whatever the router, to be trained further, or
 to be translated with.
 
   fairseq-sparsemixer upcycle runs/dense --experts 4 --router switch --output upcycled.pt
