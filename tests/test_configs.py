@@ -13,7 +13,7 @@ from fairseq_sparsemixer.training.plan import make_task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = ("demo", "study", "iwslt14", "wmt14")
-ONE_TEXT = ("pretraining", "finetuning")
+ONE_TEXT = ("pretraining", "electra", "finetuning")
 
 
 def choices(entry):
@@ -32,14 +32,22 @@ def test_what_lies_at_the_top_can_be_started():
 
 
 def test_what_is_pre_trained_can_be_fine_tuned():
-    before, after = (compose(entry, "model.router=switch") for entry in ONE_TEXT)
+    masked, replaced, tuned = (compose(entry, "model.router=switch") for entry in ONE_TEXT)
     for dense in (compose(entry, "model.encoder_moe_layers=none") for entry in ONE_TEXT):
         assert "model.router" not in read_settings(OmegaConf.to_container(dense, enum_to_str=True))
-    for cfg in (before, after):
+    for cfg in (masked, replaced, tuned):
         assert not OmegaConf.missing_keys(cfg)
         OmegaConf.to_container(cfg, resolve=True)
-    assert before.model == after.model
-    assert before.task.tokens_per_sample == after.task.max_positions == after.model.max_positions
+    assert masked.model == tuned.model
+    for cfg in (masked, replaced):
+        assert cfg.task.tokens_per_sample == tuned.task.max_positions == tuned.model.max_positions
+    assert (masked.criterion._name, replaced.criterion._name) == (
+        "masked_lm_with_routing",
+        "electra_with_routing",
+    )
+    differing = {"_name", "generator_embed_dim", "generator_layers"}
+    for key in replaced.model.keys() | masked.model.keys():
+        assert key in differing or replaced.model[key] == masked.model[key]
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

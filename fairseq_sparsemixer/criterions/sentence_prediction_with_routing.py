@@ -24,6 +24,7 @@ class SentencePredictionWithRoutingConfig(SentencePredictionConfig, RoutingLosse
 class SentencePredictionWithRouting(WithOneLoss, SentencePredictionCriterion):
     """fairseq's loss of sentence prediction plus balance loss and z-loss."""
 
+    name = "sentence_prediction_with_routing"
     task_name = "sentence_prediction"
     labels = True
 

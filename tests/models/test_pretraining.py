@@ -7,16 +7,25 @@ import pytest
 import torch
 from support import commands, one_text
 from support.commands import load, parameters
-from support.one_text import CLASSES, MASKED, WORDS
+from support.one_text import CLASSES, MASKED, REPLACED, WORDS
 from support.training import assert_same, last_line, train_on_workers
 
-from fairseq_sparsemixer.models import SwitchRobertaModel, SwitchTransformerLanguageModel
+from fairseq_sparsemixer.models import (
+    SwitchElectraModel,
+    SwitchRobertaModel,
+    SwitchTransformerLanguageModel,
+)
 
 CONFIGS = commands.PACKAGE.parent / "configs"
-KINDS = {"masked": (MASKED, "input0"), "classes": (CLASSES, "."), "words": (WORDS, "input0")}
+KINDS = {
+    "masked": (MASKED, "input0"),
+    "replaced": (REPLACED, "input0"),
+    "classes": (CLASSES, "."),
+    "words": (WORDS, "input0"),
+}
 FIRST_OF_KINDS = [
-    "masked",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("classes", "words")),
+    "replaced",  # and so masked ones, too
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("masked", "classes", "words")),
 ]
 LIKE_PRETRAINING = {"optimizer": {**commands.ADAM, "lr": 0.003}, "no_epoch_checkpoints": True}
 UPDATES = 6
@@ -72,9 +81,13 @@ def test_validation_finds_what_training_found(kind, trained, one_text_data, serv
     )
     expected = valid((trained / kind / "log").read_text())
     found = valid(text)
-    for name in ("loss", "nll_loss", "balance_loss"):
+    measures = {
+        # Of batches of another size the discriminator's loss has another weight beside the other.
+        "replaced": ("discriminator_loss", "accuracy", "replaced", "precision", "recall"),
+    }
+    for name in ("nll_loss", "balance_loss", *measures.get(kind, ["loss"])):
         assert found[name] == pytest.approx(expected[name], abs=2e-3), name
-    assert ("accuracy" in found) == (kind == "classes")
+    assert ("accuracy" in found) == (kind in ("classes", "replaced"))
 
 
 # No randomness, plain SGD, and routing losses as large as the rest: a step is a gradient.
@@ -100,10 +113,10 @@ GRADIENT = {
 @pytest.mark.parametrize(
     ("kind", "spread"),
     [
-        ("masked", 1),
+        ("replaced", 1),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("classes", 1), ("words", 1), ("masked", 2), ("words", 2))
+            for case in (("masked", 1), ("classes", 1), ("words", 1), ("replaced", 2), ("words", 2))
         ),
     ],
 )
@@ -131,22 +144,24 @@ def test_two_workers_take_the_steps_of_one(kind, spread, one_text_data, tmp_path
 
 
 @pytest.mark.slow
-def test_fine_tuning_goes_on_from_what_was_pre_trained(trained, one_text_data, tmp_path, server):
-    """From a file whose head is another: all but the head begins as it ended."""
-    settings = {
-        **LIKE_PRETRAINING,
-        **CLASSES,
-        "restore_file": trained / "masked" / "checkpoint_last.pt",
-        **{f"reset_{part}": True for part in ("optimizer", "dataloader", "meters", "lr_scheduler")},
-    }
+@pytest.mark.parametrize("kind", ["masked", "replaced"])
+def test_fine_tuning_goes_on_from_what_was_pre_trained(
+    kind, trained, one_text_data, tmp_path, server
+):
+    """From a file whose head is another: all but the heads begins as it ended."""
+    checkpoint = trained / kind / "checkpoint_last.pt"
+    settings = {**LIKE_PRETRAINING, **CLASSES, "finetune_from_model": checkpoint}
     still = {**LIKE_PRETRAINING["optimizer"], "lr": 1e-12}
     one_text.train(
         server, one_text_data, tmp_path / "still", **{**settings, "optimizer": still}, max_update=1
     )
-    before = parameters(trained / "masked" / "checkpoint_last.pt")
+    before = parameters(checkpoint)
     after = parameters(tmp_path / "still" / "checkpoint_last.pt")
     heads = [name for name in after if name.startswith("classification_heads.")]
     assert len(heads) == 4
+    if kind == "replaced":  # of which there is neither generator nor head
+        before = {k: v for k, v in before.items() if k.startswith("encoder.sentence_encoder.")}
+        heads += [name for name in after if name.startswith("encoder.lm_head.")]
     assert set(before) == set(after) - set(heads)
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, msg=name)
@@ -155,7 +170,8 @@ def test_fine_tuning_goes_on_from_what_was_pre_trained(trained, one_text_data, t
 
 
 @pytest.mark.slow
-def test_the_configs_train_and_fine_tune(one_text_data, tmp_path):
+@pytest.mark.parametrize("objective", ["pretraining", "electra"])
+def test_the_configs_train_and_fine_tune(objective, one_text_data, tmp_path):
     """Fine-tuning from the checkpoint that pre-training left."""
     first, second = tmp_path / "first", tmp_path / "second"
     common = [
@@ -164,7 +180,7 @@ def test_the_configs_train_and_fine_tune(one_text_data, tmp_path):
         "lr_scheduler.warmup_updates=1",
     ]
     for name, data, folder, more in (
-        ("pretraining", one_text_data / "input0", first, []),
+        (objective, one_text_data / "input0", first, []),
         (
             "finetuning",
             one_text_data,
@@ -178,6 +194,7 @@ def test_the_configs_train_and_fine_tune(one_text_data, tmp_path):
         # The server knows this extension before hydra does; a process of its own does not.
         commands.run("fairseq_cli.hydra_train", *words)
     before, after = (parameters(folder / "checkpoint_best.pt") for folder in (first, second))
+    assert any(name.startswith("generator.") for name in before) == (objective == "electra")
     name = "encoder.sentence_encoder.embed_tokens.weight"
     assert (after[name] - before[name]).abs().max() < 0.01
     assert any(name.startswith("classification_heads.") for name in after)
@@ -191,6 +208,15 @@ def test_a_fine_tuned_model_predicts_in_python(trained, one_text_data):
     assert model.extract_features(tokens).shape == (1, len(tokens), 32)
     scores = model.predict("sentence_classification_head", tokens)
     assert scores.exp().sum().item() == pytest.approx(1)
+
+
+def test_a_discriminator_judges_text_in_python(trained, one_text_data):
+    model = SwitchElectraModel.from_pretrained(
+        str(trained / "replaced"), "checkpoint_last.pt", str(one_text_data / "input0"), bpe=None
+    ).eval()
+    tokens = torch.tensor([0, *model.task.source_dictionary.encode_line("e1 e20 e3").tolist()])
+    assert model.extract_features(tokens).shape == (1, len(tokens), 32)
+    assert model.model(tokens[None])[0].shape == (1, len(tokens))
 
 
 def test_a_language_model_scores_text_in_python(trained, one_text_data):
@@ -239,6 +265,14 @@ WRONG = {
         {**MASKED, "criterion": CLASSES["criterion"]},
         "error: --criterion sentence_prediction_with_routing needs --task sentence_prediction",
     ),
+    "generator's task": (
+        {**CLASSES, "arch": REPLACED["arch"]},
+        "error: --task sentence_prediction .* choose --task masked_lm .* as switch_roberta",
+    ),
+    "fairseq's criterion": (
+        {**REPLACED, "criterion": {"criterion": "masked_lm"}},
+        "error: --arch switch_electra predicts no masked .* --criterion electra_with_routing",
+    ),
     "criterion of text": (
         {**MASKED, "criterion": WORDS["criterion"]},
         "error: the --criterion is for a model that writes text",
@@ -249,8 +283,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_task_or_criterion_of_another_model(case, one_text_data, tmp_path, server):
     settings, message = WRONG[case]
-    text = one_text.train(
-        server, one_text_data / "input0", tmp_path / "run", status=1, max_update=1, **settings
-    )
+    data = one_text_data / ("." if "num_classes" in settings else "input0")
+    text = one_text.train(server, data, tmp_path / "run", status=1, max_update=1, **settings)
     assert re.match(message, last_line(text)), text[-2000:]
     assert "Traceback" not in text
