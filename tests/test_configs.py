@@ -1,11 +1,13 @@
 """The configs: what can be started, and each choice of each group of it."""
 
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from fairseq_sparsemixer.corpora.glue import TASKS
 from fairseq_sparsemixer.runs.settings import read_settings
 from fairseq_sparsemixer.tasks.translation_with_routing import TranslationWithRoutingConfig
 from fairseq_sparsemixer.training import resources, settings
@@ -48,6 +50,26 @@ def test_what_is_pre_trained_can_be_fine_tuned():
     differing = {"_name", "generator_embed_dim", "generator_layers"}
     for key in replaced.model.keys() | masked.model.keys():
         assert key in differing or replaced.model[key] == masked.model[key]
+
+
+def test_every_task_of_glue_composes():
+    """Each is scored by what its best checkpoint is chosen by."""
+    assert {path.stem for path in (CONFIGS / "glue").glob("*.yaml")} == {
+        task.lower() for task in TASKS
+    }
+    scored = runpy.run_path(str(CONFIGS.parent / "scripts" / "glue_scores.py"))["MEASURES"]
+    for task, (best_by, measures) in scored.items():
+        cfg = compose("finetuning", f"+glue={task.lower()}")
+        assert not OmegaConf.missing_keys(cfg)
+        OmegaConf.to_container(cfg, resolve=True)
+        assert cfg.checkpoint.best_checkpoint_metric == best_by
+        assert cfg.checkpoint.maximize_best_checkpoint_metric
+        assert cfg.dataset.valid_subset.split(",") == list(
+            dict.fromkeys(part for part, *_ in measures)
+        )
+        assert (
+            cfg.task.shorten_method == "truncate" and cfg.dataset.required_batch_size_multiple == 1
+        )
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
