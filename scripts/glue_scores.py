@@ -4,11 +4,10 @@ Each is of the development set, at the checkpoint that is best there, in percent
 own: what the criterion has logged, with fairseq's formulas (scikit-learn and SciPy).
 """
 
-import json
 import sys
 from pathlib import Path
 
-from fairseq_sparsemixer.runs.logs import LINE
+from fairseq_sparsemixer.runs.logs import line_stats
 from fairseq_sparsemixer.tables import format_table
 
 MEASURES = {
@@ -37,12 +36,11 @@ def validations(log):
     """{updates: {part: {key: value}}} of a log of hydra."""
     found = {}
     for line in log.read_text(encoding="utf-8").splitlines():
-        match = LINE.fullmatch(line)
-        part = match and match["logger"]
-        if part in ("valid", "valid1"):
-            values = json.loads(match["text"])
-            stats = {key[len(part) + 1 :]: value for key, value in values.items()}
-            found.setdefault(int(stats["num_updates"]), {})[part] = stats
+        for part in ("valid", "valid1"):
+            stats = line_stats(line, part, f"{part}_num_updates")
+            if stats is not None:
+                updates = int(stats[f"{part}_num_updates"])
+                found.setdefault(updates, {})[part] = stats
     return found
 
 
@@ -53,8 +51,8 @@ def scores(folder):
     found = validations(log) if log.is_file() else {}
     if not found:
         return []
-    best = max(found.values(), key=lambda parts: float(parts["valid"][best_by]))
-    return [(name, float(best[part][key])) for part, key, name in measures]
+    best = max(found.values(), key=lambda parts: parts["valid"][f"valid_{best_by}"])
+    return [(name, best[part][f"{part}_{key}"]) for part, key, name in measures]
 
 
 def main(run):

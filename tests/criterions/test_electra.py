@@ -190,6 +190,23 @@ def test_draws_change_with_updates_and_not_with_validations():
     assert any(not torch.equal(other, fifth) for other in others)
 
 
+def test_the_discriminator_learns_which_words_are_the_generators():
+    """Of one that writes the same word everywhere, which is nowhere else."""
+    model, loss = electra(**QUIET), criterion(discriminator_weight=1.0)
+    with torch.no_grad():
+        model.generator.lm_head.bias[10] = 1e4
+    optimizer = torch.optim.Adam(model.encoder.parameters(), lr=0.01)
+    for update in range(30):
+        model.set_num_updates(update)
+        optimizer.zero_grad()
+        total, sample_size, _ = loss(model, sample())
+        (total / sample_size).backward()
+        optimizer.step()
+    logs = loss(model.eval(), sample())[2]
+    assert logs["replaced"] == logs["named"] == logs["found"] == 3
+    assert logs["correct"] == logs["counted"] == 10
+
+
 def test_validation_leaves_the_state_of_random_numbers_alone():
     model = electra(**QUIET).eval()
     before = torch.get_rng_state()

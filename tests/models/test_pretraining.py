@@ -1,12 +1,13 @@
 """RoBERTa and language models through fairseq's own command lines."""
 
+import json
 import re
 import shutil
 
 import pytest
 import torch
 from support import commands, one_text
-from support.commands import load, parameters
+from support.commands import SENTENCES, load, parameters
 from support.one_text import CLASSES, MASKED, REPLACED, WORDS
 from support.training import assert_same, last_line, train_on_workers
 
@@ -141,6 +142,35 @@ def test_two_workers_take_the_steps_of_one(kind, spread, one_text_data, tmp_path
     one, two = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_two_workers_measure_what_one_does(one_text_data, tmp_path, server):
+    """Where a validation's measure is none that could be added up."""
+    data = shutil.copytree(one_text_data, tmp_path / "data")
+    for split in SENTENCES:
+        lines = (data / "raw" / split).read_text().splitlines()
+        scores = [f"{int(line.split()[0][1:]) / 24}\n" for line in lines]
+        (data / "label" / f"{split}.label").write_text("".join(scores))
+    flags = {"regression-target": True, "report-pearson-and-spearman": True}
+    settings = {
+        **GRADIENT,
+        **CLASSES,
+        "num_classes": 1,
+        "criterion": {**CLASSES["criterion"], **flags},
+        "arch": {**CLASSES["arch"], "router": "switch", "jitter-eps": 0},
+        "disable_validation": None,
+    }
+    found = []
+    for several in ((), ("legacy_ddp", 2)):
+        folder, batch = tmp_path / f"{len(several)}", 4 if several else 8
+        text = train_on_workers(server, data, folder, *several, batch_size=batch, **settings)
+        # fairseq's own log has the predictions as an empty list.
+        (line,) = [line for line in text.splitlines() if "| valid |" in line]
+        found.append(json.loads(line[line.index("{") :]))
+    assert abs(float(found[0]["valid_pearson"])) > 1
+    for name in ("valid_pearson", "valid_spearman", "valid_loss"):
+        assert float(found[1][name]) == pytest.approx(float(found[0][name]), abs=0.11), name
 
 
 @pytest.mark.slow
