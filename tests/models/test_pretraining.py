@@ -11,6 +11,7 @@ from support.one_text import CLASSES, MASKED, WORDS
 from support.training import assert_same, last_line, train_on_workers
 
 from fairseq_sparsemixer.models import SwitchRobertaModel, SwitchTransformerLanguageModel
+from fairseq_sparsemixer.runs import points
 
 CONFIGS = commands.PACKAGE.parent / "configs"
 KINDS = {"masked": (MASKED, "input0"), "classes": (CLASSES, "."), "words": (WORDS, "input0")}
@@ -29,12 +30,14 @@ def one_text_data(shared, server):
 
 @pytest.fixture(scope="session")
 def trained(shared, one_text_data, server):
-    """Six updates of each kind, with a moving average: ``log`` and the checkpoints."""
+    """Six updates of each kind, measured, with a moving average: ``log``, points, checkpoints."""
 
     def build(directory):
         for kind, (settings, data) in KINDS.items():
-            settings = {**LIKE_PRETRAINING, **settings, "max_update": UPDATES, "store_ema": True}
             folder = directory / kind
+            settings = {**LIKE_PRETRAINING, **settings, "max_update": UPDATES, "store_ema": True}
+            settings["task"] += "_with_routing"
+            settings["points_file"] = folder / points.FILE
             text = one_text.train(server, one_text_data / data, folder, **settings)
             (folder / "log").write_text(text)
 
@@ -75,6 +78,37 @@ def test_validation_finds_what_training_found(kind, trained, one_text_data, serv
     for name in ("loss", "nll_loss", "balance_loss"):
         assert found[name] == pytest.approx(expected[name], abs=2e-3), name
     assert ("accuracy" in found) == (kind == "classes")
+
+
+def test_points_hold_what_the_task_measures(trained, one_text_data):
+    """The figures of fairseq's log, and which experts the tokens of all sentences chose."""
+    tokens = {}
+    for kind, key in (("masked", None), ("classes", "accuracy"), ("words", "ppl")):
+        logged = valid((trained / kind / "log").read_text())
+        (point,) = points.read_points(trained / kind / points.FILE)
+        assert point["updates"] == UPDATES
+        for name in ("loss", "nll_loss", *([key] if key else [])):
+            assert point[name] == pytest.approx(logged[name], abs=1e-3), name
+        own = {"masked": set(), "classes": {key}, "words": {key, "bits_per_byte"}}
+        assert point.keys() & set(points.METRICS) == own[kind]
+        (name,) = point["layers"]
+        assert max(point["layers"][name]["load"]) == pytest.approx(
+            logged["max_expert_share"], abs=1e-4
+        )
+        choices = points.load_choices(trained / kind / points.FILE, UPDATES + 1)
+        tokens[kind] = len(choices[name])
+    lines = (one_text_data / "raw" / "valid").read_text().splitlines()
+    words = sum(len(line.split()) for line in lines)
+    # The end of a sentence counts everywhere, and its beginning where there is one.
+    assert tokens == {
+        "masked": words + 2 * len(lines),
+        "classes": words + 2 * len(lines),
+        "words": words + len(lines),
+    }
+    # Of a word each letter and the space, or the end of the line, after it.
+    size = sum(len(f"{line}\n".encode()) for line in lines)
+    bits = point["nll_loss"] * tokens["words"]
+    assert point["bits_per_byte"] == pytest.approx(bits / size, rel=1e-6)
 
 
 # No randomness, plain SGD, and routing losses as large as the rest: a step is a gradient.
