@@ -59,6 +59,10 @@ class Translation(NamedTuple):
     tokens: Optional[str] = None
 
 
+class NoTranslationError(UserError):
+    """The model is a language model and the like."""
+
+
 class CheckpointInfo(NamedTuple):
     """Where a model came from: file, optimiser updates, and inputs if it is an average."""
 
@@ -336,17 +340,25 @@ class Translator:
 
 
 def load_translator(model: ModelChoice, precision: str) -> Translator:
-    """The translator of a model; an average is made first, where there is none yet.
+    """The translator of a model.
 
     Raises:
-        UserError: see :func:`.average.average_in_run` and :class:`Translator`.
+        UserError: see :func:`chosen` and :class:`Translator`.
     """
-    checkpoint = model.checkpoint
-    if model.average is not None:
-        checkpoint = average_in_run(Path(model.run), *model.average).name
     return Translator(
-        model.run, checkpoint, model.data, model.source_lang, model.target_lang, precision
+        model.run, chosen(model), model.data, model.source_lang, model.target_lang, precision
     )
+
+
+def chosen(model: ModelChoice) -> str:
+    """The checkpoint of a choice; an average is made first, where there is none yet.
+
+    Raises:
+        UserError: see :func:`.average.average_in_run`.
+    """
+    if model.average is None:
+        return model.checkpoint
+    return average_in_run(Path(model.run), *model.average).name
 
 
 def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
@@ -392,9 +404,9 @@ def _corpus_folders(data: Optional[Path]) -> List[Path]:
 
 
 def _check_task(cfg: DictConfig, path: Path) -> None:
-    """Raise UserError for a language model and the like."""
+    """Raise NoTranslationError for a model of another task."""
     if "source_lang" not in cfg.task:
-        raise UserError(
+        raise NoTranslationError(
             f"{path} was not trained to translate (its task is {cfg.task.get('_name')}); choose "
             "another with --checkpoint"
         )

@@ -9,7 +9,6 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 
 from fairseq_sparsemixer.bits_per_byte import byte_counts
 from fairseq_sparsemixer.tasks.measured import MeasuredTask, PointsConfig
-from fairseq_sparsemixer.tasks.measuring import Sentences
 
 
 @dataclass
@@ -28,16 +27,13 @@ class LanguageModelingWithRoutingTask(MeasuredTask, LanguageModelingTask):
 
     metrics = ("ppl",)
 
-    def further_figures(
-        self, model: Any, point: Mapping[str, Any], sentences: Sentences
-    ) -> Dict[str, Any]:
+    def figures(self, subset: str, stats: Mapping[str, Any]) -> Dict[str, float]:
         """See :class:`MeasuredTask`."""
-        if point["nll_loss"] is None:
-            return {}
         counts = np.array(byte_counts(self.dictionary.symbols, self.dictionary.nspecial))
+        dataset = self.dataset(subset)
         tokens = size = 0
-        dataset = self.dataset(self.subset)
         for block in map(dataset.__getitem__, range(len(dataset))):
             tokens += len(block["target"])
             size += int(counts[block["target"].numpy()].sum())
-        return {"bits_per_byte": point["nll_loss"] * tokens / size}
+        bits = stats.get("nll_loss", stats["loss"]) * tokens
+        return {**super().figures(subset, stats), "bits_per_byte": bits / size}

@@ -79,7 +79,7 @@ class MeasuredTask(FairseqTask):
     cfg: Any
     args: Any = None
     metrics: Sequence[str] = ()
-    """What a point takes from fairseq's statistics of a validation, besides the losses."""
+    """What is taken from fairseq's statistics of a validation, besides the losses."""
     losses_by_sentence = False
     """Whether :meth:`further_figures` needs them."""
 
@@ -209,9 +209,9 @@ class MeasuredTask(FairseqTask):
             "nll_loss": points.number(_nll_loss(stats)),
             "layers": measuring.layer_figures(sentences, self.groups(), num_experts, stats, before),
         }
-        point.update(self.further_figures(model, point, sentences))
-        found = {key: points.number(stats[key]) for key in self.metrics if key in stats}
-        return {**point, **found}
+        figures = self.figures(self.subset, stats)
+        point.update({key: points.number(value) for key, value in figures.items()})
+        return {**point, **self.further_figures(model, point, sentences)}
 
     # What tasks differ in
 
@@ -222,10 +222,19 @@ class MeasuredTask(FairseqTask):
         """For each sentence of the validation set its domain; None where there are none."""
         return None
 
+    def figures(self, subset: str, stats: Mapping[str, Any]) -> Dict[str, float]:
+        """What the task measures besides losses (:data:`.runs.points.METRICS`).
+
+        Args:
+            subset: that was validated.
+            stats: fairseq's, of that.
+        """
+        return {key: stats[key] for key in self.metrics if key in stats}
+
     def further_figures(
         self, model: Any, point: Mapping[str, Any], sentences: measuring.Sentences
     ) -> Dict[str, Any]:
-        """What a point holds besides losses, layers and :attr:`metrics`.
+        """What a point holds besides losses, layers and :meth:`figures`.
 
         Args:
             model: in evaluation mode.

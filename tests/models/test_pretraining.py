@@ -1,5 +1,6 @@
 """RoBERTa and language models through fairseq's own command lines."""
 
+import json
 import re
 import shutil
 
@@ -10,6 +11,7 @@ from support.commands import load, parameters
 from support.one_text import CLASSES, MASKED, WORDS
 from support.training import assert_same, last_line, train_on_workers
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.models import SwitchRobertaModel, SwitchTransformerLanguageModel
 from fairseq_sparsemixer.runs import points
 
@@ -78,6 +80,31 @@ def test_validation_finds_what_training_found(kind, trained, one_text_data, serv
     for name in ("loss", "nll_loss", "balance_loss"):
         assert found[name] == pytest.approx(expected[name], abs=2e-3), name
     assert ("accuracy" in found) == (kind == "classes")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_finds_what_training_found(kind, trained, one_text_data, tmp_path):
+    """`fairseq-sparsemixer evaluate`, on the validation set."""
+    run, output = trained / kind, tmp_path / "valid.json"
+    arguments = ["evaluate", str(run), "--checkpoint", "checkpoint_last.pt", "--subset", "valid"]
+    assert cli.main([*arguments, "--output", str(output)]) == 0
+    scores = {key: each["score"] for key, each in json.loads(output.read_text())["scores"].items()}
+    (point,) = points.read_points(run / points.FILE)
+    assert scores.pop("nll") == pytest.approx(point["nll_loss"], abs=1e-3)
+    expected = {key: value for key, value in point.items() if key in points.METRICS}
+    assert scores == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_is_not_of_such_models_is_told(trained, tmp_path, capsys):
+    run = str(trained / "masked" / "checkpoint_last.pt")
+    for more, message in (
+        (["--tokenize", "char"], "--tokenize: such flags are for models that translate"),
+        (["--subset", "tset"], "tset.idx: name another set with --subset, or with --data"),
+        (["--data", str(tmp_path)], f"cannot read the dictionary {tmp_path}/dict.txt"),
+    ):
+        assert cli.main(["evaluate", run, "--output", str(tmp_path / "x.json"), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_points_hold_what_the_task_measures(trained, one_text_data):
