@@ -24,7 +24,7 @@ def _file(key: str) -> str:
 
 
 FILES = re.compile(
-    r"((validation|training|bleu|score)-(updates|minutes)|domains|load-at-end|load-over-time-\d+"
+    r"((validation|training|bleu|score)-(updates|minutes)|domains|load-at-end|load-(over-time|by-domain)-\d+"
     rf"|{'|'.join(map(_file, LAYERS))}|specialisation-(words|domains))\.(svg|png)"
 )
 """Names of all files that :func:`draw` may write."""
@@ -100,8 +100,13 @@ def _draw_loads(
                 for layer, values in found["layers"].items()
             }
     top = top_of_loads(list(loads.values()))
+    divided = {arm: each for arm, each in loads.items() if each.by_domain}
     return {
         "load": [painter.loads_at_end("load-at-end", ends)] if ends else [],
+        "load_by_domain": [
+            painter.loads_by_domain(f"load-by-domain-{number}", arm, each)
+            for number, (arm, each) in enumerate(divided.items(), 1)
+        ],
         "load_over_time": [
             painter.loads_over_time(f"load-over-time-{number}", arm, each, top)
             for number, (arm, each) in enumerate(loads.items(), 1)

@@ -54,7 +54,13 @@ def test_the_page_in_a_browser(driver, report, width):
             assert 7.5 * drawing["scale"] >= 9.9
             assert drawing["data"], drawing
             assert all(drawing["data"].values()), drawing
-            arms = {"domains": 3, "load-at-end": 2, "validation-updates": 5, "drift": 3}
+            arms = {
+                "domains": 3,
+                "load-at-end": 2,
+                "load-by-domain-1": 1,
+                "validation-updates": 5,
+                "drift": 3,
+            }
             assert len(drawing["data"]) == arms.get(drawing["name"], len(drawing["data"]))
     outside = driver.execute_script(
         """return [...document.querySelectorAll("h1, h2, h3, h4, p, li, summary, .piece, .scroll")]

@@ -34,6 +34,8 @@ def test_curves_and_their_means(study):
     loads = gather.find_loads(arms.values(), histories)
     assert set(loads) == {"switch-4", "sparsemixer-4"}
     assert loads["switch-4"].layers["decoder.0"][-1] == pytest.approx([0.4, 0.2, 0.2, 0.2])
+    travel = loads["switch-4"].by_domain["decoder.0"]["travel"]
+    assert travel == pytest.approx([0.2, 0.2, 0.2, 0.4])
     real = read_points(study / "sparsemixer-4-seed1" / "points.jsonl")
     assert loads["sparsemixer-4"].updates == [p["updates"] for p in real] == [20, 40, 60]
     training = gather.training_curves(arms.values(), histories)
