@@ -14,14 +14,6 @@ from fairseq_sparsemixer.report import routing
 from fairseq_sparsemixer.runs.folder import ROUTING, read_run
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    if browser.find() is None:
-        pytest.skip(browser.HOW_TO_INSTALL)
-    with browser.start(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
-
-
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(driver, report, width):
     """Nothing is fetched or goes wrong, everything has a sensible size, nothing sticks out."""
