@@ -71,7 +71,10 @@ class Inspector:
             "top_k": None if router is None else router.top_k,
             "gate": None if rule is None else rule.gate,
             "swappable": rule is not None,
-            "learnt": router is not None and router.weight is not None,
+            # A hash of the token's id may have learnt gates, and no choice.
+            "learnt": router is not None
+            and router.weight is not None
+            and not router.needs_token_ids,
             "most_pieces": self._most_pieces,
             "most_swaps": MOST_SWAPS,
             "colours": PIECE_COLOURS,

@@ -24,7 +24,7 @@ const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3
 const minus = (value) => value.toFixed(3).replace("-", "−");
 const sideOf = (layer) => layer.split(".")[0];
 const same = (one, other) => one.join() === other.join();
-const bare = (piece) => piece.replace(/^▁(?=.)/, "").replace(/(?<=.)@@$/, "");
+const bare = (piece) => (piece === "</s>" ? "end" : piece.replace(/^▁(?=.)/, "").replace(/(?<=.)@@$/, ""));
 const wordOf = (side, i) => side.pieces.filter((_, j) => side.words[j] === side.words[i]).map(bare).join("").replace(/^▁(?=.)/, "");
 const nameOf = (side, i) => {
   const [piece, word] = [bare(side.pieces[i]), wordOf(side, i)];
@@ -132,7 +132,7 @@ function pieces(name, layer) {
   flow.lang = (name === "encoder" ? model.source_lang : model.target_lang).replace("_", "-");
   side.pieces.forEach((piece, i) => {
     if (!i || side.words[i] !== side.words[i - 1]) flow.append(make("span", "whole"));
-    const label = /^<.*>$/.test(piece) ? make("i", "", piece === "</s>" ? "end" : piece) : bare(piece);
+    const label = /^<.*>$/.test(piece) ? make("i", "", bare(piece)) : bare(piece);
     const element = make(layer ? "button" : "span", "piece");
     flow.lastChild.append(element);
     if (!layer) {
@@ -274,7 +274,7 @@ function describe() {
     "In the decoder a column is a step, which reads the piece before and writes the one that stands there.",
     `The score is the log-probability of all pieces over their number${model.lenpen === 1 ? "" : ` to the power of ${model.lenpen}`}: the nearer to 0, the surer.`,
     model.swappable ? "Press a piece to send it to another expert. A solid frame is your choice, a dashed one a place where the router chooses another expert because of it. "
-      + `In the decoder a swap holds at its step for all ${model.beam} hypotheses of the search.`
+      + (model.beam > 1 ? `In the decoder a swap holds at its step for all ${model.beam} hypotheses of the search, of which another may win, with other words before it, too.` : "")
       : "Choices cannot be swapped: with this router experts choose their pieces.",
   ];
   byId("meaning").replaceChildren(...lines.map((line) => make("li", "", line)));

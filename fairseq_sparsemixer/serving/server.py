@@ -22,7 +22,7 @@ import threading
 import urllib.parse
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import ModelChoice
@@ -147,7 +147,7 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 @contextlib.contextmanager
-def _address_errors(host: str, port: int) -> Any:
+def _address_errors(host: str, port: int) -> Iterator[None]:
     """What the user may do where an address cannot be had.
 
     Raises:

@@ -106,6 +106,19 @@ def test_swaps_by_hand(driver, serving, inspector):
         assert f"{answer['score'] - plain['score']:+.3f}" in effect
         same = answer["translation"] == plain["translation"]
         assert ("stays the same" in effect) == same
+    # As if the router had chosen otherwise before the swaps: at one place of each side, of which
+    # the decoder's can only be compared where both translations begin alike.
+    driver.execute_script(
+        """const others = (entry) => { entry.experts = [(entry.experts[0] + 1) % 4]; };
+        others(before.encoder.layers["encoder.0"][0]);
+        others(before.decoder.layers["decoder.0"][0]);
+        others(before.decoder.layers["decoder.0"][3]);
+        before.decoder.pieces[2] = "another";
+        render()"""
+    )
+    assert len(shown(driver, "#encoder .changed, #decoder .changed")) == 2
+    assert " at 2 of " in shown(driver, "#effect")[0]
+    driver.execute_script("before = arguments[0]", plain)
     press(driver, "#encoder button.piece", 2)
     (own,) = plain["encoder"]["layers"]["encoder.0"][2]["experts"]
     assert "the router’s choice" in shown(driver, ".panel button")[own]

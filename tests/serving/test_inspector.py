@@ -124,6 +124,7 @@ def test_pieces_of_a_word_share_its_number(inspector):
     ("settings", "experts"),
     [
         ({"router": "hash"}, [2]),
+        ({"router": "hash", "router_options": '{"gate": "full"}'}, [1]),
         ({"router": "sparsemixer-v2", "top_k": 2}, [3, 1]),
         ({"router": "default-moe", "top_k": 2}, [0, 2]),
     ],
