@@ -5,7 +5,8 @@ const GATES = {
   all: "its probability",
   left: "its probability among those not chosen before it",
   chosen: "its share of the probability of those chosen",
-  masked: "its share of the probability of those near enough to the best for training to try them, 1 where it is alone",
+  masked: "its share of the probability of those near enough to the best for training to try them, "
+    + "1 where it is alone",
 };
 let model, text, before, after;
 let swaps = new Map();  // "layer position": the experts chosen by hand
@@ -25,7 +26,8 @@ const minus = (value) => value.toFixed(3).replace("-", "−");
 const sideOf = (layer) => layer.split(".")[0];
 const same = (one, other) => one.join() === other.join();
 const bare = (piece) => (piece === "</s>" ? "end" : piece.replace(/^▁(?=.)/, "").replace(/(?<=.)@@$/, ""));
-const wordOf = (side, i) => side.pieces.filter((_, j) => side.words[j] === side.words[i]).map(bare).join("").replace(/^▁(?=.)/, "");
+const wordOf = (side, i) => side.pieces.filter((_, j) => side.words[j] === side.words[i])
+  .map(bare).join("").replace(/^▁(?=.)/, "");
 const nameOf = (side, i) => {
   const [piece, word] = [bare(side.pieces[i]), wordOf(side, i)];
   return piece === word ? `“${piece}”` : `“${piece}” of “${word}”`;
@@ -35,7 +37,9 @@ async function ask(path, content) {
   const options = content && {
     method: "POST", body: JSON.stringify(content), headers: {"Content-Type": "application/json"},
   };
-  const reply = await fetch(path, options);
+  const reply = await fetch(path, options).catch(() => {
+    throw new Error("No answer: is the command still running?");
+  });
   const answer = await reply.json();
   if (!reply.ok) throw new Error(answer.error);
   return answer;
@@ -44,32 +48,33 @@ async function ask(path, content) {
 // Take the newest answer: one that comes later to an earlier question is dropped.
 async function update(sentence, chosen) {
   const mine = ++asked;
+  const content = [...chosen].map(([key, experts]) => {
+    const [layer, position] = key.split(" ");
+    return {layer, position: Number(position), experts};
+  });
   byId("go").disabled = true;
+  let [answer, problem] = [null, ""];
   try {
-    const content = [...chosen].map(([key, experts]) => {
-      const [layer, position] = key.split(" ");
-      return {layer, position: Number(position), experts};
-    });
-    const answer = await ask("/translate", {text: sentence, swaps: content});
-    if (mine !== asked) return;
-    if (!chosen.size) before = answer;
-    if (sentence !== text) open = null;
-    [text, swaps, after] = [sentence, chosen, answer];
-    byId("problem").hidden = true;
-    render();
+    answer = await ask("/translate", {text: sentence, swaps: content});
   } catch (error) {
-    if (mine !== asked) return;
-    byId("problem").textContent = error instanceof TypeError ? "No answer: is the command still running?" : error.message;
-    byId("problem").hidden = false;
-  } finally {
-    if (mine === asked) byId("go").disabled = false;
+    problem = error.message;
   }
+  if (mine !== asked) return;
+  byId("go").disabled = false;
+  byId("problem").textContent = problem;
+  byId("problem").hidden = !problem;
+  if (problem) return;
+  if (!chosen.size) before = answer;
+  if (sentence !== text) open = null;
+  [text, swaps, after] = [sentence, chosen, answer];
+  render();
 }
 
 // null takes a swap back, and so does the choice that the router made where it saw the same.
 function swap(layer, position, experts) {
   const [key, name, chosen] = [`${layer} ${position}`, sideOf(layer), new Map(swaps)];
-  const undone = chosen.has(key) && comparable(name, position) && same(before[name].layers[layer][position].experts, experts || []);
+  const undone = chosen.has(key) && comparable(name, position)
+    && same(before[name].layers[layer][position].experts, experts || []);
   if (!experts || undone) chosen.delete(key);
   else chosen.set(key, experts);
   return update(text, chosen);
@@ -86,7 +91,8 @@ function marked(words, others) {
   const table = Array.from({length: words.length + 1}, () => new Array(others.length + 1).fill(0));
   for (let i = words.length - 1; i >= 0; i--)
     for (let j = others.length - 1; j >= 0; j--)
-      table[i][j] = words[i] === others[j] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
+      table[i][j] = words[i] === others[j] ? table[i + 1][j + 1] + 1
+        : Math.max(table[i + 1][j], table[i][j + 1]);
   const parts = [];
   for (let i = 0, j = 0; i < words.length; i++) {
     while (j < others.length && words[i] !== others[j] && table[i][j + 1] > table[i + 1][j]) j++;
@@ -106,7 +112,8 @@ function translation(answer, other, title) {
 }
 
 function runnerUp(entry) {
-  const others = entry.probs.map((share, expert) => ({share, expert})).filter(({expert}) => !entry.experts.includes(expert));
+  const others = entry.probs.map((share, expert) => ({share, expert}))
+    .filter(({expert}) => !entry.experts.includes(expert));
   return others.reduce((best, each) => (best && best.share >= each.share ? best : each), null);
 }
 
@@ -121,7 +128,8 @@ function numbers(element, label, entry) {
 
 // Whether what stands at a place can be compared with what stood there before the swaps.
 function comparable(name, i) {
-  return name === "encoder" || (i < before.decoder.pieces.length && same(before.decoder.pieces.slice(0, i), after.decoder.pieces.slice(0, i)));
+  return name === "encoder" || (i < before.decoder.pieces.length
+    && same(before.decoder.pieces.slice(0, i), after.decoder.pieces.slice(0, i)));
 }
 const moved = (name, layer, i) => comparable(name, i)
   && !same(before[name].layers[layer][i].experts, after[name].layers[layer][i].experts);
@@ -163,10 +171,12 @@ function panel() {
   const side = after[name];
   const entry = side.layers[layer][position];
   const where = name === "encoder" ? nameOf(side, position) : `the step that writes ${nameOf(side, position)}`
-    + ` (probability ${percent(Math.exp(after.log_probs[position]))}) after ${position ? nameOf(side, position - 1) : "the start"}`;
+    + ` (probability ${percent(Math.exp(after.log_probs[position]))})`
+    + ` after ${position ? nameOf(side, position - 1) : "the start"}`;
   const box = make("div", "panel", make("p", "", `${layer}, ${where}. `));
   if (!model.swappable) {
-    box.append(make("p", "soft", `Router ${model.router} lets experts choose among all pieces: there is no choice that could be swapped alone.`));
+    box.append(make("p", "soft", `Router ${model.router} lets experts choose among all pieces: `
+      + "there is no choice that could be swapped alone."));
     return box;
   }
   entry.experts.forEach((current, slot) => {
@@ -186,7 +196,9 @@ function panel() {
         const taken = experts.indexOf(expert);
         if (taken >= 0) experts[taken] = current;
         experts[slot] = expert;
-        swap(layer, position, experts).then(() => document.querySelector(".panel [aria-pressed=true]")?.focus({preventScroll: true}));
+        swap(layer, position, experts).then(() => {
+          document.querySelector(".panel [aria-pressed=true]")?.focus({preventScroll: true});
+        });
       });
       flow.append(button);
     });
@@ -200,7 +212,8 @@ function renderSide(name) {
   const target = byId(name);
   target.replaceChildren();
   if (!layers.length || name === "decoder") {
-    const title = name === "decoder" ? "what it wrote, and how probable each piece was" : "what it read (no layer has experts)";
+    const title = name === "decoder" ? "what it wrote, and how probable each piece was"
+      : "what it read (no layer has experts)";
     target.append(make("span", "layer name", title), pieces(name, null));
   }
   for (const layer of layers) {
@@ -226,12 +239,15 @@ function renderEffect() {
         all += 1;
         count += moved(name, layer, i);
       });
-  byId("effect").textContent = `${different ? "The translation is another" : "The translation stays the same"}; its score changes by `
-    + `${signed(after.score - before.score)}. Elsewhere${different ? ", up to where the translations part," : ""} the router now chooses other experts at ${count} of ${all} places.`;
+  byId("effect").textContent = `The translation ${different ? "is another" : "stays the same"}; `
+    + `its score changes by ${signed(after.score - before.score)}. `
+    + `Elsewhere${different ? ", up to where the translations part," : ""} `
+    + `the router now chooses other experts at ${count} of ${all} places.`;
   for (const [key, experts] of swaps) {
     const [layer, position] = key.split(" ");
     const side = after[sideOf(layer)];
-    const place = position < side.pieces.length ? nameOf(side, Number(position)) : `step ${position}, which is not reached`;
+    const place = position < side.pieces.length ? nameOf(side, Number(position))
+      : `step ${position}, which is not reached`;
     const chip = make("button", "swap", `${layer}, ${place} → ${experts.join(",")} ✕`);
     chip.type = "button";
     chip.title = "take this swap back";
@@ -257,8 +273,9 @@ function describe() {
   const layers = Object.entries(model.layers);
   const most = Math.max(0, ...layers.map(([, experts]) => experts));
   byId("language").textContent = ` (${model.source_lang}, at most ${model.most_pieces} pieces)`;
-  byId("model").textContent = `${model.model}, ${model.source_lang} to ${model.target_lang}`
-    + (most ? `: router ${model.router}, ${most} experts in ${layers.map(([name]) => name).join(", ")}.` : ": a dense model, without experts.");
+  byId("model").textContent = `${model.model}, ${model.source_lang} to ${model.target_lang}: `
+    + (most ? `router ${model.router}, ${most} experts in ${layers.map(([name]) => name).join(", ")}.`
+      : "a dense model, without experts.");
   byId("guide").hidden = !most;
   if (!most) return;
   for (let expert = 0; expert < Math.min(most, 16); expert++) {
@@ -267,16 +284,24 @@ function describe() {
     byId("legend").append(sample, " ");
   }
   if (most > 16) byId("legend").append("and so on");
+  const each = model.top_k === 1 ? "one expert" : `${model.top_k} experts`;
+  const power = model.lenpen === 1 ? "" : ` to the power of ${model.lenpen}`;
   const lines = [
-    `Words are cut into pieces, and in each layer named below ${model.swappable ? `a router sends every piece to ${model.top_k === 1 ? "one expert" : `${model.top_k} experts`}` : "experts choose their pieces"}: colour and small number.`,
+    "Words are cut into pieces, and in each layer named below "
+      + `${model.swappable ? `a router sends every piece to ${each}` : "experts choose their pieces"}: `
+      + "colour and small number.",
     `×1.00 is the gate, the factor on the expert’s output${model.gate ? `: ${GATES[model.gate]}` : ""}.`,
-    model.learnt ? "0: 25 % is the runner-up, the most probable of the experts that were not chosen." : "This router learns no choice, so that there is no runner-up.",
+    model.learnt ? "0: 25 % is the runner-up, the most probable of the experts that were not chosen."
+      : "This router learns no choice, so that there is no runner-up.",
     "In the decoder a column is a step, which reads the piece before and writes the one that stands there.",
-    `The score is the log-probability of all pieces over their number${model.lenpen === 1 ? "" : ` to the power of ${model.lenpen}`}: the nearer to 0, the surer.`,
-    model.swappable ? "Press a piece to send it to another expert. A solid frame is your choice, a dashed one a place where the router chooses another expert because of it. "
-      + (model.beam > 1 ? `In the decoder a swap holds at its step for all ${model.beam} hypotheses of the search, of which another may win, with other words before it, too.` : "")
-      : "Choices cannot be swapped: with this router experts choose their pieces.",
+    `The score is the log-probability of all pieces over their number${power}: the nearer to 0, the surer.`,
   ];
+  if (!model.swappable) lines.push("Choices cannot be swapped: with this router experts choose their pieces.");
+  else
+    lines.push("Press a piece to send it to another expert. A solid frame is your choice, a dashed one "
+      + "a place where the router chooses another expert because of it. "
+      + (model.beam > 1 ? `In the decoder a swap holds at its step for all ${model.beam} hypotheses of `
+        + "the search, of which another may win, with other words before it, too." : ""));
   byId("meaning").replaceChildren(...lines.map((line) => make("li", "", line)));
   byId("guide").open = innerWidth > 640;
 }
@@ -293,4 +318,4 @@ byId("text").addEventListener("keydown", (event) => {
 ask("/model").then((answer) => {
   model = answer;
   describe();
-}, () => { byId("model").textContent = "No answer: is the command still running?"; });
+}, (error) => { byId("model").textContent = error.message; });

@@ -1,10 +1,9 @@
 """The page in a browser: what it shows, swaps by hand, and that nothing leaves the machine."""
 
 import json
+import time
 
 import pytest
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
 from support import browser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -14,9 +13,16 @@ TEXT = "the red house is not here"
 
 def until(driver, script, *arguments):
     """What a script returns, as soon as that is something."""
-    return WebDriverWait(driver, 60, 0.05).until(
-        lambda _: driver.execute_script(f"return {script}", *arguments)
-    )
+    return eventually(lambda: driver.execute_script(f"return {script}", *arguments), script)
+
+
+def eventually(look, what):
+    """What a look finds, as soon as that is something."""
+    given_up = time.monotonic() + 60
+    while not (found := look()):
+        assert time.monotonic() < given_up, what
+        time.sleep(0.05)
+    return found
 
 
 def translate(driver, serving, text, width=1280):
@@ -24,7 +30,7 @@ def translate(driver, serving, text, width=1280):
     driver.get_log("browser")
     browser.show(driver, serving.url, width)
     until(driver, "document.getElementById('model').textContent.includes('experts')")
-    driver.find_element(By.ID, "text").send_keys(f"{text}\n")
+    driver.find_element("id", "text").send_keys(f"{text}\n")
     until(driver, "after && !document.getElementById('go').disabled")
 
 
@@ -143,16 +149,21 @@ def test_nothing_is_fetched_from_elsewhere_and_text_is_text(driver, serving):
     assert driver.get_log("browser") == []
     # Even if text were read as HTML, the policy would run and load nothing of it.
     driver.execute_script("document.getElementById('effect').innerHTML = arguments[0]", hostile)
-    blocked = WebDriverWait(driver, 10, 0.05).until(lambda each: each.get_log("browser"))
+    blocked = eventually(lambda: driver.get_log("browser"), "nothing is blocked")
     assert all("Content Security Policy" in entry["message"] for entry in blocked)
 
 
 def test_errors_are_shown(driver, serving):
     translate(driver, serving, TEXT)
-    driver.find_element(By.ID, "text").clear()
-    driver.find_element(By.ID, "text").send_keys("  \n")
+    driver.find_element("id", "text").clear()
+    driver.find_element("id", "text").send_keys("  \n")
     until(driver, "!document.getElementById('problem').hidden")
     assert "nothing to translate" in shown(driver, "#problem")[0]
-    driver.find_element(By.ID, "text").send_keys("a lamp\n")
+    driver.find_element("id", "text").send_keys("a lamp\n")
     until(driver, "document.getElementById('problem').hidden")
     assert len(shown(driver, "#encoder button.piece")) < 8
+    driver.execute_script("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
+    press(driver, "#go")
+    until(driver, "!document.getElementById('problem').hidden")
+    assert shown(driver, "#problem") == ["No answer: is the command still running?"]
+    assert driver.get_log("browser")[0]["message"].count("400 (Bad Request)") == 1
