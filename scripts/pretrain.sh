@@ -18,22 +18,8 @@ pretraining | electra) ;;
 esac
 corpus="$(realpath -m "$1")" language="$2" run="$3"
 shift 3
-dictionary="$corpus/bin/dict.$language.txt"
-[ -f "$dictionary" ] || fail "there is no $dictionary: give a folder that 'fairseq-sparsemixer prepare' made, and one of its languages"
-
-# fairseq's tasks of one text look for train.bin and dict.txt: links to the side that is there.
+python -m fairseq_sparsemixer.corpora.one_side "$corpus" "$language"
 data="$corpus/$language"
-mkdir -p "$data/input0"
-ln -sf "$dictionary" "$data/input0/dict.txt"
-for file in "$corpus"/bin/{train,valid,test}.*."$language".{bin,idx}; do
-    name="$(basename "$file")"
-    ln -sf "$file" "$data/input0/${name%%.*}.${name##*.}"
-done
-if [ -f "$corpus/raw/train.domain" ] && [ ! -f "$data/label/test.idx" ]; then
-    rm -rf "$data/label"
-    fairseq-preprocess --only-source --destdir "$data/label" --trainpref "$corpus/raw/train.domain" \
-        --validpref "$corpus/raw/valid.domain" --testpref "$corpus/raw/test.domain"
-fi
 
 fairseq-hydra-train --config-dir configs --config-name "$objective" \
     "task.data=$data/input0" "hydra.run.dir=$run" "$@"

@@ -16,6 +16,7 @@ from fairseq_sparsemixer.training.plan import make_task
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = ("demo", "study", "iwslt14", "wmt14")
 ONE_TEXT = ("pretraining", "electra", "finetuning")
+WORDS = "language_model"
 
 
 def choices(entry):
@@ -30,7 +31,7 @@ def compose(entry, *overrides):
 
 
 def test_what_lies_at_the_top_can_be_started():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ENTRIES, *ONE_TEXT}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ENTRIES, *ONE_TEXT, WORDS}
 
 
 def test_what_is_pre_trained_can_be_fine_tuned():

@@ -11,11 +11,13 @@ from support.commands import SENTENCES, load, parameters
 from support.one_text import CLASSES, MASKED, REPLACED, WORDS
 from support.training import assert_same, last_line, train_on_workers
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.models import (
     SwitchElectraModel,
     SwitchRobertaModel,
     SwitchTransformerLanguageModel,
 )
+from fairseq_sparsemixer.runs import points
 
 CONFIGS = commands.PACKAGE.parent / "configs"
 KINDS = {
@@ -39,12 +41,14 @@ def one_text_data(shared, server):
 
 @pytest.fixture(scope="session")
 def trained(shared, one_text_data, server):
-    """Six updates of each kind, with a moving average: ``log`` and the checkpoints."""
+    """Six updates of each kind, measured, with a moving average: ``log``, points, checkpoints."""
 
     def build(directory):
         for kind, (settings, data) in KINDS.items():
-            settings = {**LIKE_PRETRAINING, **settings, "max_update": UPDATES, "store_ema": True}
             folder = directory / kind
+            settings = {**LIKE_PRETRAINING, **settings, "max_update": UPDATES, "store_ema": True}
+            settings["task"] += "_with_routing"
+            settings["points_file"] = folder / points.FILE
             text = one_text.train(server, one_text_data / data, folder, **settings)
             (folder / "log").write_text(text)
 
@@ -89,6 +93,62 @@ def test_validation_finds_what_training_found(kind, trained, one_text_data, serv
     for name in ("nll_loss", "balance_loss", *measures.get(kind, ["loss"])):
         assert found[name] == pytest.approx(expected[name], abs=2e-3), name
     assert ("accuracy" in found) == (kind in ("classes", "replaced"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_finds_what_training_found(kind, trained, one_text_data, tmp_path):
+    """`fairseq-sparsemixer evaluate`, on the validation set."""
+    run, output = trained / kind, tmp_path / "valid.json"
+    arguments = ["evaluate", str(run), "--checkpoint", "checkpoint_last.pt", "--subset", "valid"]
+    assert cli.main([*arguments, "--output", str(output)]) == 0
+    scores = {key: each["score"] for key, each in json.loads(output.read_text())["scores"].items()}
+    (point,) = points.read_points(run / points.FILE)
+    assert scores.pop("nll") == pytest.approx(point["nll_loss"], abs=1e-3)
+    expected = {key: value for key, value in point.items() if key in points.METRICS}
+    assert scores == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_is_not_of_such_models_is_told(trained, tmp_path, capsys):
+    run = str(trained / "masked" / "checkpoint_last.pt")
+    for more, message in (
+        (["--tokenize", "char"], "--tokenize: such flags are for models that translate"),
+        (["--subset", "tset"], "tset.idx: name another set with --subset, or with --data"),
+        (["--data", str(tmp_path)], f"cannot read the dictionary {tmp_path}/dict.txt"),
+    ):
+        assert cli.main(["evaluate", run, "--output", str(tmp_path / "x.json"), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_points_hold_what_the_task_measures(trained, one_text_data):
+    """The figures of fairseq's log, and which experts the tokens of all sentences chose."""
+    tokens = {}
+    for kind, key in (("masked", None), ("classes", "accuracy"), ("words", "ppl")):
+        logged = valid((trained / kind / "log").read_text())
+        (point,) = points.read_points(trained / kind / points.FILE)
+        assert point["updates"] == UPDATES
+        for name in ("loss", "nll_loss", *([key] if key else [])):
+            assert point[name] == pytest.approx(logged[name], abs=1e-3), name
+        own = {"masked": set(), "classes": {key}, "words": {key, "bits_per_byte"}}
+        assert point.keys() & set(points.METRICS) == own[kind]
+        (name,) = point["layers"]
+        assert max(point["layers"][name]["load"]) == pytest.approx(
+            logged["max_expert_share"], abs=1e-4
+        )
+        choices = points.load_choices(trained / kind / points.FILE, UPDATES + 1)
+        tokens[kind] = len(choices[name])
+    lines = (one_text_data / "raw" / "valid").read_text().splitlines()
+    words = sum(len(line.split()) for line in lines)
+    # The end of a sentence counts everywhere, and its beginning where there is one.
+    assert tokens == {
+        "masked": words + 2 * len(lines),
+        "classes": words + 2 * len(lines),
+        "words": words + len(lines),
+    }
+    # Of a word each letter and the space, or the end of the line, after it.
+    size = sum(len(f"{line}\n".encode()) for line in lines)
+    bits = point["nll_loss"] * tokens["words"]
+    assert point["bits_per_byte"] == pytest.approx(bits / size, rel=1e-6)
 
 
 # No randomness, plain SGD, and routing losses as large as the rest: a step is a gradient.
