@@ -3,7 +3,8 @@
   homeassistant   English-German user-interface messages (51 MB to download), split so that test
                   sentences have no near duplicate in the training text
   debian          142,000 pairs of Debian's packages in four domains (60 MB to download with apt),
-                  split likewise
+                  split likewise; or with --languages da,de,fr,it package descriptions alone, 20,000
+                  pairs of English and each of these (20 MB), no package in different splits
   wmt14           WMT14 English-German (more than 1 GB to download), test set newstest2014 (full)
   iwslt14         IWSLT14 German-English, 160,000 pairs of talks (19 MB to download), cleaned, split
                   and cut as by fairseq's own example
@@ -18,6 +19,7 @@ The output folder holds
 
   raw/{train,valid,test}.{en,de}   text, one sentence a line
   raw/{train,valid,test}.domain    the domain of each line (debian)
+  raw/train.en-fr.{en,fr} ...      of each pair of languages, where there are several; spm/ likewise
   spm/ or bpe/                     how text is cut into pieces, and the same text in pieces
   bin/                             the data for fairseq-train
   copy/test.de                     the test set "translated" by the nearest training sentences
@@ -28,8 +30,9 @@ Every step is skipped when it is already done: after an interruption run the sam
 """
 
 import argparse
+import re
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from fairseq_sparsemixer.commands.flags import refuse_without_effect, whole_number
 from fairseq_sparsemixer.corpora.debian.preparation import DEBIAN_VOCAB_SIZE, prepare_debian
@@ -55,6 +58,7 @@ from fairseq_sparsemixer.errors import UserError
 HELP = "build a corpus: download or take text, split, cut into pieces, fairseq-preprocess"
 
 _LANGUAGES = ("en", "de")
+_LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(_[A-Z]{2})?")
 _WMT14_FOLDER = Path("data/wmt14_en_de")
 _SERVER_FLAGS = ("checksums", "mirror")
 _TAKEN_BY = {
@@ -63,6 +67,7 @@ _TAKEN_BY = {
     **dict.fromkeys(_SERVER_FLAGS, ("wmt14", "iwslt14", "glue")),
     **dict.fromkeys(("vocabulary", "tasks"), ("glue",)),
     "downloads": ("debian", "wmt14", "iwslt14", "glue"),
+    "languages": ("debian",),
     "wheel": ("homeassistant",),
 }
 """The corpora that a flag goes with, if not with all."""
@@ -104,10 +109,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="debian, wmt14, iwslt14, glue: where downloads are kept (default: download in the "
         "folder of the corpus; for wmt14 without --output data/wmt14_en_de/download)",
     )
+    parser.add_argument(
+        "--languages",
+        type=_languages,
+        metavar="LANG,LANG",
+        help="debian: package descriptions from English into each of these (20,000 pairs and more "
+        "have da, de, fr, it, pt_BR, sk)",
+    )
     _add_own_text_arguments(parser)
     _add_wmt14_arguments(parser.add_argument_group("wmt14"))
     _add_server_arguments(parser.add_argument_group("wmt14, iwslt14 and glue"))
     _add_glue_arguments(parser.add_argument_group("glue"))
+
+
+def _languages(text: str) -> List[str]:
+    """Of a flag, in the order of their names."""
+    names = text.split(",")
+    wrong = [name for name in names if name == "en" or not _LANGUAGE_CODE.fullmatch(name)]
+    if wrong or len(set(names)) < len(names) or len(names) < 2:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no list of languages that English is translated into: give two or more "
+            "codes as the archive has them, such as de,fr,pt_BR, each once"
+        )
+    return sorted(names)
 
 
 def _add_own_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +246,10 @@ def _homeassistant(args: argparse.Namespace) -> Dict[str, Any]:
 def _debian(args: argparse.Namespace) -> Dict[str, Any]:
     _check_languages(args)
     return prepare_debian(
-        args.output, vocab_size=args.vocab_size or DEBIAN_VOCAB_SIZE, downloads=args.downloads
+        args.output,
+        vocab_size=args.vocab_size or DEBIAN_VOCAB_SIZE,
+        downloads=args.downloads,
+        languages=args.languages or (),
     )
 
 

@@ -29,7 +29,7 @@ def build_binary(
 
     Args:
         folder: of the corpus.
-        languages: source and target.
+        languages: source and target; of one pair of several (:func:`.folder.sides_of`).
         pieces: subfolder of the text in pieces; its ``dict.txt`` is the dictionary if there is
             one, else fairseq makes one from the training text.
         subwords: files in ``folder`` that say how to cut text, and their names in ``bin/``.
@@ -38,13 +38,17 @@ def build_binary(
     Raises:
         RuntimeError: fairseq failed, or did not keep every sentence.
     """
-    source, target = languages
+    of_pair, _, source = languages[0].rpartition(".")
+    target = languages[1].rpartition(".")[2]
     binary = folder / "bin"
     binary.mkdir(exist_ok=True)
-    sentences = {split: count_lines(piece_path(folder, split, source, pieces)) for split in SPLITS}
+    sentences = {
+        split: count_lines(piece_path(folder, split, languages[0], pieces)) for split in SPLITS
+    }
     command = ["-m", "fairseq_cli.preprocess", "--source-lang", source, "--target-lang", target]
     for split in SPLITS:
-        command += [f"--{split}pref", f"{pieces}/{split}"]
+        name = f"{split}.{of_pair}" if of_pair else split
+        command += [f"--{split}pref", f"{pieces}/{name}"]
     dictionary = folder / pieces / "dict.txt"
     if dictionary.is_file():
         command += ["--srcdict", f"{pieces}/{dictionary.name}"]
@@ -60,7 +64,7 @@ def build_binary(
         # Times and paths of this run; all that matters of it is in record.json.
         (scratch / "preprocess.log").unlink()
         for split in SPLITS:
-            for language in languages:
+            for language in (source, target):
                 index = scratch / f"{split}.{source}-{target}.{language}.idx"
                 if _sentences_in(index) != sentences[split]:
                     raise RuntimeError(f"{index.name}: fairseq lost or added sentences")

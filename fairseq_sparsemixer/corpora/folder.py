@@ -7,6 +7,9 @@
 ``bin/``                                what fairseq trains on
 ``record.json``                         source, counts, scores, versions, settings
 ======================================  ===========================================================
+
+In a corpus of several pairs of languages, such as ``en-de``, ``LANG`` is ``en-de.en`` and
+``en-de.de``.
 """
 
 import contextlib
@@ -28,6 +31,7 @@ _NAME = "corpus"
 """Beside the records of the steps: the name of the corpus."""
 
 Languages = Tuple[str, str]
+"""Endings of the files of source and target; see :func:`sides_of`, too."""
 TextPath = Callable[[Path, str, str], Path]
 """Where the text of a split and language lies in a corpus' folder, such as :func:`raw_path`."""
 
@@ -141,8 +145,14 @@ def copy_path(folder: Path, languages: Languages) -> Path:
     return folder / "copy" / f"test.{languages[1]}"
 
 
-def paths_of(text_path: TextPath, folder: Path, languages: Languages) -> List[Path]:
-    """The files of every split in both languages."""
+def sides_of(pair: str) -> Languages:
+    """``("en-de.en", "en-de.de")``: the endings of a pair's files where there are several pairs."""
+    source, target = pair.split("-")
+    return f"{pair}.{source}", f"{pair}.{target}"
+
+
+def paths_of(text_path: TextPath, folder: Path, languages: Sequence[str]) -> List[Path]:
+    """The files of every split in all languages."""
     return [text_path(folder, split, language) for split in SPLITS for language in languages]
 
 

@@ -2,11 +2,10 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Container, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Container, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from fairseq_sparsemixer.corpora.folder import (
     SPLITS,
-    Languages,
     TextPath,
     count_lines,
     piece_path,
@@ -32,7 +31,7 @@ class Pieces(NamedTuple):
 
 def write_pieces(
     folder: Path,
-    languages: Languages,
+    languages: Sequence[str],
     pieces: str,
     text_path: TextPath,
     encode: Callable[[Path], Iterator[str]],

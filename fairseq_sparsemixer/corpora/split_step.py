@@ -13,8 +13,10 @@ from fairseq_sparsemixer.corpora.folder import (
     domain_path,
     raw_path,
     read_pairs,
+    sides_of,
 )
 from fairseq_sparsemixer.corpora.resumable import StepResult, Steps
+from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import write_lines
 from fairseq_sparsemixer.text.bleu import find_tokeniser
 from fairseq_sparsemixer.version import __version__
@@ -80,6 +82,60 @@ def split_step(
         return [*outputs, copied_path], result
 
     made_with = {"version": __version__, **settings.describe()}
+    return steps.run("split", made_with, [pairs_path], build)
+
+
+def split_languages_step(
+    steps: Steps, pairs_path: Path, pairs: Sequence[str], settings: splitting.SplitSettings
+) -> Dict[str, Any]:
+    """Split the pairs of a file, whose domains are pairs of languages, into ``raw/``.
+
+    A document is in the same part for all languages, and no training text of any of them is a near
+    duplicate of what is held out of another.
+
+    Args:
+        pairs: of languages, such as ``en-de``.
+
+    Raises:
+        UserError: see :func:`.splitting.hold_out`; or nothing is held out of a pair.
+    """
+    folder = steps.folder
+    tokenisers = {pair: find_tokeniser(pair.split("-")[1]) for pair in pairs}
+
+    def build() -> StepResult:
+        unfiltered = splitting.hold_out(read_pairs(pairs_path), settings)
+        split = splitting.fill_training_part(unfiltered, settings)
+        outputs: List[Path] = []
+        scores: Dict[str, Any] = {}
+        for pair in pairs:
+            part = split.of_domain(pair)
+            if not all(part[:3]):
+                raise UserError(
+                    f"--languages {pair.split('-')[1]}: too few descriptions are translated into "
+                    "it to have training, validation and test text; leave it out"
+                )
+            outputs += _write_split(folder, part, sides_of(pair))
+            held_out = dict(zip(SPLITS[1:], (part.valid, part.test)))
+            copied = splitting.copies(part.train, list(held_out.values()))
+            found = {
+                name: splitting.score_copies(copies, held_out[name], tokenisers[pair])
+                for name, copies in zip(held_out, copied)
+            }
+            outputs.append(copy_path(folder, sides_of(pair)))
+            write_lines(outputs[-1], found["test"].hypotheses)
+            described = describe_scores(found)
+            scores.update({f"{name}.{pair}": score for name, score in described.items()})
+        documents = {
+            name: splitting.describe_documents(getattr(split, name)) for name in SPLITS[1:]
+        }
+        return outputs, {
+            "counts": split.counts,
+            "copy_score": scores,
+            "held_out_documents": documents,
+            "versions": split_versions(),
+        }
+
+    made_with = {"version": __version__, "pairs": list(pairs), **settings.describe()}
     return steps.run("split", made_with, [pairs_path], build)
 
 

@@ -36,6 +36,9 @@ class SplitSettings:
     max_held_out: Optional[int] = None  # of a domain in valid, and in test; others are left out
     max_held_out_tokens: Optional[int] = None
     whole_sentences: bool = False  # held-out pairs are sentences, without code or references
+    # Domains are pairs of languages: a source may be held out once in each.
+    by_languages: bool = False
+    max_train: Optional[int] = None  # of a domain
 
     def describe(self) -> Dict[str, Any]:
         """As a JSON object, without the settings that are left out."""
@@ -58,6 +61,11 @@ class Split(NamedTuple):
     test: List[SentencePair]
     counts: Dict[str, Any]
 
+    def of_domain(self, domain: str) -> "Split":
+        """Its pairs of a domain."""
+        train, valid, test = ([pair for pair in part if pair.domain == domain] for part in self[:3])
+        return Split(train, valid, test, self.counts)
+
 
 def stable_fraction(text: str) -> float:
     """A number in [0, 1) that depends on nothing but the text (Python's ``hash`` is salted)."""
@@ -67,7 +75,8 @@ def stable_fraction(text: str) -> float:
 def hold_out(pairs: Sequence[SentencePair], settings: SplitSettings) -> Split:
     """Split by document: whole documents are held out, half of them for valid, half for test.
 
-    Held-out sources are unique, and no sentence of either language is in both valid and test.
+    Held-out sources are unique (of each pair of languages), and no sentence of either language is
+    in both valid and test.
     Training pairs are not yet filtered: see :func:`remove_near_duplicates`.
 
     Raises:
@@ -81,17 +90,18 @@ def hold_out(pairs: Sequence[SentencePair], settings: SplitSettings) -> Split:
     }
     dropped: Counter = Counter()
     candidates = []
-    sources: Set[str] = set()
+    sources: Set[Tuple[str, str]] = set()
     for pair in pairs:
         if pair.document not in held_out:
             continue
         reason = unsuitable(pair, settings)
-        if reason is None and pair.source.lower() in sources:
+        source = pair.source.lower(), pair.domain if settings.by_languages else ""
+        if reason is None and source in sources:
             reason = "duplicate_source"
         if reason is not None:
             dropped[reason] += 1
         else:
-            sources.add(pair.source.lower())
+            sources.add(source)
             candidates.append(pair)
     valid_documents = _half(candidates, settings.salt)
     valid = [pair for pair in candidates if pair.document in valid_documents]
@@ -140,20 +150,19 @@ def unsuitable(pair: SentencePair, settings: SplitSettings) -> Optional[str]:
 def _half(pairs: Sequence[SentencePair], salt: str) -> Set[str]:
     """Documents with about half of the pairs: in hashed order, each goes to the smaller half.
 
-    Each domain is halved by itself.
+    Each domain is halved by itself, but for documents of several, which go by all of them.
     """
-    sizes = Counter((pair.document, pair.domain) for pair in pairs)
+    sizes: Dict[str, Counter] = {}
+    for pair in pairs:
+        sizes.setdefault(pair.document, Counter())[pair.domain] += 1
     first: Set[str] = set()
     balances: Counter = Counter()
-    for document, domain in sorted(
-        sizes, key=lambda entry: stable_fraction(f"{salt}/half/{entry[0]}")
-    ):
-        size = sizes[document, domain]
-        if balances[domain] <= 0:
+    for document in sorted(sizes, key=lambda name: stable_fraction(f"{salt}/half/{name}")):
+        if sum(balances[domain] for domain in sizes[document]) <= 0:
             first.add(document)
-            balances[domain] += size
+            balances.update(sizes[document])
         else:
-            balances[domain] -= size
+            balances.subtract(sizes[document])
     return first
 
 
@@ -185,6 +194,28 @@ def random_split(pairs: Sequence[SentencePair], like: Split, settings: SplitSett
     return Split([pair for pair in pairs if pair not in held_out], [], test, {})
 
 
+def fill_training_part(split: Split, settings: SplitSettings) -> Split:
+    """At most ``max_train`` training pairs of each domain, without what gives held-out ones away.
+
+    As many as there are: where :func:`remove_near_duplicates` takes some out, others take their
+    place, in the order of their sources' hash. Pairs of several languages are thus of the same
+    sources as far as these are translated.
+    """
+    assert settings.max_train is not None
+    found, dropped = split, Counter[str]()
+    while True:
+        sampled = _sample(found.train, settings.max_train, settings.salt)
+        part = remove_near_duplicates(found._replace(train=sampled), settings.max_cosine)
+        dropped.update(part.counts["train_dropped"])
+        if len(part.train) == len(sampled):
+            counts = {**split.counts, "train_before_filter": len(split.train)}
+            left_out = len(found.train) - len(sampled)
+            counts["train_dropped"] = {**dropped, "over_the_maximum": left_out}
+            return part._replace(counts=counts)
+        removed = set(sampled) - set(part.train)
+        found = found._replace(train=[pair for pair in found.train if pair not in removed])
+
+
 def remove_near_duplicates(split: Split, max_cosine: float) -> Split:
     """Remove from the training part what gives a held-out sentence away.
 
@@ -196,7 +227,7 @@ def remove_near_duplicates(split: Split, max_cosine: float) -> Split:
     targets = {pair.target.lower() for pair in held_out}
     train = [pair for pair in split.train if pair.target.lower() not in targets]
     same_target = len(split.train) - len(train)
-    queries = [pair.source for pair in held_out]
+    queries = list(dict.fromkeys(pair.source for pair in held_out))
     before = len(train)
     while train:
         close = _within(max_cosine, [pair.source for pair in train], queries)

@@ -1,4 +1,4 @@
-"""Text cut by SentencePiece: a joint BPE model of both languages, in ``spm/``.
+"""Text cut by SentencePiece: a joint BPE model of all languages, in ``spm/``.
 
 :mod:`.bpe` makes ``bpe/`` in its place.
 """
@@ -9,12 +9,12 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from tqdm import tqdm
 
 from fairseq_sparsemixer.corpora.cleaning import character_map
-from fairseq_sparsemixer.corpora.folder import Languages, TextPath, count_lines, raw_path
+from fairseq_sparsemixer.corpora.folder import TextPath, count_lines, raw_path
 from fairseq_sparsemixer.corpora.pieces import describe_splits, write_pieces
 from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.subprocesses import ProgramError, last_line, run_python
@@ -37,7 +37,7 @@ with open("spm.model", "wb") as file:
 
 def build_pieces(
     folder: Path,
-    languages: Languages,
+    languages: Sequence[str],
     vocab_size: int,
     text_path: TextPath = raw_path,
     character_coverage: float = 1.0,
@@ -47,8 +47,8 @@ def build_pieces(
 
     Args:
         folder: of the corpus.
-        languages: source and target.
-        vocab_size: of both languages together, special symbols included.
+        languages: source and target, or those of all pairs.
+        vocab_size: of all languages together, special symbols included.
         text_path: where the text lies.
         character_coverage: share of the training text's characters that get a piece of their own;
             the rarest become ``<unk>``.

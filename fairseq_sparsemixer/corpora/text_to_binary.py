@@ -2,7 +2,7 @@
 
 import functools
 import importlib.metadata
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from fairseq_sparsemixer.corpora import binarise, bpe, spm
 from fairseq_sparsemixer.corpora.folder import (
@@ -13,25 +13,35 @@ from fairseq_sparsemixer.corpora.folder import (
     piece_path,
     raw_path,
 )
-from fairseq_sparsemixer.corpora.resumable import Steps
+from fairseq_sparsemixer.corpora.resumable import StepResult, Steps
 from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.text import BPE_CODES, MOSES_TOKENS
 from fairseq_sparsemixer.version import __version__
 
 DEFAULT_VOCAB_SIZE = 4000
-"""Pieces of both languages together, where a corpus has no number of its own."""
+"""Pieces of all languages together, where a corpus has no number of its own."""
 
 
 def sentencepiece_steps(
     steps: Steps,
-    languages: Languages,
+    pairs: Sequence[Languages],
     vocab_size: int,
     text_path: TextPath = raw_path,
     character_coverage: float = 1.0,
     workers: Optional[int] = None,
 ) -> Dict[str, Any]:
-    """From text to ``spm/`` and ``bin/``; the arguments are those of ``spm.build_pieces``."""
+    """From text to ``spm/`` and ``bin/``; the other arguments are those of ``spm.build_pieces``.
+
+    Args:
+        pairs: source and target of each.
+    """
     folder = steps.folder
+    languages = [language for pair in pairs for language in pair]
+
+    def build_binary() -> StepResult:
+        parts = [binarise.build_binary(folder, pair, workers=workers) for pair in pairs]
+        return [path for outputs, _ in parts for path in outputs], {}
+
     cut = steps.run(
         "sentencepiece",
         {**_made_with(languages), "vocab_size": vocab_size},
@@ -45,7 +55,7 @@ def sentencepiece_steps(
         "binarise",
         _made_with(languages),
         [*paths_of(piece_path, folder, languages), *model_and_dictionary],
-        lambda: binarise.build_binary(folder, languages, workers=workers),
+        build_binary,
     )
     return cut
 
@@ -74,12 +84,12 @@ def moses_steps(
     return cut
 
 
-def _made_with(languages: Languages) -> Dict[str, Any]:
+def _made_with(languages: Sequence[str]) -> Dict[str, Any]:
     return {"version": __version__, "languages": list(languages)}
 
 
 def write_record(
-    steps: Steps, languages: Languages, record: Dict[str, Any], cut: Dict[str, Any]
+    steps: Steps, languages: Sequence[str], record: Dict[str, Any], cut: Dict[str, Any]
 ) -> Dict[str, Any]:
     """Write ``record.json``: ``record`` and what the steps said of the pieces; returns it."""
     record = {
@@ -95,12 +105,21 @@ def write_record(
 
 def finish(
     steps: Steps,
-    languages: Languages,
+    languages: Sequence[str],
     vocab_size: int,
     record: Dict[str, Any],
     scored: Dict[str, Any],
+    pairs: Optional[Sequence[Languages]] = None,
 ) -> Dict[str, Any]:
-    """From ``raw/`` to ``bin/`` and ``record.json``."""
-    cut = sentencepiece_steps(steps, languages, vocab_size)
+    """From ``raw/`` to ``bin/`` and ``record.json``.
+
+    Args:
+        languages: source and target, or all of ``pairs``.
+        record: what it says, but for what the steps find out.
+        scored: what the step found out that split the text.
+        pairs: where there are several.
+    """
+    source, target = languages[:2]
+    cut = sentencepiece_steps(steps, pairs or [(source, target)], vocab_size)
     cut["versions"] = {**scored["versions"], **cut["versions"]}
     return write_record(steps, languages, {**record, "copy_score": scored["copy_score"]}, cut)

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import random
+import re
 import sys
 import tarfile
 
@@ -21,6 +22,10 @@ DOMAINS = ("descriptions", "ding", "help", "manpages")
 VOCAB_SIZE = 250
 SPLIT = dataclasses.replace(
     extraction.SPLIT, salt="3", domain_shares=dict.fromkeys(DOMAINS, 0.25), max_held_out=12
+)
+LANGUAGES = ("de", "it")
+LANGUAGES_SPLIT = dataclasses.replace(
+    extraction.LANGUAGES_SPLIT, salt="3", held_out_share=0.3, max_held_out=12, max_train=100
 )
 
 
@@ -108,6 +113,23 @@ def index_texts():
     return indices
 
 
+def several_index_texts():
+    """Those in English, German, and an Italian that is German with its words turned round.
+
+    Every fifth package is not translated into it.
+    """
+    indices = index_texts()
+    stanzas = indices["de"].strip("\n").split("\n\n")
+    translated = [_turned(stanza) for number, stanza in enumerate(stanzas) if number % 5]
+    return {**indices, "it": "\n\n".join(translated) + "\n"}
+
+
+def _turned(stanza):
+    head, text = stanza.split("Description-de: ")
+    sentences = re.sub(r"[^\s.]+", lambda word: word[0][::-1], text).split(". ")
+    return f"{head}Description-it: {'. '.join(each[0].upper() + each[1:] for each in sentences)}"
+
+
 def package_contents():
     """What the fixture's packages hold, by name."""
     phrases = Phrases(2)
@@ -164,6 +186,19 @@ def write_downloads(folder, without=(), indices=None):
     entries["not_found"] = [name for name in extraction.OPTIONAL if name not in names]
     files.write_json(folder / "downloads.json", entries)
     return folder
+
+
+def build_several(output, downloads, binary=False):
+    """A finished corpus of several languages, made without apt; maybe with what fairseq reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extraction, "LANGUAGES_SPLIT", LANGUAGES_SPLIT)
+        patch.setattr(apt.shutil, "which", lambda name: None)
+        if not binary:
+            patch.setattr(binarise, "build_binary", build_binary)
+        commands.command(
+            "prepare", "debian", "--languages", ",".join(LANGUAGES), "--output", output,
+            "--downloads", downloads, "--vocab-size", VOCAB_SIZE,
+        )  # fmt: skip
 
 
 def build(output, downloads):

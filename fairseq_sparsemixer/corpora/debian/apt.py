@@ -50,7 +50,7 @@ _SETTINGS = """\
 #clear APT::Update::Post-Invoke-Success;
 #clear Acquire::Languages;
 #clear Acquire::IndexTargets;
-Acquire::Languages { "en"; "de"; };
+Acquire::Languages { LANGUAGES };
 Acquire::GzipIndexes "false";
 Acquire::IndexTargets::deb {
   Packages {
@@ -112,7 +112,7 @@ class Downloads:
     """What ``downloads.json`` says.
 
     Attributes:
-        indices: in pairs, both languages of a part of the archive.
+        indices: of each part of the archive English, followed by the other languages that it has.
         packages: in the order in which they were asked for.
         not_found: names that the machine's sources do not have.
     """
@@ -126,13 +126,19 @@ class Downloads:
         return dataclasses.asdict(self)
 
 
-def obtain(folder: Path, required: Sequence[str], optional: Sequence[str]) -> Downloads:
+def obtain(
+    folder: Path,
+    required: Sequence[str],
+    optional: Sequence[str],
+    languages: Sequence[str] = ("de",),
+) -> Downloads:
     """The indices and packages in ``folder``: those there, or fetched where one is missing.
 
     Args:
         folder: made if need be.
         required: packages without which there is nothing to be done.
         optional: packages that another release of the distribution may not have.
+        languages: of the descriptions, besides English.
 
     Raises:
         UserError: there is no apt, no network, or no such package or index; or a file was damaged
@@ -140,7 +146,7 @@ def obtain(folder: Path, required: Sequence[str], optional: Sequence[str]) -> Do
     """
     names = [*required, *optional]
     downloads = read_record(folder)
-    if downloads is not None and _complete(folder, downloads, names):
+    if downloads is not None and _complete(folder, downloads, names, languages):
         return downloads
     if shutil.which("apt-get") is None:
         raise UserError(f"this machine has no apt to fetch {folder} with: {ELSEWHERE}")
@@ -151,23 +157,29 @@ def obtain(folder: Path, required: Sequence[str], optional: Sequence[str]) -> Do
     # Not the lock of the folder itself: that may be the one of the corpus.
     with in_turn(folder / "downloads", beside=True):
         downloads = read_record(folder)  # another process may have fetched them meanwhile
-        if downloads is not None and _complete(folder, downloads, names):
+        if downloads is not None and _complete(folder, downloads, names, languages):
             return downloads
-        return _obtain_anew(folder, required, names)
+        return _obtain_anew(folder, required, names, languages)
 
 
-def _obtain_anew(folder: Path, required: Sequence[str], names: Sequence[str]) -> Downloads:
+def _obtain_anew(
+    folder: Path, required: Sequence[str], names: Sequence[str], languages: Sequence[str]
+) -> Downloads:
     """Fetch what is not there."""
     with scratch_folder(folder.resolve() / ".apt.partial") as scratch:
-        apt = _Apt(scratch)
+        apt = _Apt(scratch, languages)
         say("apt fetches the lists of packages and their descriptions (tens of MB)")
         warnings = apt.update()
-        indices = [_keep_index(entry, folder) for entry in _both_languages(apt.indices())]
-        if not indices:
+        found = apt.indices()
+        entries = _with_english(found, languages)
+        missing = sorted(set(languages) - {entry["LANGUAGE"] for entry in entries})
+        if missing:
+            why = f" ({last_line(warnings)})" if warnings.strip() else ""
             raise UserError(
-                "the machine's apt sources gave no package descriptions in English and German "
-                f"({last_line(warnings)}): check the network, or {ELSEWHERE}"
+                "the machine's apt sources gave no package descriptions in English and "
+                f"{', '.join(missing)}{why}: check the network and the names, or {ELSEWHERE}"
             )
+        indices = [_keep_index(entry, folder) for entry in entries]
         offered = apt.show(names)
         missing = [name for name in required if name not in offered]
         if missing:
@@ -219,10 +231,13 @@ def index_lines(folder: Path, index: Index) -> Iterator[str]:
             yield decode_line(line, index.file, number)
 
 
-def _complete(folder: Path, downloads: Downloads, names: Sequence[str]) -> bool:
+def _complete(
+    folder: Path, downloads: Downloads, names: Sequence[str], languages: Sequence[str]
+) -> bool:
     """Whether all that is asked for is there and undamaged."""
     known = {package.name for package in downloads.packages} | set(downloads.not_found)
-    if not set(names) <= known:
+    known |= {index.language for index in downloads.indices}
+    if not {*names, *languages} <= known:
         return False
     entries: List[Union[Index, Package]] = [*downloads.indices, *downloads.packages]
     for entry in entries:
@@ -252,12 +267,13 @@ def _text_sha256(path: Path) -> str:
 class _Apt:
     """apt with lists and caches in a folder of its own."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, languages: Sequence[str]):
         folders = [folder / "lists" / "partial", folder / "archives" / "partial"]
         for path in folders:
             path.mkdir(parents=True)
         settings = folder / "apt.conf"
-        settings.write_text(_SETTINGS, encoding="utf-8")
+        declared = " ".join(f'"{language}";' for language in ("en", *languages))
+        settings.write_text(_SETTINGS.replace("LANGUAGES", declared), encoding="utf-8")
         # What is installed on the machine has no say in which version is fetched.
         (folder / "status").touch()
         paths = {
@@ -331,14 +347,20 @@ class _Apt:
         return process
 
 
-def _both_languages(entries: Sequence[Dict[str, str]]) -> List[Dict[str, str]]:
-    """Those of the parts of the archive that have English and German, English first."""
+def _with_english(
+    entries: Sequence[Dict[str, str]], languages: Sequence[str]
+) -> List[Dict[str, str]]:
+    """Those of the parts of the archive that have English and any other language, English first."""
     parts: Dict[Any, Dict[str, Dict[str, str]]] = {}
     for entry in entries:
         part = parts.setdefault((entry["RELEASE"], entry["COMPONENT"]), {})
         part.setdefault(entry["LANGUAGE"], entry)
-    both = [part for part in parts.values() if {"en", "de"} <= part.keys()]
-    return [part[language] for part in both for language in ("en", "de")]
+    translated = [
+        [part[language] for language in ("en", *languages) if language in part]
+        for part in parts.values()
+        if "en" in part
+    ]
+    return [entry for part in translated if len(part) > 1 for entry in part]
 
 
 def _keep_index(entry: Dict[str, str], folder: Path) -> Index:

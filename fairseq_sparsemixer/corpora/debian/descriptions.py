@@ -1,6 +1,6 @@
-"""Package descriptions, from the archive's indices ``Translation-en`` and ``Translation-de``.
+"""Package descriptions, from the archive's indices ``Translation-en``, ``Translation-de``, ...
 
-A stanza holds the description of one package in one language; both languages carry the MD5 of the
+A stanza holds the description of one package in one language; all languages carry the MD5 of the
 English text. The first line is the title; the others, indented by a space, are paragraphs between
 lines with a dot. Lines indented further are lists and verbatim text.
 """
@@ -23,12 +23,22 @@ class Description(NamedTuple):
     paragraphs: List[str]
 
 
-def pairs(english: Iterable[str], german: Iterable[str]) -> Iterator[SentencePair]:
+def pairs(
+    english: Iterable[str],
+    translated: Iterable[str],
+    language: str = "de",
+    domain: str = "descriptions",
+) -> Iterator[SentencePair]:
     """Yield the aligned sentences of the descriptions that the indices (lines) both have.
 
     Titles correspond. Paragraphs do where there are as many on both sides.
+
+    Args:
+        english: lines of the English index.
+        translated: those of the index in ``language``.
+        domain: of the pairs.
     """
-    translations = read_index(german, "de")
+    translations = read_index(translated, language)
     for md5, description in read_index(english, "en").items():
         translation = translations.get(md5)
         if translation is None:
@@ -39,7 +49,7 @@ def pairs(english: Iterable[str], german: Iterable[str]) -> Iterator[SentencePai
             sides = [side[:1] for side in sides]
         for source, target in zip(*sides):
             for segment in split_pair(source, target):
-                yield SentencePair(*segment, document, "descriptions")
+                yield SentencePair(*segment, document, domain)
 
 
 def stem(package: str) -> str:

@@ -14,6 +14,8 @@ from fairseq_sparsemixer.corpora.splitting import SplitSettings
 from fairseq_sparsemixer.errors import UserError
 
 LANGUAGES = ("en", "de")
+SOURCE = LANGUAGES[0]
+"""The language that descriptions are translated from."""
 REVISION = 2
 """Of what is extracted and how: to be raised with every change, so that corpora are made anew."""
 LIMITS = Limits()
@@ -56,12 +58,30 @@ SPLIT = SplitSettings(
 )
 
 
-def extract(folder: Path, downloads: apt.Downloads) -> Tuple[List[SentencePair], Dict[str, Any]]:
+LANGUAGES_SPLIT = SplitSettings(
+    held_out_share=0.06,
+    salt="1",
+    min_held_out_tokens=SPLIT.min_held_out_tokens,
+    max_cosine=SPLIT.max_cosine,
+    max_held_out=500,
+    max_held_out_tokens=SPLIT.max_held_out_tokens,
+    whole_sentences=True,
+    by_languages=True,
+    max_train=20_000,
+)
+"""Of the descriptions in several languages, by pair of languages."""
+
+
+def extract(
+    folder: Path, downloads: apt.Downloads, languages: Sequence[str] = ()
+) -> Tuple[List[SentencePair], Dict[str, Any]]:
     """Read all texts of the downloads.
 
     Args:
         folder: where the files are.
         downloads: which they are.
+        languages: read the descriptions alone, in each of these; the domains are then the pairs of
+            languages.
 
     Returns:
         The cleaned pairs, and a JSON object: by domain the aligned ``segments`` and the ``pairs``
@@ -77,11 +97,16 @@ def extract(folder: Path, downloads: apt.Downloads) -> Tuple[List[SentencePair],
             segments[pair.domain] += 1
             yield pair
 
-    domains = [_descriptions, _dictionary, _help_pages, _manual_pages]
-    texts = itertools.chain.from_iterable(read(folder, downloads) for read in domains)
+    domains = [pair_of(language) for language in languages] or list(SPLIT.domain_shares)
+    if languages:
+        parts = [_descriptions(folder, downloads, *part) for part in zip(languages, domains)]
+    else:
+        read_all = (_descriptions, _dictionary, _help_pages, _manual_pages)
+        parts = [read(folder, downloads) for read in read_all]
+    texts = itertools.chain.from_iterable(parts)
     pairs, dropped = clean(counted(texts), LIMITS)
     kept = Counter(pair.domain for pair in pairs)
-    for domain in SPLIT.domain_shares:
+    for domain in domains:
         if not kept[domain]:
             raise UserError(
                 f"the downloads in {folder} hold no text for {domain}: build the corpus on a "
@@ -94,12 +119,24 @@ def extract(folder: Path, downloads: apt.Downloads) -> Tuple[List[SentencePair],
     }
 
 
-def _descriptions(folder: Path, downloads: apt.Downloads) -> Iterator[SentencePair]:
-    indices = iter(downloads.indices)
-    for english, german in zip(indices, indices):
-        yield from descriptions.pairs(
-            apt.index_lines(folder, english), apt.index_lines(folder, german)
-        )
+def pair_of(language: str) -> str:
+    """``en-de`` for ``de``."""
+    return f"{SOURCE}-{language}"
+
+
+def _descriptions(
+    folder: Path, downloads: apt.Downloads, language: str = "de", domain: str = "descriptions"
+) -> Iterator[SentencePair]:
+    for index in downloads.indices:
+        if index.language == SOURCE:
+            english = index
+        elif index.language == language:
+            yield from descriptions.pairs(
+                apt.index_lines(folder, english),
+                apt.index_lines(folder, index),
+                language,
+                domain,
+            )
 
 
 def _dictionary(folder: Path, downloads: apt.Downloads) -> Iterator[SentencePair]:

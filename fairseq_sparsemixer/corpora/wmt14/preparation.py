@@ -137,7 +137,7 @@ def _cut_by_sentencepiece(
         lambda: filtering.clean_text(steps.folder, workers),
     )
     cut = sentencepiece_steps(
-        steps, LANGUAGES, vocab_size, filtering.clean_path, CHARACTER_COVERAGE, workers
+        steps, [LANGUAGES], vocab_size, filtering.clean_path, CHARACTER_COVERAGE, workers
     )
     return cleaning, cut
 

@@ -247,6 +247,17 @@ def test_a_package_that_comes_damaged_is_not_kept(archive, tmp_path):
     assert not any(name.endswith(".deb") for name in listing(tmp_path / "download"))
 
 
+def test_languages_that_the_archive_lacks(archive, tmp_path):
+    folder = tmp_path / "download"
+    with pytest.raises(UserError) as caught:
+        apt.obtain(folder, (), (), ["de", "fr"])
+    message = str(caught.value)
+    assert "no package descriptions in English and fr: check the network and the names" in message
+    assert 'Acquire::Languages { "en"; "de"; "fr"; };' in calls_of(archive)[0][1]["settings"]
+    assert [each.language for each in apt.obtain(folder, (), ()).indices] == ["en", "de"]
+    assert not downloaded(archive)
+
+
 def test_required_packages_and_indices(archive, tmp_path):
     stanzas = (archive / "packages.txt").read_text()
     (archive / "packages.txt").write_text(stanzas.replace("Package: manpages-de", "Package: other"))
