@@ -30,6 +30,7 @@ from fairseq_sparsemixer.models.config import (
     check_workers,
     expert_settings,
 )
+from fairseq_sparsemixer.models.languages import find_tags
 from fairseq_sparsemixer.moe.parallel import ExpertParallel, is_spread
 
 Settings = Union[argparse.Namespace, DictConfig]
@@ -131,17 +132,19 @@ class SwitchModel(BaseFairseqModel):
         return args
 
     @classmethod
-    def _expand(cls, args: argparse.Namespace) -> TransformerConfig:
+    def _expand(cls, args: argparse.Namespace, task: FairseqTask) -> TransformerConfig:
         """fairseq's nested settings, with those of the experts as ``experts``.
 
         Raises:
-            ConfigError: for a setting that is out of range.
+            ConfigError: for a setting that is out of range, and a router that finds nothing to read
+                in the batches of the task.
         """
         experts = expert_settings(args, cls.sides)
         cfg = TransformerConfig.from_namespace(given(args))
         cfg.experts = experts
         cfg.expert_parallel = _expert_parallel(experts.parallel_size)
         cfg.init_experts = None
+        cfg.language_tags = find_tags(experts, task)
         return cfg
 
     @classmethod
@@ -226,6 +229,7 @@ def _keep_the_other_side(settings: Settings, state_dict: Dict[str, Tensor]) -> N
 _CURES = {
     "embed_tokens": "its vocabulary is another: binarise the data with its dictionary "
     "(fairseq-preprocess --srcdict), or give another checkpoint",
+    "language_tags": "give the --lang-pairs and --langs that it was trained with",
     "embed_positions": "give the --max-positions (of a language model --tokens-per-sample, of "
     "translation --max-source-positions and --max-target-positions) that it was trained with",
 }

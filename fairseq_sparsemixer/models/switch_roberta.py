@@ -89,7 +89,7 @@ class SwitchRobertaModel(SwitchModel, RobertaModel):
             args.max_positions = task.max_positions()
         args.max_source_positions = args.max_positions
         args.checkpoint_activations |= args.offload_activations
-        cfg = cls._expand(args)
+        cfg = cls._expand(args, task)
         cfg.init_experts = _init_experts
         args.cfg = cfg
         with naming_conflicts():

@@ -28,6 +28,7 @@ from fairseq_sparsemixer.models.building import (
     naming_conflicts,
 )
 from fairseq_sparsemixer.models.config import SwitchTransformerConfig
+from fairseq_sparsemixer.models.languages import keep_tags, of_side, tokens_and_languages
 from fairseq_sparsemixer.models.layers import (
     STATISTICS,
     Call,
@@ -64,7 +65,7 @@ class SwitchTransformerModel(SwitchModel, TransformerModelBase):
         Raises:
             ConfigError: for a setting that is unknown, out of range or not supported.
         """
-        cfg = cls._expand(cls._read(settings, task))
+        cfg = cls._expand(cls._read(settings, task), task)
         with naming_conflicts():
             return cls._finished(super().build_model(cfg, task), cfg)
 
@@ -104,12 +105,19 @@ class _SideCall(Call):
     Args:
         side: the encoder or decoder.
         tokens: (batch, length) int64, entries of the vocabulary.
+        causal: whether a token may know of those before it alone.
+        last_alone: whether the layers see the last token of each sentence alone.
     """
 
-    def __init__(self, side: Any, tokens: Tensor) -> None:
+    def __init__(
+        self, side: Any, tokens: Tensor, causal: bool = False, last_alone: bool = False
+    ) -> None:
         super().__init__(side)
-        reads_them = ROUTERS[side.cfg.experts.router].needs_token_ids
-        token_ids = tokens.t() if reads_them else None
+        token_ids = None
+        if ROUTERS[side.cfg.experts.router].needs_token_ids:
+            if side.language_tags is not None:
+                tokens = tokens_and_languages(tokens, side.language_tags, so_far=causal)
+            token_ids = (tokens[:, -1:] if last_alone else tokens).t()
         self.layers = Layers(side.layers, token_ids, side.cfg.expert_parallel)
 
 
@@ -122,7 +130,8 @@ class SwitchTransformerEncoder(TransformerEncoderBase):
     def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         # fairseq builds its layers in order, without telling which one it wants.
         self._to_build = list(cfg.experts.encoder_kept)
-        super().__init__(cfg, *args, **kwargs)
+        super().__init__(of_side(cfg, "encoder"), *args, **kwargs)
+        keep_tags(self, cfg.language_tags, "encoder")
 
     def forward(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """See fairseq."""
@@ -151,7 +160,8 @@ class SwitchTransformerDecoder(TransformerDecoderBase):
 
     def __init__(self, cfg: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         self._to_build = list(cfg.experts.decoder_kept)
-        super().__init__(cfg, *args, **kwargs)
+        super().__init__(of_side(cfg, "decoder"), *args, **kwargs)
+        keep_tags(self, cfg.language_tags, "decoder")
 
     def extract_features(
         self,
@@ -162,8 +172,9 @@ class SwitchTransformerDecoder(TransformerDecoderBase):
         **kwargs: Any,
     ) -> Any:
         """See fairseq."""
-        new_tokens = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
-        call: Any = _SideCall(self, new_tokens)
+        call: Any = _SideCall(
+            self, prev_output_tokens, causal=True, last_alone=incremental_state is not None
+        )
         x, extra = TransformerDecoderBase.extract_features_scriptable(
             call, prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
         )

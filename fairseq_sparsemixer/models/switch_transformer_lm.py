@@ -48,7 +48,7 @@ class SwitchTransformerLanguageModel(SwitchModel, TransformerLanguageModel):
             # Its embeddings, however they are made, and its checks.
             model = super().build_model(without_layers, task)
             args.max_target_positions = without_layers.max_target_positions
-            cfg = cls._expand(args)
+            cfg = cls._expand(args, task)
             cfg.decoder.layers = len(cfg.experts.decoder_kept)
             cfg.no_cross_attention = True
             model.decoder = SwitchTransformerModel.build_decoder(

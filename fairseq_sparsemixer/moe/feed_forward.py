@@ -108,7 +108,7 @@ class MoEFeedForward(nn.Module):
         Args:
             x: (..., embed_dim).
             padding_mask: (...) bool, True at padding, which is neither routed nor counted.
-            token_ids: (...) int64, entries of the vocabulary, for the ``hash`` router.
+            token_ids: (...) int64, see :meth:`Router.forward`.
 
         Returns:
             y, of the shape and dtype of x with rows of padding 0, and the :class:`Routing`.

@@ -95,7 +95,7 @@ class Context(NamedTuple):
     padding_mask: Optional[Tensor] = None
     """(T,) bool, True at padding."""
     token_ids: Optional[Tensor] = None
-    """(T,) int64: entries of the vocabulary."""
+    """(T,) int64: entries of the vocabulary, maybe with the languages of their sentences."""
 
 
 class Router(nn.Module):
@@ -131,6 +131,8 @@ class Router(nn.Module):
     """Whether a token's experts depend on that token alone; a decoder needs that."""
     needs_token_ids = False
     """Whether :meth:`forward` must be given ``token_ids``."""
+    needs_languages = False
+    """Whether these tell the language of the token's sentence as well."""
     takes_balance_bias = True
     """Whether the choice is by logits that a bias can shift."""
     computes_all_experts = False
@@ -248,7 +250,8 @@ class Router(nn.Module):
         Args:
             x: (..., D), any floating dtype.
             padding_mask: (...) bool, True at padding, which goes to no expert.
-            token_ids: (...) int64, entries of the vocabulary; read by the hash router alone.
+            token_ids: (...) int64, entries of the vocabulary, or as the router says in its own
+                docstring; read by ``hash`` and ``language`` alone.
 
         Raises:
             ValueError: the router needs token_ids and there are none.
@@ -288,7 +291,7 @@ class Router(nn.Module):
             logits: (T, N), never changed in place.
             padding_mask: (T,) bool, True at padding.
             x: (T, D), for routers that read more than the logits (``noisy-topk``).
-            token_ids: (T,) int64, for routers that read them (``hash``).
+            token_ids: (T,) int64, for routers that read them (``hash``, ``language``).
         """
         routing = self.select(logits.float(), Context(x, padding_mask, token_ids))
         routing.backend = self.backend

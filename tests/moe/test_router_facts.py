@@ -92,7 +92,7 @@ def test_routers_do_what_they_say_of_themselves(name):
 def test_which_routers_take_a_balance_bias():
     """What chooses by logits; expert choice is balanced, and noisy top-k has losses of its own."""
     none = {name for name, kind in ROUTERS.items() if not kind.takes_balance_bias}
-    assert none == {"hash", "random", "expert-choice", "noisy-topk"}
+    assert none == {"hash", "language", "random", "expert-choice", "noisy-topk"}
 
 
 def test_the_balance_loss_that_a_router_needs():

@@ -360,7 +360,7 @@ def test_permuted_tokens_get_permuted_results(name, z, seed):
     torch.testing.assert_close(permuted.gate, plain.gate[order])
 
 
-BY_NUMBER = {"hash"}
+BY_NUMBER = {"hash", "language"}
 """Routers that choose by the number of an expert: a permutation of the experts changes them."""
 
 

@@ -380,7 +380,7 @@ def naive_layer(layer, x_TD, draws=None, padding=(), chosen=None):
             mean_gates = None
             if by_expert is not None:
                 pairs = by_expert[t]
-            elif router.name == "hash":
+            elif router.needs_token_ids:
                 gate = torch.ones(()) if router.gate == "one" else softmax(z_rows[t])[chosen[t]]
                 pairs = [(chosen[t], gate)]
             else:

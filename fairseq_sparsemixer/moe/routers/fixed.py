@@ -1,6 +1,6 @@
 """Routers whose choice is not learnt: controls for those that learn it."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class HashRouter(Router):
         if gate == "one":
             self.weight = self.bias = None
 
-    def evaluation_rule(self) -> EvaluationRule:
+    def evaluation_rule(self) -> Optional[EvaluationRule]:
         """See :meth:`Router.evaluation_rule`."""
         return EvaluationRule("one" if self.gate == "one" else "all", hash_seed=self.seed)
 
@@ -73,13 +73,17 @@ class HashRouter(Router):
     def select(self, logits_TN: Tensor, context: Context) -> Routing:
         """See :meth:`Router.select`."""
         if context.token_ids is None:
-            raise ValueError("router 'hash' needs token_ids")
-        index_T1 = (self.hash(context.token_ids) % self.num_experts).unsqueeze(-1)
+            raise ValueError(f"router {self.name!r} needs token_ids")
+        index_T1 = self.expert_of(context.token_ids).unsqueeze(-1)
         if self.gate == "one":
             certain_TN = torch.full_like(logits_TN, UNREACHABLE).scatter(-1, index_T1, 0.0)
             return _with_gate_one(index_T1, certain_TN)
         probs_TN = logits_TN.softmax(dim=-1)
         return Routing(index_T1, probs_TN.gather(-1, index_T1), logits_TN, probs_TN, probs_TN)
+
+    def expert_of(self, token_ids: Tensor) -> Tensor:
+        """(T,) int64: the expert of each token."""
+        return self.hash(token_ids) % self.num_experts
 
     def hash(self, token_ids: Tensor) -> Tensor:
         """A number of 31 bits for each id, the same on every machine."""
@@ -87,6 +91,46 @@ class HashRouter(Router):
         for _ in range(2):
             value = ((value ^ (value >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
         return (value ^ (value >> 16)) & 0x7FFFFFFF
+
+
+@register_router("language")
+class LanguageRouter(HashRouter):
+    """Experts of each language: those of language l are l N / L to (l + 1) N / L, rounded down.
+
+    Where a language has several, a token's is a hash of its id, as in ``hash``; where there are
+    fewer experts than languages, neighbours share one. With one expert for each language it is the
+    language-specific layer of Fan et al. 2021 (arXiv 2010.11125), and Kudugunta et al. 2021
+    (arXiv 2110.03742) found routing by target language as good as by token.
+
+    ``token_ids`` are language + L * entry of the vocabulary.
+
+    Args:
+        num_languages: L; a model finds it in its task.
+        **options: see :class:`HashRouter`.
+
+    Raises:
+        ValueError: in ``forward`` and ``route`` without ``token_ids``.
+    """
+
+    needs_languages = True
+
+    def __init__(self, *, num_languages: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        if num_languages < 1:
+            raise ValueError(f"num_languages must be at least 1, not {num_languages}")
+        self.num_languages = num_languages
+
+    def evaluation_rule(self) -> Optional[EvaluationRule]:
+        """See :meth:`Router.evaluation_rule`."""
+        return None
+
+    def expert_of(self, token_ids: Tensor) -> Tensor:
+        """(T,) int64: the expert of each token."""
+        language = token_ids % self.num_languages
+        first = language * self.num_experts // self.num_languages
+        end = (language + 1) * self.num_experts // self.num_languages
+        of_language = (end - first).clamp(min=1)
+        return first + self.hash(token_ids // self.num_languages) % of_language
 
 
 @register_router("random")
