@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from fairseq_sparsemixer.corpora.folder import unchanged
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation import scoring
+from fairseq_sparsemixer.evaluation import scoring, several
 from fairseq_sparsemixer.evaluation.options import ModelChoice, ScoreChoice, Search
 from fairseq_sparsemixer.evaluation.scored_text import (
     TestSet,
@@ -53,14 +53,55 @@ def evaluate(
     Raises:
         UserError: there is no such model or text, they do not fit, or a package is missing.
     """
-    started = time.perf_counter()
     if further.comet is not None:
         scoring.check_comet()
     translator = load_translator(model, search.precision)
-    if files is None:
-        test_set = find_test_set(translator, model.data, subset)
+    choices = (model, search, further)
+    if len(translator.pairs) > 1:
+        if files is not None or baseline is not None:
+            raise UserError(
+                "--source, --reference and --baseline are for one pair of languages, and the model "
+                f"was trained on {several.names(translator.pairs)}: choose one with --target-lang"
+            )
+        output = output or _default_output(translator, subset)
+        stem = output.with_suffix("")
+        check_writable(output)
+        with in_turn(stem, beside=True):
+            evaluations = {}
+            for languages in translator.pairs:
+                pair, one = several.names([languages]), translator.of_pair(languages)
+                test_set = find_test_set(one, model.data, subset)
+                own_stem = stem.with_name(f"{stem.name}.{pair}")
+                evaluations[pair] = _evaluate(one, test_set, *choices, None, own_stem)
+            evaluation = several.join(evaluations, subset, stem)
+            write_json(output, evaluation)
+        print(several.format_pairs(evaluation))
     else:
-        test_set = given_test_set(*files)
+        if files is None:
+            test_set = find_test_set(translator, model.data, subset)
+        else:
+            test_set = given_test_set(*files)
+        output = output or _default_output(translator, test_set.name)
+        stem = output.with_suffix("")
+        check_writable(output)
+        with in_turn(stem, beside=True):
+            evaluation = _evaluate(translator, test_set, *choices, baseline, stem)
+            write_json(output, evaluation)
+        print(format_evaluation(evaluation))
+    print(f"written: {evaluation['hypotheses']} and {output}")
+
+
+def _evaluate(
+    translator: Translator,
+    test_set: TestSet,
+    model: ModelChoice,
+    search: Search,
+    further: ScoreChoice,
+    baseline: Optional[str],
+    stem: Path,
+) -> Dict[str, Any]:
+    """Translate and score one pair of languages: what stands in the JSON file."""
+    started = time.perf_counter()
     languages = (translator.source_lang, translator.target_lang)
     with unchanged(test_set.corpus):
         text = read_text(test_set, languages, further.tokenise)
@@ -68,34 +109,27 @@ def evaluate(
             "data": describe_test_set(test_set, translator, text.official),
             "copy": copy_score(test_set, translator.target_lang, text),
         }
-    output = output or _default_output(translator, test_set)
-    stem = output.with_suffix("")
-    stems = [stem, _baseline_stem(stem)] if baseline is not None else [stem]
-    check_writable(output)
-    for each in stems:
+    for each in [stem, _baseline_stem(stem)] if baseline is not None else [stem]:
         _check_outputs(each, test_set, translator.target_lang)
-    with in_turn(stem, beside=True):
-        evaluation = score_system(translator, text, search, further, stem, model.run)
-        evaluation.update(read)
-        if baseline is not None:
-            other = model._replace(run=baseline)
-            if not Path(baseline).is_dir():  # checkpoint files are taken as they are
-                other = other._replace(average=None)
-            evaluation.update(_compare(evaluation, other, text, search, further, stem))
-        evaluation["generation"] = generation_settings(translator, search)
-        packages = ("fairseq_sparsemixer", "fairseq", "torch", "sacrebleu")
-        evaluation["versions"] = versions((*packages, *translator.subwords.packages))
-        evaluation["seconds"]["total"] = time.perf_counter() - started
-        write_json(output, evaluation)
-    print(format_evaluation(evaluation))
-    print(f"written: {evaluation['hypotheses']} and {output}")
+    evaluation = score_system(translator, text, search, further, stem, model.run)
+    evaluation.update(read)
+    if baseline is not None:
+        other = model._replace(run=baseline)
+        if not Path(baseline).is_dir():  # checkpoint files are taken as they are
+            other = other._replace(average=None)
+        evaluation.update(_compare(evaluation, other, text, search, further, stem))
+    evaluation["generation"] = generation_settings(translator, search)
+    packages = ("fairseq_sparsemixer", "fairseq", "torch", "sacrebleu")
+    evaluation["versions"] = versions((*packages, *translator.subwords.packages))
+    evaluation["seconds"]["total"] = time.perf_counter() - started
+    return evaluation
 
 
-def _default_output(translator: Translator, test_set: TestSet) -> Path:
-    """``evaluation/SUBSET.CHECKPOINT.json`` in the run folder."""
+def _default_output(translator: Translator, name: str) -> Path:
+    """``evaluation/NAME.CHECKPOINT.json`` in the run folder."""
     paths = [checkpoint.path for checkpoint in translator.checkpoints]
-    names = "+".join(path.stem for path in paths)
-    return paths[0].parent / "evaluation" / f"{test_set.name}.{names}.json"
+    checkpoints = "+".join(path.stem for path in paths)
+    return paths[0].parent / "evaluation" / f"{name}.{checkpoints}.json"
 
 
 def _check_outputs(stem: Path, test_set: TestSet, language: str) -> None:

@@ -65,10 +65,10 @@ def find_test_set(translator: Translator, corpus: Optional[Path], subset: str) -
     """
     # Binarised data lies in the folder bin/ of a prepared corpus.
     corpus = corpus or translator.trained_on.parent
-    source, reference = (
-        corpus / "raw" / f"{subset}.{language}"
-        for language in (translator.source_lang, translator.target_lang)
-    )
+    languages = translator.source_lang, translator.target_lang
+    # Of several pairs of languages each has files of its own.
+    name = f"{subset}.{'-'.join(languages)}" if translator.pairs else subset
+    source, reference = (corpus / "raw" / f"{name}.{language}" for language in languages)
     for path in (source, reference):
         if not path.is_file():
             raise UserError(
@@ -76,7 +76,7 @@ def find_test_set(translator: Translator, corpus: Optional[Path], subset: str) -
                 "a prepared corpus with --data (and --subset), or text files with --source and "
                 "--reference"
             )
-    return TestSet(subset, source, reference, corpus)
+    return TestSet(name, source, reference, corpus)
 
 
 def read_text(

@@ -102,12 +102,15 @@ class Translator:
             when ``run`` names files.
         data: prepared corpus, searched for dictionaries and the SentencePiece model or BPE codes
             after the run folder and before the folder that the model was trained on.
-        source_lang, target_lang: where neither the checkpoint nor the data tell them.
+        source_lang, target_lang: where neither the checkpoint nor the data tell them; of several
+            pairs of languages those to translate.
         precision: ``"fp32"``, or ``"fp16"`` or ``"bf16"`` on a GPU.
 
     Attributes:
         checkpoints: a :class:`CheckpointInfo` for each model.
         source_lang, target_lang: as in the names of the dictionaries.
+        pairs: the pairs of languages, if it was trained on several, that ``source_lang`` and
+            ``target_lang`` leave; the first is that of this translator (see :meth:`of_pair`).
         trained_on: the folder of binarised data that the model was trained on.
         subwords: how text becomes what the model reads, and back.
         model_settings: ``arch``, ``router`` and the like, as far as the model has them.
@@ -137,6 +140,9 @@ class Translator:
             _check_task(cfg, paths[0])
             self.trained_on = Path(utils.split_paths(cfg.task.data)[0])
         data_folders = [*_corpus_folders(data), self.trained_on]
+        self.pairs = _pairs_of(cfg, source_lang, target_lang)
+        if self.pairs:
+            source_lang, target_lang = self.pairs[0]
         self.source_lang, self.target_lang = find_languages(
             source_lang or cfg.task.source_lang, target_lang or cfg.task.target_lang, data_folders
         )
@@ -174,6 +180,16 @@ class Translator:
     def model(self) -> torch.nn.Module:
         """The model, the first of an ensemble."""
         return next(iter(self._hub.models))
+
+    def of_pair(self, languages: Tuple[str, str]) -> "Translator":
+        """The same models for another of :attr:`pairs`."""
+        other = copy.copy(self)
+        other.pairs, (other.source_lang, other.target_lang) = [languages], languages
+        cfg = copy.deepcopy(self.cfg)
+        task = _build_task(cfg, self.dictionary_folder, languages)
+        other._hub = _build_hub(cfg, task, list(self._hub.models), self.subwords)
+        other._hub.to(self.device).eval()
+        return other
 
     def with_model(self, model: torch.nn.Module) -> "Translator":
         """One that translates with another model of the same dictionaries, in float32."""
@@ -466,6 +482,31 @@ def find_languages(
         "neither the checkpoint nor its data tell the languages; give --source-lang and "
         "--target-lang, or the data with --data"
     )
+
+
+def _pairs_of(
+    cfg: DictConfig, source_lang: Optional[str], target_lang: Optional[str]
+) -> List[Tuple[str, str]]:
+    """The pairs of languages that a model was trained on and that are asked for.
+
+    None of a model of one pair, which does not know its languages.
+
+    Raises:
+        UserError: none is asked for.
+    """
+    names = cfg.task.get("lang_pairs")
+    if not names:
+        return []
+    names = names.split(",") if isinstance(names, str) else list(names)
+    pairs: List[Tuple[str, str]] = [tuple(name.split("-")) for name in names]
+    wanted = [
+        pair for pair in pairs if source_lang in (None, pair[0]) and target_lang in (None, pair[1])
+    ]
+    if not wanted:
+        asked = [("--source-lang", source_lang), ("--target-lang", target_lang)]
+        given = " ".join(f"{flag} {language}" for flag, language in asked if language)
+        raise UserError(f"{given}: the model was trained on {', '.join(names)}; choose one of them")
+    return wanted
 
 
 def _model_settings(model_cfg: Any) -> Dict[str, Any]:

@@ -35,6 +35,7 @@ READ = frozenset(
         "models.roberta.model.RobertaModel",
         "models.transformer_lm.TransformerLanguageModel",
         "tasks.translation.TranslationTask",
+        "tasks.translation_multi_simple_epoch.TranslationMultiSimpleEpochTask",
         "tasks.language_modeling.LanguageModelingTask",
         "tasks.masked_lm.MaskedLMTask",
         "tasks.sentence_prediction.SentencePredictionTask",
@@ -60,13 +61,21 @@ READ = frozenset(
 )
 """Classes of fairseq that were read for what they do with a string of their configuration."""
 
-EVALUATED = re.compile(r"(.*_)?(adaptive_(softmax|input)_cutoff|character_filters|xformers_.*)")
+EVALUATED = re.compile(
+    r"(.*_)?(adaptive_(softmax|input)_cutoff|character_filters|xformers_.*)"
+    r"|left_pad_(source|target)"
+)
 """Fields whose text the classes of :data:`READ` hand to ``eval``."""
 NUMBERS = re.compile(r"[-+0-9eE.,\s()\[\]]*")
 """Text that is the same evaluated or not: numbers in brackets."""
+TRUTHS = ("True", "False", "None")
+"""Likewise."""
 PROGRAMS = {"dataset_impl": "fasta"}
 """Values that make fairseq start a program, in a shell."""
-FILES = re.compile(r"(.*_)?embed_path|replace_unk|sentencepiece_model(_path)?|bpe_\w+|gpt2_\w+")
+FILES = re.compile(
+    r"(.*_)?embed_path|replace_unk|sentencepiece_model(_path)?|bpe_\w+|gpt2_\w+"
+    r"|(source|target|lang)_dict|fixed_dictionary"
+)
 """Fields that name files which are read whole when a model or its pieces are built. fairseq fetches
 those that are addresses."""
 ADDRESS = re.compile(r"\s*[A-Za-z][\w+.-]*:")
@@ -301,7 +310,7 @@ def _check_evaluated(where: str, key: str, value: Any) -> None:
             _check_evaluated(f"{where}.{inner}", str(inner), each)
     if not isinstance(value, (str, dict)):
         return
-    harmless = isinstance(value, str) and NUMBERS.fullmatch(value)
+    harmless = isinstance(value, str) and (value in TRUTHS or NUMBERS.fullmatch(value))
     if EVALUATED.fullmatch(key) and not harmless:
         raise Untrusted(f"has {where} = {shown(value)}, which fairseq would evaluate as Python")
     if PROGRAMS.get(key) == value:
@@ -351,7 +360,7 @@ def _fits(value: Any, kind: Any, default: Any) -> bool:
         return True
     if isinstance(value, str) and kind is not str and kind is not Any:
         # Older checkpoints hold lists and numbers as text.
-        harmless = value in ("True", "False", "None") or NUMBERS.fullmatch(value)
+        harmless = value in TRUTHS or NUMBERS.fullmatch(value)
         return len(value) <= LONGEST_TEXT and bool(harmless)
     if kind in (bool, int, float):
         return isinstance(value, (bool, int, float))

@@ -211,6 +211,28 @@ def translation_figures(
     return figures
 
 
+def mean_figures(by_pair: Mapping[str, Mapping[str, Any]]) -> Dict[str, Any]:
+    """What :func:`translation_figures` found of each pair of languages, and the mean of all."""
+    from fairseq_sparsemixer.evaluation.several import mean_signature
+
+    every = list(by_pair.values())
+    metrics = list(every[0]["signatures"])
+    figures = {key: round(sum(each[key] for each in every) / len(every), 4) for key in metrics}
+    signatures = {
+        key: mean_signature({pair: each["signatures"][key] for pair, each in by_pair.items()})
+        for key in metrics
+    }
+    return {
+        **figures,
+        "sentences": sum(each["sentences"] for each in every),
+        "signatures": signatures,
+        "by_domain": {
+            pair: {key: each[key] for key in (*metrics, "sentences")}
+            for pair, each in by_pair.items()
+        },
+    }
+
+
 def _short(scores: Mapping[str, Any]) -> Dict[str, float]:
     """The numbers of :func:`.scoring.score` alone."""
     return {metric: round(scores[metric]["score"], 4) for metric in scores}

@@ -133,7 +133,7 @@ def logged(output, tag):
     entries = []
     for line in output.splitlines():
         # "... | INFO | tag | {...}", and under hydra "[...][tag][INFO] - {...}"
-        head, brace, rest = line.partition("{")
+        head, brace, rest = line.partition('{"')
         if brace and (f"| {tag} |" in head or f"[{tag}]" in head):
             # fairseq writes null for what it has no value of, such as a layer left out by LayerDrop
             values = {k: v for k, v in json.loads(brace + rest).items() if v is not None}

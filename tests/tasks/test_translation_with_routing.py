@@ -127,7 +127,7 @@ def test_translating_with_what_other_workers_hold_is_refused(
     monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: workers)
     shard = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # fairscale is not needed
     torch.nn.Module.__init__(shard)
-    task = SimpleNamespace(cfg=SimpleNamespace(points_text="raw", points_sentences=sentences))
+    task = SimpleNamespace(settings=SimpleNamespace(points_text="raw", points_sentences=sentences))
     check = TranslationWithRoutingTask._check_translation
     check(task, torch.nn.Sequential(torch.nn.Linear(2, 2)))
     for part, flag in ((shard, "--ddp-backend"), (spread, "--expert-parallel-size")):
