@@ -16,7 +16,7 @@ from fairseq_sparsemixer.training.plan import make_task
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = ("demo", "study", "iwslt14", "wmt14")
 ONE_TEXT = ("pretraining", "electra", "finetuning")
-WORDS = "language_model"
+WORDS, SEVERAL = "language_model", "multilingual"
 
 
 def choices(entry):
@@ -31,7 +31,9 @@ def compose(entry, *overrides):
 
 
 def test_what_lies_at_the_top_can_be_started():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ENTRIES, *ONE_TEXT, WORDS}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
+        *ENTRIES, *ONE_TEXT, WORDS, SEVERAL
+    }  # fmt: skip
 
 
 def test_what_is_pre_trained_can_be_fine_tuned():
@@ -71,6 +73,14 @@ def test_every_task_of_glue_composes():
         assert (
             cfg.task.shorten_method == "truncate" and cfg.dataset.required_batch_size_multiple == 1
         )
+
+
+@pytest.mark.parametrize("group", ["model=demo", "model=iwslt", "experts=eight", "experts=dense"])
+def test_one_model_for_several_languages_composes(group):
+    cfg = compose(SEVERAL, group)
+    assert not OmegaConf.missing_keys(cfg)
+    OmegaConf.to_container(cfg, resolve=True)
+    assert cfg.task._name == "translation_multi_simple_epoch_with_routing"
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
