@@ -128,13 +128,7 @@ def compare_arms(
     pairs = [(run, others[run.seed]) for run in arm.counted if run.seed in others]
     comparisons = []
     for run, other in pairs or [(arm.counted[0], baseline.counted[0])]:
-        comparison = scoring.compare(
-            texts[run.folder],
-            texts[other.folder],
-            references,
-            tokeniser_of(run),
-            official=_official(run),
-        )
+        comparison = _compare(run, texts[run.folder], texts[other.folder], references)
         recorded = run.scores["bleu"]["score"] - other.scores["bleu"]["score"]
         if abs(comparison["bleu"]["difference"] - recorded) > TOLERANCE:
             raise UserError(
@@ -145,25 +139,58 @@ def compare_arms(
     return comparisons
 
 
+def _compare(
+    run: Run, hypotheses: List[str], others: List[str], references: List[str]
+) -> Dict[str, Any]:
+    """What :func:`scoring.compare` returns; of a model of several pairs of languages the mean of
+    their differences, and one p-value for all (:func:`joint_p_value`)."""
+    tests: List[Dict[str, Any]] = []
+    start = 0
+    for pair in run.evaluation.get("pairs", {}).values():
+        lines = slice(start, start + pair["counts"]["hypothesis_lines"])
+        start = lines.stop
+        texts = (hypotheses[lines], others[lines], references[lines])
+        tests.append(scoring.compare(*texts, pair["scores"]["bleu"]["tokeniser"]))
+    if not tests:
+        official = _official(run)
+        return scoring.compare(hypotheses, others, references, tokeniser_of(run), official=official)
+    found = {}
+    for metric in tests[0]:
+        own = [test[metric] for test in tests]
+        mean = sum(test["difference"] for test in own) / len(own)
+        found[metric] = {
+            "difference": mean,
+            "p_value": joint_p_value(own, mean),
+            "signature": f"the largest p-value of the pairs of languages, {own[0]['signature']}",
+        }
+    return found
+
+
 def joint_p_value(tests: Sequence[Dict[str, Any]], mean: float) -> float:
-    """One p-value for the pairs of runs of two arms: the largest.
+    """One p-value for the pairs of runs of two arms, or of their pairs of languages: the largest.
 
     Args:
         tests: ``difference`` and ``p_value`` of each pair.
         mean: the difference of the arms' means.
 
     Returns:
-        1 unless all pairs differ in the direction of ``mean``: seeds that contradict each other
-        show no difference of the arms.
+        1 unless all pairs differ in the direction of ``mean``: seeds (or languages) that contradict
+        each other show no difference of the arms.
     """
     agree = all(test["difference"] * mean > 0 for test in tests)
     return max(test["p_value"] for test in tests) if agree else 1.0
 
 
-def tokeniser_of(run: Run) -> str:
-    """What BLEU was computed with; all runs that are comparable have the same."""
+def tokeniser_of(run: Run, domain: str = "") -> str:
+    """What BLEU was computed with; all runs that are comparable have the same.
+
+    Args:
+        domain: of the lines, where it may be a pair of languages with a tokeniser of its own.
+    """
+    of_pair = run.evaluation.get("pairs", {}).get(domain)
+    scores = run.scores if of_pair is None else of_pair["scores"]
     # Evaluations of earlier versions tell no tokeniser, and had but this.
-    return run.scores["bleu"].get("tokeniser", DEFAULT_TOKENISER)
+    return scores["bleu"].get("tokeniser", DEFAULT_TOKENISER)
 
 
 def _official(run: Run) -> Optional[Dict[str, str]]:

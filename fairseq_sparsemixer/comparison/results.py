@@ -184,11 +184,11 @@ def _by_domain(
     scores: Dict[str, Dict[str, DomainScore]] = {}
     base = next(arm for arm in arms if arm.name == baseline)
     counted = [base, *(arm for arm in arms if arm.counted and arm is not base)]
-    tokeniser = tokeniser_of(base.counted[0])
     with tqdm(total=len(counted) * len(lines), desc="domains", unit="score", disable=None) as bar:
         for arm in counted:
             for domain, own in lines.items():
                 reference = [references[n] for n in own]
+                tokeniser = tokeniser_of(base.counted[0], domain)
 
                 def chosen(name: str, seed: int, own: List[int] = own) -> List[str]:
                     return [hypotheses[folders[name, seed]][n] for n in own]

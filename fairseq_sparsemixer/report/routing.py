@@ -7,7 +7,7 @@ model nor its data.
 import contextlib
 import hashlib
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -148,9 +148,16 @@ def _analyse(run: Run, text: TestText) -> Dict[str, Any]:
     if run.name == "dense":
         return {"sentences": 0, "left_out": 0, "layers": {}, "samples": samples}
     translator = _load(run, text)
+    # Where there are several pairs of languages, they are the domains.
+    readers = {"-".join(pair): translator.of_pair(pair) for pair in translator.pairs}
+
+    def encode(line: int, source: str, target: str) -> List[_Pair]:
+        domain = "" if text.domains is None else text.domains[line]
+        return _encode(readers.get(domain, translator), line, source, target)
+
     step = max(1, -(-len(text.sources) // MOST_SENTENCES))
     lines = range(0, len(text.sources), step)
-    pairs = _encode(translator, [(n, text.sources[n], text.references[n]) for n in lines])
+    pairs = [pair for n in lines for pair in encode(n, text.sources[n], text.references[n])]
     choices = choose_experts(translator, pairs, run.name)
     layers = {
         name: _describe_layer(
@@ -159,7 +166,7 @@ def _analyse(run: Run, text: TestText) -> Dict[str, Any]:
         for name, layer in switch_layers(translator.model).items()
     }
     for sample in samples:
-        own = _encode(translator, [(0, sample["source"], sample["translation"])])
+        own = encode(sample["line"], sample["source"], sample["translation"])
         for pair, choice in zip(own, choose_experts(translator, own)):
             for side in ("encoder", "decoder"):
                 sample[side] = _last_layer(translator, side, pair, choice)
@@ -208,20 +215,16 @@ def _load(run: Run, text: TestText) -> Translator:
     )
 
 
-def _encode(translator: Translator, lines: List[Tuple[int, str, str]]) -> List[_Pair]:
-    """Pairs as the model reads them; no blank source, and nothing too long for it."""
+def _encode(translator: Translator, line: int, source: str, target: str) -> List[_Pair]:
+    """A pair as the model reads it; none of a blank source, or where it is too long for it."""
     longest_target = translator.model.decoder.max_positions()  # type: ignore[operator, union-attr]
-    pairs = []
-    for line, source, target in lines:
-        if source.strip():
-            source_tokens, target_tokens = translator.encode_pair(source, target)
-            if (
-                len(source_tokens) <= translator.max_source_positions
-                and len(target_tokens) <= longest_target
-            ):
-                read = decoder_input(target_tokens, translator.target_dictionary.eos())
-                pairs.append(_Pair(line, source_tokens, read))
-    return pairs
+    if not source.strip():
+        return []
+    source_tokens, target_tokens = translator.encode_pair(source, target)
+    if len(source_tokens) > translator.max_source_positions or len(target_tokens) > longest_target:
+        return []
+    read = decoder_input(target_tokens, translator.target_dictionary.eos())
+    return [_Pair(line, source_tokens, read)]
 
 
 @torch.no_grad()

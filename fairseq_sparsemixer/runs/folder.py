@@ -47,6 +47,9 @@ _EVALUATION = {
     "generation": dict,
     "versions?": dict,
     "copy?": ({"scores": {str: (_SCORE, None)}}, None),
+    "pairs?": {
+        str: {"counts": {"hypothesis_lines": int}, "scores": {"bleu": {**_SCORE, "tokeniser": str}}}
+    },
 }
 _RECORD = {
     "parameters?": {"total?": (int, None), "active?": (int, None)},

@@ -8,7 +8,7 @@ import pytest
 from support.run_folders import REFERENCE, straight_log, translations
 
 from fairseq_sparsemixer.comparison import conditions
-from fairseq_sparsemixer.evaluation import scoring
+from fairseq_sparsemixer.evaluation import scoring, several
 from fairseq_sparsemixer.files import read_lines, write_lines
 
 
@@ -145,6 +145,42 @@ def test_differences_are_tested_with_the_tokeniser_of_the_scores(place):
         place.change(place.runs / name, lambda e, scores=scores: e.update(scores=scores))
     report, _, _ = place.table()
     assert "|tok:13a|" in report["signatures"]["p (BLEU)"]
+
+
+def test_a_mean_of_languages_is_tested_language_by_language(place):
+    """With the tokeniser of each; the p-value of all is the largest."""
+    half = len(REFERENCE) // 2
+    parts = {"en-de": (slice(0, half), "13a"), "en-ja": (slice(half, None), "char")}
+    found = {}
+    for name, router, keeps in (("a", "switch", (0.8, 0.8)), ("b", "hash", (0.97, 0.93))):
+        folder = place.run(name, router=router)
+        texts = [translations(keep, seed=name) for keep in keeps]
+        lines = [line for text, (own, _) in zip(texts, parts.values()) for line in text[own]]
+        write_lines(folder / "evaluation" / "test.checkpoint_last.de", lines)
+        scores = {
+            pair: scoring.score(lines[own], REFERENCE[own], tokeniser)
+            for pair, (own, tokeniser) in parts.items()
+        }
+        content = {
+            "scores": several.average(scores),
+            "pairs": {
+                pair: {"scores": score, "counts": {"hypothesis_lines": len(lines[parts[pair][0]])}}
+                for pair, score in scores.items()
+            },
+        }
+        place.change(folder, lambda e, content=content: e.update(content))
+        found[name] = lines
+    report, rows, _ = place.table()
+    tests = [
+        scoring.compare(found["b"][own], found["a"][own], REFERENCE[own], tokeniser)["bleu"]
+        for own, tokeniser in parts.values()
+    ]
+    assert tests[0]["p_value"] != tests[1]["p_value"]
+    assert rows["hash-4"]["p_value"] == max(test["p_value"] for test in tests)
+    mean = sum(test["difference"] for test in tests) / 2
+    assert rows["hash-4"]["bleu_difference"] == pytest.approx(mean)
+    assert report["signatures"]["BLEU"].startswith("mean of en-de, en-ja: nrefs:1|")
+    assert "the largest p-value of the pairs of languages" in report["signatures"]["p (BLEU)"]
 
 
 def test_runs_that_were_moved(place, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from support.debian import LANGUAGES
 from support.several_languages import MODEL, PAIRS, SETTINGS
 from support.training import assert_same, train_on_workers
 
+from fairseq_sparsemixer.comparison.results import TestText
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines
+from fairseq_sparsemixer.report.routing import routing_of_run
 from fairseq_sparsemixer.runs import archives, points, vetting
 from fairseq_sparsemixer.tasks.translation_multi_simple_epoch_with_routing import (
     TranslationMultiSimpleEpochWithRoutingConfig,
@@ -154,6 +157,26 @@ def test_evaluation_of_all_pairs(trained, texts, tmp_path, capsys):
         assert len(read_lines(tmp_path / f"scores.{side}")) == 24
     command("evaluate", trained / "checkpoint_last.pt", "--output", output, "--target-lang", "it")
     assert "pairs" not in json.loads(output.read_text())
+
+
+def test_the_report_reads_each_line_in_its_language(trained, tmp_path):
+    """With the tags of the line, so that it goes to the experts that it was trained with."""
+    output = tmp_path / "scores.json"
+    command("evaluate", trained / "checkpoint_last.pt", "--output", output, "--beam", 1)
+    evaluation = json.loads(output.read_text())
+    run = SimpleNamespace(
+        folder=tmp_path,
+        name="language-2",
+        evaluation=evaluation,
+        scores=evaluation["scores"],
+        scores_path=output,
+    )
+    source = tmp_path / "scores.source"
+    files = [source.with_suffix(f".{side}") for side in ("source", "reference", "domain")]
+    found = routing_of_run(run, TestText(source, *map(read_lines, files)), "")
+    assert found["sentences"] == 24 and found["samples"]
+    shares = [expert["domain_shares"] for expert in found["layers"]["encoder.0"]["experts"]]
+    assert shares == [{"en-de": 1.0, "en-it": 0.0}, {"en-de": 0.0, "en-it": 1.0}]
 
 
 @pytest.mark.parametrize(
