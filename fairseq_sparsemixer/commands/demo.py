@@ -89,5 +89,5 @@ def variants(args: argparse.Namespace) -> List["Variant"]:
         refuse_without_effect(args, ["router"], "name routers, and --compare names three")
         names = [DENSE, "switch", "sparsemixer"]
     elif args.router == "all":
-        names = list(ROUTERS)
+        names = [name for name, router in ROUTERS.items() if not router.needs_languages]
     return [build_variant(name, args.num_experts) for name in names]

@@ -8,6 +8,7 @@ from support import dense
 from support.commands import PACKAGE, command, hypotheses, load, logged
 from support.full_disk import room_for
 from support.models import sample
+from support.routers import OF_ANY_TEXT
 from torch.nn.functional import nll_loss
 
 from fairseq_sparsemixer import cli
@@ -49,7 +50,7 @@ def without_dropout(model):
 
 
 ROUTER_FLAGS = [
-    *((name, []) for name in ROUTERS),
+    *((name, []) for name in OF_ANY_TEXT),
     ("topk", ["--top-k", 3]),
     ("topk", ["--top-k", 2, "--router-options", '{"renormalise": true}']),
     ("sparsemixer-v2", ["--top-k", 3]),

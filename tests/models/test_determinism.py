@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from support import commands, training
 from support.commands import parameters
+from support.routers import OF_ANY_TEXT
 from support.training import assert_same
 
 from fairseq_sparsemixer import determinism
@@ -65,7 +66,7 @@ def trained(settings):
     return train
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", OF_ANY_TEXT)
 def test_every_router_gives_the_same_bits_again(name, trained, one_thread):
     (first, _), (second, _) = trained(name), trained(name)
     assert_same(second, first)
@@ -77,7 +78,7 @@ def test_another_seed_gives_others(trained, one_thread):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", OF_ANY_TEXT)
 def test_two_threads_give_the_same_bits_again(name, trained, one_thread):
     """And another rounding than one, which shows that they share the work."""
     one, norm = trained(name, subset="train", **WIDE)

@@ -7,6 +7,9 @@ import torch
 
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward, Router, Routing
 
+OF_ANY_TEXT = sorted(name for name, router in ROUTERS.items() if not router.needs_languages)
+"""Routers whose models any task trains."""
+
 
 class FixedRouter(Router):
     """Sends tokens where the test says."""

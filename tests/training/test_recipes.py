@@ -1,9 +1,9 @@
 """The configs of WMT14."""
 
 import pytest
+from support.routers import OF_ANY_TEXT
 from support.wmt14 import CONFIGS, TINY_MODEL, compose
 
-from fairseq_sparsemixer.moe import ROUTERS
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs.arms import build_variant
 from fairseq_sparsemixer.training import plan, resources
@@ -66,7 +66,7 @@ def test_recommended_recipe_differs_where_it_says():
     assert short.optimization.max_update == 100_000
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", OF_ANY_TEXT)
 def test_every_router_composes(router):
     tiny = [f"+model.{key}={value}" for key, value in TINY_MODEL.items()]
     cfg = compose(*build_variant(router, 6).overrides, *tiny)
