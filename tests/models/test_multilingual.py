@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from support.training import assert_same, train_on_workers
 
 from fairseq_sparsemixer.comparison.results import TestText
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation import scoring
+from fairseq_sparsemixer.evaluation import scoring, several
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.report.routing import routing_of_run
@@ -52,6 +53,14 @@ def trained(shared, texts, server):
         (directory / "log").write_text(text)
 
     return shared.directory("languages_trained", build)
+
+
+@pytest.fixture(scope="module")
+def scored(trained, tmp_path_factory):
+    """The file of ``evaluate``, of all pairs."""
+    output = tmp_path_factory.mktemp("scored") / "scores.json"
+    command("evaluate", trained / "checkpoint_last.pt", "--output", output, "--beam", 1)
+    return output
 
 
 def valid(text):
@@ -100,48 +109,39 @@ def test_points_tell_each_language(trained):
     assert 0 < decoder["en-it"][0] == pytest.approx(12 / tokens[1], abs=1e-6)
 
 
-def test_fairseq_generates_what_the_translator_does(trained, texts, server):
-    """The same sentences in the same language: with tags, experts and prefixes of each."""
+@pytest.mark.parametrize("language", ["it", pytest.param("de", marks=pytest.mark.slow)])
+def test_fairseq_generates_what_the_translator_does(language, trained, texts, server):
+    """The same sentences: with tags, experts and prefixes of the language."""
     data, model = texts / "data", trained / "checkpoint_last.pt"
-    found = {}
-    for language in LANGUAGES:
-        output = one_text.read(
-            server,
-            "fairseq_cli.generate",
-            data / "bin",
-            model,
-            **{key: SETTINGS[key] for key in ("task", *several_languages.LANGUAGES)},
-            source_lang="en",
-            target_lang=language,
-            remove_bpe="sentencepiece",
-            beam=3,
-        )
-        lines = {}
-        for line in output.splitlines():
-            if line.startswith("H-"):
-                number, _, text = line.partition("\t")
-                lines[int(number[2:])] = text.split("\t")
-        translator = Translator(str(model), target_lang=language)
-        sources = read_lines(data / "raw" / f"test.en-{language}.en")
-        translations = translator.translate(sources, beam=3)
-        assert len(lines) == len(sources)
-        for number, (score, text) in lines.items():
-            assert translations[number].text == text.strip()
-            # fairseq-generate tells it to the base 2.
-            ours = translations[number].score / torch.tensor(2.0).log().item()
-            assert ours == pytest.approx(float(score), abs=2e-3)
-        found[language] = [translation.score for translation in translations]
-    assert found["de"] != found["it"]
+    output = one_text.read(
+        server,
+        "fairseq_cli.generate",
+        data / "bin",
+        model,
+        **{key: SETTINGS[key] for key in ("task", *several_languages.LANGUAGES)},
+        source_lang="en",
+        target_lang=language,
+        remove_bpe="sentencepiece",
+        beam=3,
+    )
+    found = (line[2:].split("\t") for line in output.splitlines() if line.startswith("H-"))
+    lines = {int(number): (float(score), text) for number, score, text in found}
+    translator = Translator(str(model), target_lang=language)
+    sources = read_lines(data / "raw" / f"test.en-{language}.en")
+    translations = translator.translate(sources, beam=3)
+    assert len(lines) == len(sources)
+    for number, (score, text) in lines.items():
+        assert translations[number].text == text.strip()
+        # fairseq-generate tells it to the base 2.
+        assert translations[number].score / math.log(2) == pytest.approx(score, abs=2e-3)
 
 
-def test_evaluation_of_all_pairs(trained, texts, tmp_path, capsys):
-    output = tmp_path / "scores.json"
-    command("evaluate", trained / "checkpoint_last.pt", "--output", output, "--beam", 1)
-    found = json.loads(output.read_text())
+def test_evaluation_of_all_pairs(scored, texts):
+    found, folder = json.loads(scored.read_text()), scored.parent
     raw = texts / "data" / "raw"
     scores = {}
     for pair, language in zip(PAIRS, LANGUAGES):
-        hypotheses = read_lines(tmp_path / f"scores.{pair}.{language}")
+        hypotheses = read_lines(folder / f"scores.{pair}.{language}")
         references = read_lines(raw / f"test.{pair}.{language}")
         scores[pair] = scoring.score(hypotheses, references, "13a")
         assert found["pairs"][pair]["scores"] == scores[pair]
@@ -150,28 +150,35 @@ def test_evaluation_of_all_pairs(trained, texts, tmp_path, capsys):
         mean = sum(scores[pair][metric]["score"] for pair in PAIRS) / 2
         assert found["scores"][metric]["score"] == pytest.approx(mean)
         assert found["scores"][metric]["signature"].startswith("mean of en-de, en-it: ")
-    assert f"mean   {found['scores']['bleu']['score']:.2f}" in capsys.readouterr().out
-    labels = read_lines(tmp_path / "scores.domain")
+    bleu, chrf = (f"{found['scores'][metric]['score']:.2f}" for metric in ("bleu", "chrf"))
+    rows = [line.split() for line in several.format_pairs(found).split("\n")]
+    assert [row[:3] for row in rows[1:4]][-1] == ["mean", bleu, chrf]
+    labels = read_lines(folder / "scores.domain")
     assert labels == ["en-de"] * 12 + ["en-it"] * 12
     for side in ("source", "reference", "hypotheses"):
-        assert len(read_lines(tmp_path / f"scores.{side}")) == 24
-    command("evaluate", trained / "checkpoint_last.pt", "--output", output, "--target-lang", "it")
-    assert "pairs" not in json.loads(output.read_text())
+        assert len(read_lines(folder / f"scores.{side}")) == 24
 
 
-def test_the_report_reads_each_line_in_its_language(trained, tmp_path):
-    """With the tags of the line, so that it goes to the experts that it was trained with."""
+def test_evaluation_of_one_pair(trained, scored, tmp_path):
     output = tmp_path / "scores.json"
-    command("evaluate", trained / "checkpoint_last.pt", "--output", output, "--beam", 1)
-    evaluation = json.loads(output.read_text())
+    only = ["--output", output, "--target-lang", "it", "--beam", 1]
+    command("evaluate", trained / "checkpoint_last.pt", *only)
+    found, whole = (json.loads(path.read_text()) for path in (output, scored))
+    assert "pairs" not in found
+    assert found["scores"] == whole["pairs"]["en-it"]["scores"]
+
+
+def test_the_report_reads_each_line_in_its_language(scored, tmp_path):
+    """With the tags of the line, so that it goes to the experts that it was trained with."""
+    evaluation = json.loads(scored.read_text())
     run = SimpleNamespace(
         folder=tmp_path,
         name="language-2",
         evaluation=evaluation,
         scores=evaluation["scores"],
-        scores_path=output,
+        scores_path=scored,
     )
-    source = tmp_path / "scores.source"
+    source = scored.with_suffix(".source")
     files = [source.with_suffix(f".{side}") for side in ("source", "reference", "domain")]
     found = routing_of_run(run, TestText(source, *map(read_lines, files)), "")
     assert found["sentences"] == 24 and found["samples"]
