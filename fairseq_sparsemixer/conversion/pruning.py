@@ -28,6 +28,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.options import ModelChoice, Search
 from fairseq_sparsemixer.evaluation.scored_text import Text, find_test_set, read_text
+from fairseq_sparsemixer.evaluation.several import check_one
 from fairseq_sparsemixer.evaluation.translator import Translator, load_translator
 from fairseq_sparsemixer.files import check_writable, write_json
 from fairseq_sparsemixer.models.config import flat_settings
@@ -76,6 +77,7 @@ def prune(
         UserError: the model has no experts or too few, or there is no such text.
     """
     translator = load_translator(model, search.precision)
+    check_one(translator.pairs)
     path = _only_checkpoint(translator)
     layers = switch_layers(translator.model)
     _check(path, translator.model, layers, goal)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD
+from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD, raw_path
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
@@ -65,10 +65,7 @@ def find_test_set(translator: Translator, corpus: Optional[Path], subset: str) -
     """
     # Binarised data lies in the folder bin/ of a prepared corpus.
     corpus = corpus or translator.trained_on.parent
-    languages = translator.source_lang, translator.target_lang
-    # Of several pairs of languages each has files of its own.
-    name = f"{subset}.{'-'.join(languages)}" if translator.pairs else subset
-    source, reference = (corpus / "raw" / f"{name}.{language}" for language in languages)
+    source, reference = (raw_path(corpus, subset, ending) for ending in translator.endings)
     for path in (source, reference):
         if not path.is_file():
             raise UserError(
@@ -76,7 +73,7 @@ def find_test_set(translator: Translator, corpus: Optional[Path], subset: str) -
                 "a prepared corpus with --data (and --subset), or text files with --source and "
                 "--reference"
             )
-    return TestSet(name, source, reference, corpus)
+    return TestSet(source.stem, source, reference, corpus)
 
 
 def read_text(

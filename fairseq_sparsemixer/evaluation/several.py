@@ -2,8 +2,9 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
+from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
 from fairseq_sparsemixer.tables import format_table
 
@@ -13,6 +14,12 @@ METRICS = ("bleu", "chrf")
 def names(pairs: Iterable[Tuple[str, str]]) -> str:
     """``en-de, en-fr``."""
     return ", ".join("-".join(pair) for pair in pairs)
+
+
+def check_one(pairs: Sequence[Tuple[str, str]]) -> None:
+    """Raise UserError where a model's pairs of languages leave more than one to choose from."""
+    if len(pairs) > 1:
+        raise UserError(f"the model was trained on {names(pairs)}: choose one with --target-lang")
 
 
 def mean_signature(signatures: Mapping[str, str]) -> str:

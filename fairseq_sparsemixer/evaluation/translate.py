@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import ModelChoice, Search
-from fairseq_sparsemixer.evaluation.several import names
+from fairseq_sparsemixer.evaluation.several import check_one
 from fairseq_sparsemixer.evaluation.translator import load_translator
 from fairseq_sparsemixer.files import atomic_path, decode_line
 
@@ -44,10 +44,7 @@ def translate(
         # Whatever the libraries print must not land among the translations.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         translator = load_translator(model, search.precision)
-        if len(translator.pairs) > 1:
-            raise UserError(
-                f"the model was trained on {names(translator.pairs)}: choose one with --target-lang"
-            )
+        check_one(translator.pairs)
         lines = _read_lines(stream, source, sys.stderr if at_prompt else None)
         bar = stack.enter_context(
             tqdm(unit=" lines", file=sys.stderr, disable=at_prompt or not progress)

@@ -21,6 +21,7 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
+from fairseq_sparsemixer.corpora.folder import sides_of
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import ModelChoice
@@ -165,6 +166,12 @@ class Translator:
         with building(paths[0]):
             self._hub = _build_hub(cfg, task, models, self.subwords)
         self._hub.to(self.device, DTYPES[precision]).eval()
+
+    @property
+    def endings(self) -> Tuple[str, str]:
+        """Of the files of a prepared corpus in its languages."""
+        pair = self.source_lang, self.target_lang
+        return sides_of("-".join(pair)) if self.pairs else pair
 
     @property
     def max_source_positions(self) -> int:

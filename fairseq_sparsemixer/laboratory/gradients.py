@@ -306,10 +306,7 @@ def _read_pairs(
     translator: Translator, corpus: Path, subset: str, count: int, sample: Sample
 ) -> List[EncodedPair]:
     """``count`` sentence pairs, not longer than --max-length, drawn by the seed."""
-    paths = [
-        raw_path(corpus, subset, language)
-        for language in (translator.source_lang, translator.target_lang)
-    ]
+    paths = [raw_path(corpus, subset, ending) for ending in translator.endings]
     for path in paths:
         if not path.is_file():
             raise UserError(f"there is no {path}; name a prepared corpus with --data")

@@ -199,6 +199,7 @@ def test_the_report_reads_each_line_in_its_language(scored, tmp_path):
         ),
         (["evaluate", "--baseline", "x"], "--baseline are for one pair .*: choose one with --targ"),
         (["translate"], "the model was trained on en-de, en-it: choose one with --target-lang"),
+        (["prune"], "the model was trained on en-de, en-it: choose one with"),
     ],
 )
 def test_a_pair_that_is_none_or_not_chosen(trained, arguments, message):
