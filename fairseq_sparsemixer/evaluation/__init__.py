@@ -7,6 +7,7 @@
 ``translate``    a file, a pipe or a prompt through a translator
 ``evaluate``     a test set translated and scored, against a baseline too
 ``scored_text``  the text that is scored
+``several``      what an evaluation of several pairs of languages holds
 ``system``       one system's translations and their scores
 ``scoring``      the metrics
 ``tokens``       BLEU over tokens

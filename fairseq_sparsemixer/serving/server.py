@@ -45,10 +45,13 @@ def serve(model: ModelChoice, beam: int, lenpen: float, host: str, port: int) ->
     server = Server(host, port)
     try:
         # Loads torch and fairseq: what is wrong with the address is said before.
+        from fairseq_sparsemixer.evaluation.several import check_one
         from fairseq_sparsemixer.evaluation.translator import load_translator
         from fairseq_sparsemixer.serving.inspector import Inspector
 
-        server.begin(Inspector(load_translator(model, "fp32"), beam, lenpen))
+        translator = load_translator(model, "fp32")
+        check_one(translator.pairs)
+        server.begin(Inspector(translator, beam, lenpen))
         if not server.is_loopback:
             print(
                 f"warning: with --host {host} everybody who can reach this machine can use the "
