@@ -7,7 +7,7 @@ import torch
 from support.models import batch, build
 from support.reference import expert_output, softmax
 from support.reference_routers import fits, softmax_over, within
-from support.routers import random_layer
+from support.routers import OF_ANY_TEXT, random_layer
 
 from fairseq_sparsemixer.models.forcing import force_choices, gates_of
 from fairseq_sparsemixer.models.layers import switch_layers
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROUTERS_OF_TOKENS = [
     *(
         (name, k, {})
-        for name in ROUTERS
+        for name in OF_ANY_TEXT
         for k in (1, 2)
         if ROUTERS[name].causal and fits(name, 4, k)
     ),
