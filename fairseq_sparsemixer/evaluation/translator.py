@@ -24,8 +24,10 @@ from tqdm import tqdm
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import ModelChoice
+from fairseq_sparsemixer.models.laid_out import lay_out, obstacle
 from fairseq_sparsemixer.models.search import best_hypotheses
 from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
+from fairseq_sparsemixer.moe.backends.products import LEAST_WEIGHTS, has_int8, is_small
 from fairseq_sparsemixer.runs.checkpoints import building, check_finite, load_state, num_updates
 from fairseq_sparsemixer.text.subwords import Subwords, find_subwords, not_found
 
@@ -37,7 +39,8 @@ MAX_LEN_B = 200
 # Parts of a model's config worth reporting beside its score.
 MODEL_KEYS = ("router", "num_experts", "top_k")
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""Of the precisions that are for GPUs."""
 
 
 class Translation(NamedTuple):
@@ -85,7 +88,8 @@ class Translator:
         data: prepared corpus, searched for dictionaries and the SentencePiece model or BPE codes
             after the run folder and before the folder that the model was trained on.
         source_lang, target_lang: where neither the checkpoint nor the data tell them.
-        precision: ``"fp32"``, or ``"fp16"`` or ``"bf16"`` on a GPU.
+        precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` on a GPU; ``"int8"`` for weights of 8 bits
+            on a CPU (:mod:`.models.laid_out`).
 
     Attributes:
         checkpoints: a :class:`CheckpointInfo` for each model.
@@ -96,8 +100,8 @@ class Translator:
         device: a GPU if there is one.
 
     Raises:
-        UserError: a file is missing, damaged or does not fit the others, or there is no GPU
-            for the precision.
+        UserError: a file is missing, damaged or does not fit the others, or the precision cannot
+            be had here, or of this model.
     """
 
     def __init__(
@@ -110,8 +114,7 @@ class Translator:
         precision: str = "fp32",
     ):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if precision != "fp32" and self.device.type == "cpu":
-            raise UserError(f"--{precision} needs a CUDA device and there is none; leave it out")
+        _check_precision(precision, self.device)
         paths = find_checkpoints(run, checkpoint)
         state = load_state(paths[0])
         cfg = state["cfg"]
@@ -140,7 +143,9 @@ class Translator:
             self.checkpoints.append(CheckpointInfo(path, num_updates(state), averaged_from))
         with building(paths[0]):
             self._hub = _build_hub(cfg, task, models, self.subwords)
-        self._hub.to(self.device, DTYPES[precision]).eval()
+        self._hub.to(self.device, DTYPES.get(precision, torch.float32)).eval()
+        for path, model in zip(paths, self._hub.models):
+            _lay_out(path, model, precision)
 
     @property
     def max_source_positions(self) -> int:
@@ -162,6 +167,7 @@ class Translator:
         other = copy.copy(self)
         other._hub = _build_hub(self._hub.cfg, self._hub.task, [model], self.subwords)
         other._hub.to(self.device).eval()
+        lay_out(model)
         return other
 
     @property
@@ -347,6 +353,40 @@ def load_translator(model: ModelChoice, precision: str) -> Translator:
     return Translator(
         model.run, checkpoint, model.data, model.source_lang, model.target_lang, precision
     )
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError for one that this machine does not have."""
+    on_gpu = device.type == "cuda"
+    if precision in DTYPES and not on_gpu:
+        raise UserError(f"--{precision} needs a CUDA device and there is none; leave it out")
+    if precision == "int8" and on_gpu:
+        raise UserError(
+            "--int8 is for CPUs and this machine translates on its GPU; take --fp16, or hide the "
+            "GPU with CUDA_VISIBLE_DEVICES=''"
+        )
+    if precision == "int8" and not has_int8():
+        raise UserError(
+            "--int8 needs a PyTorch with oneDNN, which this one was built without; leave it out"
+        )
+
+
+def _lay_out(path: Path, model: torch.nn.Module, precision: str) -> None:
+    """Have it translate as fast as it can."""
+    if precision != "int8":
+        lay_out(model)
+        return
+    reason = obstacle(model)
+    if reason is not None:
+        raise UserError(f"--int8 does not serve {path}: {reason}; leave it out")
+    if all(is_small(parameter) for parameter in model.parameters()):
+        logger.warning(
+            "--int8 changes next to nothing in %s: matrices of less than %s weights stay as they "
+            "are",
+            path,
+            f"{LEAST_WEIGHTS:,}",
+        )
+    lay_out(model, torch.int8)
 
 
 def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
