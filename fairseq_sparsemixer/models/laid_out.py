@@ -69,9 +69,11 @@ class Layout:
 
     def of(self, model: nn.Module) -> "LaidOut":
         """The model, for which :func:`obstacle` finds nothing, as its parameters are now."""
-        if self._made is None or not self._made.fits(model):
-            self._made = LaidOut(model, self.dtype)
-        return self._made
+        made = self._made
+        if made is None or not made.fits(model):
+            self._made = made = None  # not both in memory
+            self._made = made = LaidOut(model, self.dtype)
+        return made
 
 
 def lay_out(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
@@ -90,6 +92,8 @@ def obstacle(model: nn.Module) -> Optional[str]:
             return "its layers are not those of fairseq's transformer"
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()):
         return "its weights are not float32 on a CPU"
+    if any(p.is_inference() for p in model.parameters()):
+        return "its weights were made in inference mode"  # torch does not tell when these change
     if decoder.adaptive_softmax is not None or decoder.cross_self_attention:
         return "it has an adaptive softmax or attends to both sides at once"
     if encoder.quant_noise is not None or decoder.quant_noise is not None:

@@ -168,13 +168,9 @@ class MoEFeedForward(nn.Module):
                 f"dtype must be torch.float32, torch.bfloat16 or torch.int8, not {dtype}"
             )
         reason = self._packing_obstacle()
-        if dtype == torch.bfloat16 and not has_bfloat16():
-            reason = reason or "this CPU has no products of bfloat16"
-        if dtype == torch.int8 and not has_int8():
-            reason = reason or "this PyTorch has no products of 8-bit numbers"
-        if dtype != torch.float32 and reason is not None:
-            _warn_of_float32(dtype, reason)
-            dtype, reason = torch.float32, self._packing_obstacle()
+        if dtype != torch.float32 and (why := reason or _dtype_obstacle(dtype)) is not None:
+            _warn_of_float32(dtype, why)
+            dtype = torch.float32
         self.experts.packed = PackedWeights(self.experts, dtype) if reason is None else None
 
     def _packing_obstacle(self) -> Optional[str]:
@@ -191,6 +187,14 @@ class MoEFeedForward(nn.Module):
     def drop_update(self) -> None:
         """Forget the batches since the last :meth:`end_update`; see :meth:`Router.drop_update`."""
         self.router.drop_update()
+
+
+def _dtype_obstacle(dtype: torch.dtype) -> Optional[str]:
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        return "this CPU has no products of bfloat16"
+    if dtype == torch.int8 and not has_int8():
+        return "this PyTorch has no products of 8-bit numbers"
+    return None
 
 
 @functools.cache

@@ -151,6 +151,14 @@ def test_other_models_are_left_to_fairseq(settings, reason):
     assert steps
 
 
+def test_models_made_in_inference_mode_are_left_to_fairseq():
+    with torch.inference_mode():
+        model = build()
+    assert "inference mode" in obstacle(model)
+    assert "float32" in obstacle(build().double())
+    assert "NoneType is not fairseq's transformer" in obstacle(torch.nn.Linear(2, 2))
+
+
 def test_dropout_in_translating_is_left_to_fairseq():
     model = build(dropout=0.1)
     options = {"generation": {"beam": 4, "retain_dropout": True, "retain_dropout_modules": None}}
@@ -194,6 +202,13 @@ def test_it_follows_the_parameters():
     other = copy.deepcopy(model)
     assert other.layout.of(other) is not model.layout.of(model)
     assert_same(translate([other], torch.float32), translate([model], torch.float32))
+
+
+def test_without_onednn(monkeypatch):
+    expected = translate([build()], torch.float32)
+    monkeypatch.setattr(products, "_LINEAR", None)
+    monkeypatch.setattr(products, "_PACK", None)
+    assert_same(translate([build()], torch.float32), expected)
 
 
 @pytest.mark.parametrize("width", [5, 64, 1000, 1024])

@@ -136,7 +136,7 @@ def linear(x: Tensor, w: Weight, b: Optional[Tensor] = None, relu: bool = False)
     if isinstance(w, Int8Weight):
         return w.linear(x, b, relu)
     large = not is_small(w) and len(x) * w.numel() >= LEAST_PRODUCTS and x.dtype == w.dtype
-    if w.is_mkldnn or (large and _LINEAR is not None and torch.backends.mkldnn.enabled):
+    if w.is_mkldnn or (large and torch.backends.mkldnn.enabled):
         assert _LINEAR is not None
         return _LINEAR(x, w, b, "relu" if relu else "none", [], "")
     y = F.linear(x, w, b)
@@ -144,8 +144,9 @@ def linear(x: Tensor, w: Weight, b: Optional[Tensor] = None, relu: bool = False)
 
 
 def is_small(w: Tensor) -> bool:
-    """Whether oneDNN gains nothing with a weight: it is small, or no float32 on a CPU."""
-    return w.device.type != "cpu" or w.dtype != torch.float32 or w.numel() < LEAST_WEIGHTS
+    """Whether oneDNN, if there is one, gains nothing: a weight is small, or no float32 on a CPU."""
+    on_cpu = w.device.type == "cpu" and w.dtype == torch.float32 and _LINEAR is not None
+    return not on_cpu or w.numel() < LEAST_WEIGHTS
 
 
 def has_bfloat16() -> bool:
@@ -168,12 +169,12 @@ def obstacle(experts: Experts) -> Optional[str]:
         return "they are not on a CPU"
     if w.dtype != torch.float32:
         return "their weights are not float32"
+    if _LINEAR is None or _PACK is None:
+        return "this PyTorch has no oneDNN"
     if is_small(w[0]):
         return f"with {w[0].numel()} weights a matrix they are too small to gain"
     if w.is_inference():
         return "they were made in inference mode"
-    if _LINEAR is None or _PACK is None:
-        return "this PyTorch has no oneDNN"
     return None
 
 
