@@ -251,11 +251,15 @@ class _Layer:
         return norm(part(x, *more).add_(x))
 
     def feed_forward(
-        self, x: Tensor, token_ids: Optional[Tensor], padding: Optional[Tensor] = None
+        self, x: Tensor, tokens_SL: Tensor, padding_SL: Optional[Tensor] = None
     ) -> Tensor:
-        """(X, D) of (X, D); ``token_ids`` (X,), and ``padding`` (X,) bool, are for experts."""
+        """(S * L, D) of (S * L, D); the tokens, and whether they are padding, are for experts."""
         if self.moe is not None:
-            return self.moe(x, padding, token_ids)[0]
+            # (L, S, D), as fairseq's layers have it: whoever watches routers relies on that.
+            x_LSD = x.view(*tokens_SL.shape, -1).transpose(0, 1)
+            mask = None if padding_SL is None else padding_SL.t()
+            y, _ = self.moe(x_LSD, mask, tokens_SL.t())
+            return y.transpose(0, 1).reshape(x.shape)
         inner = self.inner(x, self.relu)
         return self.outer(inner if self.relu else self.activation(inner))
 
@@ -289,15 +293,14 @@ class LaidOut(PackedParameters):
         x, _ = encoder.forward_embedding(tokens_ST)
         sentences, _, width = x.shape
         x = x.reshape(-1, width)
-        rows = mask = None
+        padding = mask = None
         if padding_ST.any():
-            rows = padding_ST.reshape(-1)
-            x = x.masked_fill(rows.unsqueeze(-1), 0.0)
+            padding = padding_ST
+            x = x.masked_fill(padding_ST.view(-1, 1), 0.0)
             mask = x.new_zeros(padding_ST.shape).masked_fill(padding_ST, -math.inf)[:, None, None]
-        ids = tokens_ST.reshape(-1)
         for layer in self.encoder_layers:
             x = layer.residual(layer.norm, x, layer.attention, sentences, None, mask)
-            x = layer.residual(layer.final_norm, x, layer.feed_forward, ids, rows)
+            x = layer.residual(layer.final_norm, x, layer.feed_forward, tokens_ST, padding)
         if encoder.layer_norm is not None:
             x = encoder.layer_norm(x)
         sources = [layer.source_attention.read(x, sentences) for layer in self.decoder_layers]
@@ -343,7 +346,7 @@ class Hypotheses:
             x = layer.residual(layer.norm, x, layer.attention, sentences, past, mask)
             look = layer.source_attention
             x = layer.residual(layer.source_norm, x, look, k, v, self._source_mask)
-            x = layer.residual(layer.final_norm, x, layer.feed_forward, tokens_R)
+            x = layer.residual(layer.final_norm, x, layer.feed_forward, tokens_R.unsqueeze(1))
         if decoder.layer_norm is not None:
             x = decoder.layer_norm(x)
         if decoder.project_out_dim is not None:

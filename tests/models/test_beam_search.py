@@ -118,6 +118,20 @@ def test_models_put_out_what_fairseq_puts_out(settings):
     assert_same_search([build(**settings)])
 
 
+def test_routers_see_what_they_see_in_fairseq():
+    model = build(seed=3)
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith("moe.router"):
+            module.register_forward_hook(
+                lambda _, args, routing: seen.append((args[0].shape, routing.expert_index.tolist()))
+            )
+    translate([model], None, lengths=((3, 1), (6, 1)), max_len_b=1)
+    expected, seen[:] = list(seen), []
+    translate([model], torch.float32, lengths=((3, 1), (6, 1)), max_len_b=1)
+    assert seen == expected and len({shape for shape, _ in seen}) == 2
+
+
 def test_dense_models_and_ensembles():
     assert_same_search([dense(activation_fn="tanh")])
     assert_same_search([build(), dense(seed=1), build(seed=2, encoder_layers=1)])
