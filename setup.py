@@ -19,7 +19,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_sparsemixer", "fairseq_sparsemixer.*"]),
-    package_data={"fairseq_sparsemixer.report": ["*.css", "*.j2"]},
+    package_data={
+        "fairseq_sparsemixer.report": ["*.css", "*.j2"],
+        "fairseq_sparsemixer.serving": ["page.*"],
+    },
     python_requires=f">={VERSIONS['MINIMUM_PYTHON']},<{VERSIONS['TOO_NEW_PYTHON']}",
     install_requires=[
         # fairseq's own releases fail at import on Python 3.11 (mutable dataclass defaults). On

@@ -29,6 +29,7 @@ COMMANDS = (
     "table",
     "report",
     "translate",
+    "serve",
     "study",
     "gradients",
     "demo",

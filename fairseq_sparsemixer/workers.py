@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import torch
 from fairseq.distributed import utils as distributed_utils
@@ -35,6 +35,7 @@ def apply() -> None:
     """Put this in the place of what fairseq does."""
     _start()
     _reduce_on_a_cpu()
+    _gather_on_a_cpu()
     _end_together()
 
 
@@ -140,6 +141,22 @@ class _OnAnyDevice(DistributedDataParallel):
 
 def _reduce_on_a_cpu() -> None:
     distributed_fairseq_model.DistributedDataParallel = _OnAnyDevice
+
+
+def _gather_on_a_cpu() -> None:
+    """Without a GPU gather what cannot be added up, too, such as predictions of a validation."""
+    original = distributed_utils.all_gather_list
+
+    @functools.wraps(original)
+    def all_gather_list(data: Any, group: Any = None, **kwargs: Any) -> List[Any]:
+        if torch.cuda.is_available():
+            return original(data, group=group, **kwargs)
+        group = distributed_utils.get_global_group() if group is None else group
+        found: List[Any] = [None] * distributed_utils.get_world_size(group)
+        torch.distributed.all_gather_object(found, data, group=group)
+        return found
+
+    distributed_utils.all_gather_list = all_gather_list
 
 
 # Ending

@@ -6,34 +6,30 @@
 #   scripts/pretrain.sh data/debian en runs/roberta/switch-seed1 model.router=switch common.seed=1
 #
 # Overrides are for pre-training; those of model and common are for fine-tuning, too.
+#
+# OBJECTIVE    pretraining, of masked words (the default), or electra, of replaced ones
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 [ $# -ge 3 ] || fail "usage: $0 CORPUS LANGUAGE RUN [OVERRIDE...]"
+objective="${OBJECTIVE:-pretraining}"
+case "$objective" in
+pretraining | electra) ;;
+*) fail "OBJECTIVE=$objective is none: give pretraining or electra" ;;
+esac
 corpus="$(realpath -m "$1")" language="$2" run="$3"
 shift 3
-dictionary="$corpus/bin/dict.$language.txt"
-[ -f "$dictionary" ] || fail "there is no $dictionary: give a folder that 'fairseq-sparsemixer prepare' made, and one of its languages"
-
-# fairseq's tasks of one text look for train.bin and dict.txt: links to the side that is there.
+python -m fairseq_sparsemixer.corpora.one_side "$corpus" "$language"
 data="$corpus/$language"
-mkdir -p "$data/input0"
-ln -sf "$dictionary" "$data/input0/dict.txt"
-for file in "$corpus"/bin/{train,valid,test}.*."$language".{bin,idx}; do
-    name="$(basename "$file")"
-    ln -sf "$file" "$data/input0/${name%%.*}.${name##*.}"
-done
-if [ -f "$corpus/raw/train.domain" ] && [ ! -f "$data/label/test.idx" ]; then
-    rm -rf "$data/label"
-    fairseq-preprocess --only-source --destdir "$data/label" --trainpref "$corpus/raw/train.domain" \
-        --validpref "$corpus/raw/valid.domain" --testpref "$corpus/raw/test.domain"
-fi
 
-fairseq-hydra-train --config-dir configs --config-name pretraining \
+fairseq-hydra-train --config-dir configs --config-name "$objective" \
     "task.data=$data/input0" "hydra.run.dir=$run" "$@"
 [ -d "$data/label" ] || exit 0
 shared=()
 for override in "$@"; do
-    case "$override" in model.* | common.*) shared+=("$override") ;; esac
+    case "$override" in
+    model.generator_*) ;; # of which nothing is fine-tuned
+    model.* | common.*) shared+=("$override") ;;
+    esac
 done
 fairseq-hydra-train --config-dir configs --config-name finetuning \
     "task.data=$data" "task.num_classes=$(wc -l <"$data/label/dict.txt")" \

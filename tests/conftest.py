@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from support import commands, small_run
+from support import browser, commands, small_run
 from support.fork_server import ForkServer
 from support.report_study import build_study
 from support.run_folders import Place
@@ -75,6 +75,15 @@ def own_run(run_dir, tmp_path):
 def study(shared, corpus):
     """A real run, and fabricated ones: two seeds, dense, without points, diverged, unscored."""
     return shared.directory("report_study", lambda folder: build_study(corpus, folder))
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """A browser."""
+    if browser.find() is None:
+        pytest.skip(browser.HOW_TO_INSTALL)
+    with browser.start(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """The configs: what can be started, and each choice of each group of it."""
 
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from fairseq_sparsemixer.corpora.glue import TASKS
 from fairseq_sparsemixer.runs.settings import read_settings
 from fairseq_sparsemixer.tasks.translation_with_routing import TranslationWithRoutingConfig
 from fairseq_sparsemixer.training import resources, settings
@@ -13,7 +15,8 @@ from fairseq_sparsemixer.training.plan import make_task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = ("demo", "study", "iwslt14", "wmt14")
-ONE_TEXT = ("pretraining", "finetuning")
+ONE_TEXT = ("pretraining", "electra", "finetuning")
+WORDS = "language_model"
 
 
 def choices(entry):
@@ -28,18 +31,46 @@ def compose(entry, *overrides):
 
 
 def test_what_lies_at_the_top_can_be_started():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ENTRIES, *ONE_TEXT}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ENTRIES, *ONE_TEXT, WORDS}
 
 
 def test_what_is_pre_trained_can_be_fine_tuned():
-    before, after = (compose(entry, "model.router=switch") for entry in ONE_TEXT)
+    masked, replaced, tuned = (compose(entry, "model.router=switch") for entry in ONE_TEXT)
     for dense in (compose(entry, "model.encoder_moe_layers=none") for entry in ONE_TEXT):
         assert "model.router" not in read_settings(OmegaConf.to_container(dense, enum_to_str=True))
-    for cfg in (before, after):
+    for cfg in (masked, replaced, tuned):
         assert not OmegaConf.missing_keys(cfg)
         OmegaConf.to_container(cfg, resolve=True)
-    assert before.model == after.model
-    assert before.task.tokens_per_sample == after.task.max_positions == after.model.max_positions
+    assert masked.model == tuned.model
+    for cfg in (masked, replaced):
+        assert cfg.task.tokens_per_sample == tuned.task.max_positions == tuned.model.max_positions
+    assert (masked.criterion._name, replaced.criterion._name) == (
+        "masked_lm_with_routing",
+        "electra_with_routing",
+    )
+    differing = {"_name", "generator_embed_dim", "generator_layers"}
+    for key in replaced.model.keys() | masked.model.keys():
+        assert key in differing or replaced.model[key] == masked.model[key]
+
+
+def test_every_task_of_glue_composes():
+    """Each is scored by what its best checkpoint is chosen by."""
+    assert {path.stem for path in (CONFIGS / "glue").glob("*.yaml")} == {
+        task.lower() for task in TASKS
+    }
+    scored = runpy.run_path(str(CONFIGS.parent / "scripts" / "glue_scores.py"))["MEASURES"]
+    for task, (best_by, measures) in scored.items():
+        cfg = compose("finetuning", f"+glue={task.lower()}")
+        assert not OmegaConf.missing_keys(cfg)
+        OmegaConf.to_container(cfg, resolve=True)
+        assert cfg.checkpoint.best_checkpoint_metric == best_by
+        assert cfg.checkpoint.maximize_best_checkpoint_metric
+        assert cfg.dataset.valid_subset.split(",") == list(
+            dict.fromkeys(part for part, *_ in measures)
+        )
+        assert (
+            cfg.task.shorten_method == "truncate" and cfg.dataset.required_batch_size_multiple == 1
+        )
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -30,13 +30,14 @@ FLOORS = [
     ["comparison", "conversion", "export", "training"],
     ["study", "installation"],
     ["report", "laboratory"],
+    ["serving"],
     ["commands"],
     ["cli"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOOLS = {
     *("corpora", "evaluation", "comparison", "conversion", "export"),
-    *("training", "study", "installation", "report", "laboratory"),
+    *("training", "study", "installation", "report", "laboratory", "serving"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Translate a test set and score it: sacreBLEU's BLEU and chrF on detokenised text.
+"""Score a trained model on a test set, by translating it: sacreBLEU's BLEU and chrF.
 
   fairseq-sparsemixer evaluate RUN_DIR --data data/homeassistant
   fairseq-sparsemixer evaluate RUN_DIR --last 5 --beam 4 --lenpen 0.6
@@ -14,6 +14,10 @@ whether the two runs differ.
 Older papers score tokens. For a model of Moses tokens their BLEU stands below, with its label; for
 a model of SentencePiece --compound-split tokenises and splits as Vaswani et al. did. The tokens
 lie beside the translations. Never compare such a score with sacreBLEU.
+
+Models that do not translate (masked words, classes of sentences, language models) are scored on
+--subset of the data of their task, which --data may name: the loss in bits, accuracy, perplexity
+and bits per byte.
 """
 
 import argparse
@@ -32,7 +36,7 @@ from fairseq_sparsemixer.files import check_writable
 
 DEFAULT_SUBSET = "test"
 DEFAULT_COMET = "Unbabel/wmt22-comet-da"
-HELP = "translate a test set with a trained model and score it"
+HELP = "score a trained model on a test set, by its translations or losses"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
         UserError: the flags do not fit together, or see :func:`.evaluation.evaluate.evaluate`.
     """
     from fairseq_sparsemixer.evaluation.evaluate import evaluate
+    from fairseq_sparsemixer.evaluation.losses import evaluate_losses
+    from fairseq_sparsemixer.evaluation.translator import NoTranslationError
 
     if args.output is not None:
         if args.output.suffix != ".json":
@@ -109,12 +115,18 @@ def run(args: argparse.Namespace) -> None:
         count = getattr(args, choice)
         if count is not None:
             model = model._replace(average=(choice, count))
-    evaluate(
-        model,
-        search_of(args),
-        ScoreChoice(args.tokenize, args.compound_split, args.comet),
-        subset=args.subset or DEFAULT_SUBSET,
-        files=None if args.source is None else (args.source, args.reference),
-        baseline=args.baseline,
-        output=args.output,
-    )
+    subset = args.subset or DEFAULT_SUBSET
+    try:
+        evaluate(
+            model,
+            search_of(args),
+            ScoreChoice(args.tokenize, args.compound_split, args.comet),
+            subset=subset,
+            files=None if args.source is None else (args.source, args.reference),
+            baseline=args.baseline,
+            output=args.output,
+        )
+    except NoTranslationError:
+        why = "are for models that translate, which this is none of"
+        refuse_without_effect(args, ["source", "reference", "baseline", "tokenize", "comet"], why)
+        evaluate_losses(model, subset, args.output)

@@ -7,6 +7,9 @@
   wmt14           WMT14 English-German (more than 1 GB to download), test set newstest2014 (full)
   iwslt14         IWSLT14 German-English, 160,000 pairs of talks (19 MB to download), cleaned, split
                   and cut as by fairseq's own example
+  glue            tasks to fine-tune a pre-trained model on, cut into the pieces of the corpus
+                  --vocabulary, on which it was pre-trained; of another layout, see
+                  docs/pretraining.md
   --raw-dir DIR   your own text: DIR/train.en, DIR/train.de and the same for valid and test, one
                   sentence a line, and perhaps {train,valid,test}.domain, a label a line; after
                   wmt14, cleaned and cut as that corpus is
@@ -31,6 +34,8 @@ from typing import Any, Dict
 from fairseq_sparsemixer.commands.flags import refuse_without_effect, whole_number
 from fairseq_sparsemixer.corpora.debian.preparation import DEBIAN_VOCAB_SIZE, prepare_debian
 from fairseq_sparsemixer.corpora.downloads import ShelfChoice
+from fairseq_sparsemixer.corpora.glue import TASKS as GLUE_TASKS
+from fairseq_sparsemixer.corpora.glue import prepare_glue
 from fairseq_sparsemixer.corpora.homeassistant.preparation import prepare_homeassistant
 from fairseq_sparsemixer.corpora.iwslt14 import IWSLT14_MERGES, prepare_iwslt14
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
@@ -54,8 +59,10 @@ _WMT14_FOLDER = Path("data/wmt14_en_de")
 _SERVER_FLAGS = ("checksums", "mirror")
 _TAKEN_BY = {
     **dict.fromkeys(("pipeline", "news_commentary"), ("wmt14",)),
-    **dict.fromkeys(("merges", *_SERVER_FLAGS, "workers"), ("wmt14", "iwslt14")),
-    "downloads": ("debian", "wmt14", "iwslt14"),
+    **dict.fromkeys(("merges", "workers"), ("wmt14", "iwslt14")),
+    **dict.fromkeys(_SERVER_FLAGS, ("wmt14", "iwslt14", "glue")),
+    **dict.fromkeys(("vocabulary", "tasks"), ("glue",)),
+    "downloads": ("debian", "wmt14", "iwslt14", "glue"),
     "wheel": ("homeassistant",),
 }
 """The corpora that a flag goes with, if not with all."""
@@ -94,12 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--downloads",
         type=Path,
         metavar="DIR",
-        help="debian, wmt14 and iwslt14: where downloads are kept (default: download in the folder "
-        "of the corpus; for wmt14 without --output data/wmt14_en_de/download)",
+        help="debian, wmt14, iwslt14, glue: where downloads are kept (default: download in the "
+        "folder of the corpus; for wmt14 without --output data/wmt14_en_de/download)",
     )
     _add_own_text_arguments(parser)
     _add_wmt14_arguments(parser.add_argument_group("wmt14"))
-    _add_server_arguments(parser.add_argument_group("wmt14 and iwslt14"))
+    _add_server_arguments(parser.add_argument_group("wmt14, iwslt14 and glue"))
+    _add_glue_arguments(parser.add_argument_group("glue"))
 
 
 def _add_own_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +157,15 @@ def _add_server_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--workers", type=whole_number, metavar="N", help="processes at most (default: the cores)"
+    )
+
+
+def _add_glue_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--vocabulary", type=Path, metavar="CORPUS", help="folder of the corpus whose pieces to use"
+    )
+    group.add_argument(
+        "--tasks", metavar="TASK,...", help=f"some of {','.join(GLUE_TASKS)} (default: all)"
     )
 
 
@@ -262,5 +279,25 @@ def _iwslt14(args: argparse.Namespace) -> Dict[str, Any]:
     )
 
 
-_DOORS = {"homeassistant": _homeassistant, "debian": _debian, "wmt14": _wmt14, "iwslt14": _iwslt14}
+def _glue(args: argparse.Namespace) -> Dict[str, Any]:
+    _check_languages(args)
+    refuse_without_effect(args, ["vocab_size"], "belong to corpora with pieces of their own")
+    _check_server_flags(args)
+    if args.vocabulary is None:
+        raise UserError("say with --vocabulary which corpus the model was pre-trained on")
+    return prepare_glue(
+        args.output,
+        args.vocabulary,
+        tasks=list(GLUE_TASKS) if args.tasks is None else args.tasks.split(","),
+        archives=ShelfChoice(args.downloads, args.checksums, args.mirror),
+    )
+
+
+_DOORS = {
+    "homeassistant": _homeassistant,
+    "debian": _debian,
+    "wmt14": _wmt14,
+    "iwslt14": _iwslt14,
+    "glue": _glue,
+}
 """What prepares each corpus."""

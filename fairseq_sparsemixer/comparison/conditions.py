@@ -1,11 +1,11 @@
 """Scores of several runs against each other: whether they may be compared, and how they differ."""
 
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
-from fairseq_sparsemixer.evaluation.tokens import COMPOUND_SPLIT, TOKENISED
+from fairseq_sparsemixer.evaluation.metrics import MAIN, METRICS, Metric
 from fairseq_sparsemixer.files import read_lines, sha256_of
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm
@@ -15,20 +15,9 @@ TOLERANCE = 0.005
 """By how much a difference in BLEU may be off the recorded one."""
 
 
-class Metric(NamedTuple):
-    """A score of the evaluation: its key, its name in the table, its decimals."""
-
-    key: str
-    title: str
-    decimals: int
-
-
-METRICS = (
-    Metric("bleu", "BLEU", 2),
-    Metric("chrf", "chrF2", 2),
-    *(Metric(kind.key, kind.title, 2) for kind in (TOKENISED, COMPOUND_SPLIT)),
-    Metric("comet", "COMET", 4),
-)
+def main_metric(runs: Sequence[Run]) -> Optional[Metric]:
+    """What scored runs are ranked by: the first of :data:`.metrics.MAIN` that all of them have."""
+    return next((each for each in MAIN if all(run.scores.get(each.key) for run in runs)), None)
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

@@ -8,18 +8,18 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from fairseq_sparsemixer.comparison.conditions import (
-    METRICS,
-    Metric,
     check_comparable,
     compare_arms,
     find_text,
     joint_p_value,
+    main_metric,
     read_texts,
     signature_of,
 )
 from fairseq_sparsemixer.comparison.means import deviation_or_none, mean_or_none
 from fairseq_sparsemixer.comparison.speed_up import Reached, ToFinalLoss, reach_final_loss
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.metrics import FURTHER, MAIN, METRICS, Metric
 from fairseq_sparsemixer.files import (
     atomic_path,
     check_writable,
@@ -29,7 +29,7 @@ from fairseq_sparsemixer.files import (
 )
 from fairseq_sparsemixer.locks import in_turn
 from fairseq_sparsemixer.runs.folder import Run
-from fairseq_sparsemixer.runs.grouping import Arm, further_differences, read_arms
+from fairseq_sparsemixer.runs.grouping import Arm, further_differences, read_tasks
 from fairseq_sparsemixer.runs.points import number
 from fairseq_sparsemixer.tables import escape, markdown
 
@@ -53,15 +53,25 @@ def make_table(paths: Sequence[Path], scores: Optional[str], baseline: str, stem
     outputs = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
     for path in outputs:
         check_writable(path)
-    table = build_table(read_arms(paths, scores), baseline)
-    text = table_text(table)
+    tables = {task: build_table(arms, baseline) for task, arms in read_tasks(paths, scores).items()}
+    text = table_text(tables)
     text_path, csv_path, json_path = outputs
     with in_turn(stem, beside=True):
         write_lines(text_path, [text])
-        _write_rows(table["rows"], csv_path)
-        write_json(json_path, table)
+        _write_rows(_rows(tables), csv_path)
+        write_json(json_path, {"tasks": tables} if len(tables) > 1 else next(iter(tables.values())))
     print(text)
     print("written:", ", ".join(map(str, outputs)))
+
+
+def _rows(tables: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Those of all tasks, with the task where there are several."""
+    several = len(tables) > 1
+    return [
+        {**({"task": task} if several else {}), **row}
+        for task, table in tables.items()
+        for row in table["rows"]
+    ]
 
 
 def _write_rows(rows: List[Dict[str, Any]], path: Path) -> None:
@@ -87,7 +97,8 @@ def build_table(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
     check_comparable(counted)
     others = [arm for arm in arms if arm.counted and arm is not baseline]
     comparisons: Dict[str, List[Dict[str, Any]]] = {}
-    if others:
+    metric = main_metric(counted)
+    if others and metric is not None and metric.key == "bleu":
         texts, references = read_texts(counted), read_lines(find_text(counted, "reference"))
         comparisons = {
             arm.name: compare_arms(arm, baseline, texts, references)
@@ -107,6 +118,7 @@ def build_table(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
         "notes": _notes(arms, baseline, comparisons, final_loss.reached),
         "paper": PAPER,
         "comparisons": comparisons,
+        "metric": metric and metric._asdict(),
         "runs": [
             _describe(arm, run, final_loss.reached.get(run.folder))
             for arm in arms
@@ -183,7 +195,7 @@ def _signatures(runs: List[Run], comparisons: Dict[str, List[Dict[str, Any]]]) -
         metric.title: signature_of(run.scores[metric.key])
         for metric in METRICS
         for run in runs
-        if run.scores.get(metric.key)
+        if signature_of(run.scores.get(metric.key) or {})
     }
     for compared in comparisons.values():
         signatures["p (BLEU)"] = compared[0]["bleu"]["signature"]
@@ -282,28 +294,52 @@ def _describe(arm: Arm, run: Run, reached: Optional[Reached]) -> Dict[str, Any]:
     }
 
 
-def table_text(table: Dict[str, Any]) -> str:
-    """The table as Markdown, and below it what its columns are and what to know of its rows."""
-    columns = _columns(table)
+def table_text(tables: Dict[str, Dict[str, Any]]) -> str:
+    """The table as Markdown, and below it what its columns are and what to know of its rows.
+
+    Args:
+        tables: by task.
+    """
+    columns = _columns(tables)
     cells = [[title for title, _ in columns]]
-    cells += [[escape(cell(row)) for _, cell in columns] for row in table["rows"]]
+    cells += [[escape(cell(row)) for _, cell in columns] for row in _rows(tables)]
     legend = [
-        f"baseline: {table['baseline']}; target: validation nll {table['target_nll']:.3f}, "
-        "the baseline's final loss (mean over its seeds)",
         "±: sample standard deviation over seeds; p: with several seeds the largest, 1 unless all "
-        "differ in the same direction as the means; nll: bits per token; minutes and words/s "
-        "depend on the machine",
-        *(f"{name}: {signature}" for name, signature in table["signatures"].items()),
-        *table["notes"],
-        f"paper: {table['paper']}",
+        "differ in the same direction as the means; nll: bits per token (of masked_lm per masked "
+        "token, of sentence_prediction per sentence); minutes and words/s depend on the machine",
     ]
+    for task, table in tables.items():
+        about = [
+            f"baseline: {table['baseline']}; target: validation nll {table['target_nll']:.3f}, "
+            "the baseline's final loss (mean over its seeds)",
+            *(f"{name}: {signature}" for name, signature in table["signatures"].items()),
+            *table["notes"],
+        ]
+        legend += [f"{task}: {line}" if len(tables) > 1 else line for line in about]
+    legend.append(f"paper: {PAPER}")
     return "\n".join([markdown(cells), "", *(f"- {escape(line)}" for line in legend)])
 
 
-def _columns(table: Dict[str, Any]) -> List[Tuple[str, Callable[[Dict[str, Any]], str]]]:
+def _columns(
+    tables: Dict[str, Dict[str, Any]],
+) -> List[Tuple[str, Callable[[Dict[str, Any]], str]]]:
     """Title and text of each column of the Markdown table."""
-    main, further = METRICS[:2], METRICS[2:]
+    scored = {
+        key
+        for table in tables.values()
+        for run in table["runs"]
+        for key, score in run["scores"].items()
+        if score
+    }
+    main, further = ([m for m in kind if m.key in scored] for kind in (MAIN, FURTHER))
+    compared: List[Tuple[str, Callable[[Dict[str, Any]], str]]] = []
+    if "bleu" in scored:
+        compared = [
+            ("BLEU - baseline", lambda row: _cell(row["bleu_difference"], 2, "+")),
+            ("p (BLEU)", lambda row: _cell(row["p_value"], 4)),
+        ]
     return [
+        *([("task", lambda row: row["task"])] if len(tables) > 1 else []),
         ("model", lambda row: row["model"]),
         ("experts", lambda row: _cell(row["experts"], 0)),
         (
@@ -316,17 +352,12 @@ def _columns(table: Dict[str, Any]) -> List[Tuple[str, Callable[[Dict[str, Any]]
         ("updates", lambda row: _cell(row["updates"], 0)),
         ("valid nll", lambda row: _with_deviation(row, "valid_nll", 3)),
         *map(_metric_column, main),
-        ("BLEU - baseline", lambda row: _cell(row["bleu_difference"], 2, "+")),
-        ("p (BLEU)", lambda row: _cell(row["p_value"], 4)),
+        *compared,
         ("updates to target", lambda row: _cell(row["updates_to_target"], 0)),
         ("minutes to target", lambda row: _cell(row["minutes_to_target"], 1)),
         ("speed-up", lambda row: _cell(row["speed_up"], 2)),
         ("words/s", lambda row: _cell(row["words_per_second"], 0)),
-        *(
-            _metric_column(metric)
-            for metric in further
-            if any(run["scores"].get(metric.key) for run in table["runs"])
-        ),
+        *map(_metric_column, further),
         ("paper", lambda row: ""),
     ]
 

@@ -8,6 +8,7 @@ Each corpus has one door, which returns what is in ``record.json``:
 ``wmt14``          ``preparation.prepare_wmt14``: WMT14 English-German, or own text cleaned alike
 ``iwslt14``        ``prepare_iwslt14``: talks, German to English, as fairseq's example has them
 ``own_text``       ``prepare_raw_text``: the user's own text, as it is
+``glue``           ``prepare_glue``: tasks to fine-tune on, in the pieces of another corpus
 =================  ==============================================================================
 
 They share, from what knows least to what knows most:

@@ -4,9 +4,10 @@ import gzip
 import posixpath
 import shutil
 import tarfile
+import zipfile
 import zlib
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 from fairseq_sparsemixer.corpora.downloads import RemoteFile, Shelf, obtain
 from fairseq_sparsemixer.disk import report_full_disk
@@ -46,10 +47,10 @@ def unpack(
 
 
 def extract_members(archive: Path, members: Dict[str, Path]) -> None:
-    """Copy members of ``archive`` (tar and gzip) to files of our own naming.
+    """Copy members of ``archive`` (tar and gzip, or .zip) to files of our own naming.
 
-    The archive is read once, as a stream, to its end, so that its checksum is verified. Names in it
-    decide nothing: members are never unpacked to where they say.
+    A tar is read once, as a stream, to its end, so that its checksum is verified; of a zip each
+    member has its own. Names in it decide nothing: members are never unpacked to where they say.
 
     Args:
         archive: the file.
@@ -59,6 +60,9 @@ def extract_members(archive: Path, members: Dict[str, Path]) -> None:
         UserError: a member is missing, is a link or a folder, some member points out of the
             archive, or the archive is damaged.
     """
+    if archive.suffix == ".zip":
+        _extract_zip(archive, members)
+        return
     missing = dict(members)
     try:
         with gzip.open(archive) as stream:
@@ -88,6 +92,23 @@ def extract_members(archive: Path, members: Dict[str, Path]) -> None:
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{archive} is damaged ({error})") from error
     if missing:
-        raise UserError(
-            f"{archive} is not the published archive: it has no member {', '.join(sorted(missing))}"
-        )
+        raise _no_member(archive, sorted(missing))
+
+
+def _extract_zip(archive: Path, members: Dict[str, Path]) -> None:
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            missing = sorted(members.keys() - set(zipped.namelist()))
+            if missing:
+                raise _no_member(archive, missing)
+            for name, target in members.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with zipped.open(name) as content, target.open("wb") as file:
+                    shutil.copyfileobj(content, file, 1 << 20)
+    # RuntimeError: a member is encrypted.
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+        raise UserError(f"{archive} is damaged ({error})") from error
+
+
+def _no_member(archive: Path, names: List[str]) -> UserError:
+    return UserError(f"{archive} is not the published archive: it has no member {', '.join(names)}")

@@ -4,7 +4,7 @@ import shutil
 import struct
 from pathlib import Path
 from types import MappingProxyType
-from typing import Mapping, Optional
+from typing import List, Mapping, Optional
 
 from fairseq_sparsemixer.corpora.folder import SPLITS, Languages, count_lines, piece_path
 from fairseq_sparsemixer.corpora.resumable import StepResult
@@ -73,6 +73,47 @@ def build_binary(
         with atomic_path(outputs[-1]) as partial:
             shutil.copyfile(folder / name, partial)
     return outputs, {}
+
+
+def build_one_text(
+    folder: Path, texts: Mapping[str, str], destination: str, dictionary: Optional[str] = None
+) -> List[Path]:
+    """Run ``fairseq-preprocess`` on one text, as fairseq's tasks without translation read it.
+
+    Args:
+        folder: in which all paths are.
+        texts: of ``train``, ``valid``, ``valid1`` and so on, in this order.
+        destination: the folder to be made.
+        dictionary: its own is that of the training text.
+
+    Returns:
+        What was made.
+
+    Raises:
+        RuntimeError: fairseq failed, or did not keep every line.
+    """
+    train, *valid = texts.values()
+    command = ["-m", "fairseq_cli.preprocess", "--only-source", "--trainpref", train]
+    command += ["--validpref", ",".join(valid)]
+    if dictionary is not None:
+        command += ["--srcdict", dictionary]
+    target = folder / destination
+    with scratch_folder(target.with_name(f".{target.name}.partial")) as scratch:
+        scratch_name = scratch.relative_to(folder).as_posix()
+        try:
+            run_python([*command, "--destdir", scratch_name], cwd=folder)
+        except ProgramError as error:
+            raise RuntimeError(f"fairseq-preprocess failed:\n{error}") from error
+        (scratch / "preprocess.log").unlink()
+        for split, text in texts.items():
+            if _sentences_in(scratch / f"{split}.idx") != count_lines(folder / text):
+                raise RuntimeError(f"{destination}/{split}: fairseq lost or added lines")
+        target.mkdir(exist_ok=True)
+        outputs = []
+        for path in sorted(scratch.iterdir()):
+            outputs.append(target / path.name)
+            replace_durably(path, outputs[-1])
+    return outputs
 
 
 def _sentences_in(index: Path) -> int:

@@ -51,13 +51,17 @@ def write_pieces(
     splits: Dict[str, Dict[str, Pieces]] = {split: {} for split in SPLITS}
     for split in SPLITS:
         for language in languages:
-            frequency: Counter = Counter()
             path = piece_path(folder, split, language, pieces)
-            text = text_path(folder, split, language)
-            write_lines(path, _counted(encode(text), frequency))
+            splits[split][language] = write_text(path, encode(text_path(folder, split, language)))
             outputs.append(path)
-            splits[split][language] = Pieces(count_lines(path), frequency)
     return outputs, splits
+
+
+def write_text(path: Path, lines: Iterator[str]) -> Pieces:
+    """Write lines of pieces separated by spaces; what they hold."""
+    frequency: Counter = Counter()
+    write_lines(path, _counted(lines, frequency))
+    return Pieces(count_lines(path), frequency)
 
 
 def describe_splits(

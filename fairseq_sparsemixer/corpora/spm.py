@@ -68,7 +68,7 @@ def build_pieces(
     vocabulary = _vocabulary(model)
     threads = workers or os.cpu_count() or 1
     outputs, splits = write_pieces(
-        folder, languages, "spm", text_path, lambda path: _encode(model, path, threads)
+        folder, languages, "spm", text_path, lambda path: encode(model, path, threads)
     )
     train_counts = sum((pieces.frequency for pieces in splits["train"].values()), Counter())
     dictionary = folder / "spm" / "dict.txt"
@@ -94,7 +94,7 @@ def _vocabulary(model: Any) -> Dict[str, int]:
     return {model.id_to_piece(i): i for i in range(len(model)) if i not in special}
 
 
-def _encode(model: Any, path: Path, threads: int) -> Iterator[str]:
+def encode(model: Any, path: Path, threads: int) -> Iterator[str]:
     """Yield the lines of a file in pieces."""
     lines = iterate_lines(path)
     with tqdm(

@@ -7,6 +7,8 @@ from fairseq_sparsemixer.tables import format_table
 
 def summary(record: Dict[str, Any]) -> str:
     """A short table of a record: sizes, unknown pieces and copy scores of the splits."""
+    if "tasks" in record:
+        return _of_tasks(record["tasks"])
     source, target = record["languages"]
     rows = [["", "sentences", f"pieces {source}", f"pieces {target}", "<unk>", "copy BLEU"]]
     for split, counts in record["splits"].items():
@@ -42,3 +44,12 @@ def summary(record: Dict[str, Any]) -> str:
             "the validation or test text; none was dropped for that"
         )
     return "\n".join(lines)
+
+
+def _of_tasks(tasks: Dict[str, Any]) -> str:
+    rows = [["", "train", "valid", "valid1", "<unk>"]]
+    for name, task in tasks.items():
+        counts = [task["sentences"].get(split) for split in rows[0][1:4]]
+        sizes = ["-" if count is None else f"{count:,}" for count in counts]
+        rows.append([name, *sizes, f"{task['unknown']:,}"])
+    return format_table(rows)

@@ -3,8 +3,12 @@
 ``routing_losses``  that part: the losses, what is logged, and its settings
 """
 
-import fairseq  # noqa: F401  (registers all three, in whichever order they are imported)
+import fairseq  # noqa: F401  (registers them, in whichever order they are imported)
 
+from fairseq_sparsemixer.criterions.electra_with_routing import (
+    ElectraWithRouting,
+    ElectraWithRoutingConfig,
+)
 from fairseq_sparsemixer.criterions.label_smoothed_cross_entropy_with_routing import (
     LabelSmoothedCrossEntropyWithRouting,
     LabelSmoothedCrossEntropyWithRoutingConfig,
@@ -20,6 +24,8 @@ from fairseq_sparsemixer.criterions.sentence_prediction_with_routing import (
 )
 
 __all__ = [
+    "ElectraWithRouting",
+    "ElectraWithRoutingConfig",
     "LabelSmoothedCrossEntropyWithRouting",
     "LabelSmoothedCrossEntropyWithRoutingConfig",
     "MaskedLmWithRouting",

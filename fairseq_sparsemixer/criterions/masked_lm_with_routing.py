@@ -20,6 +20,7 @@ class MaskedLmWithRoutingConfig(MaskedLmConfig, RoutingLossesConfig):
 class MaskedLmWithRouting(WithOneLoss, MaskedLmLoss):
     """fairseq's cross-entropy of masked tokens plus balance loss and z-loss."""
 
+    name = "masked_lm_with_routing"
     task_name = "masked_lm"
     labels = False
 

@@ -23,6 +23,14 @@ WatchdogMode: Any = ChoiceEnum(["off", "warn", "stop"])
 
 Meters = Dict[str, Any]
 
+WRITES, ENCODES, REPLACES = "writes text", "is an encoder alone", "replaces words"
+CRITERIA = {
+    WRITES: "label_smoothed_cross_entropy_with_routing",
+    ENCODES: "masked_lm_with_routing or sentence_prediction_with_routing",
+    REPLACES: "electra_with_routing",
+}
+"""By what a model does."""
+
 PREFIX = "routing_statistics/"
 """Logging outputs of this prefix hold the packed sums of one layer."""
 
@@ -71,6 +79,14 @@ class RoutingLossesConfig(FairseqDataclass):
     )
 
 
+def refuse_weight(flag: str, weight: float) -> None:
+    """Raise a ConfigError for a weight of a loss that cannot be."""
+    if not 0 <= weight < LARGEST_FACTOR:
+        raise ConfigError(
+            f"{flag} must be a number of at least 0 and below {LARGEST_FACTOR}, not {weight}"
+        )
+
+
 class WithRoutingLosses(FairseqCriterion):
     """The base, beside one of fairseq's, of a criterion that adds balance loss and z-loss.
 
@@ -103,8 +119,8 @@ class WithRoutingLosses(FairseqCriterion):
     """Without this, training warns that nothing balances the experts."""
 
     routing: Any = RoutingLossesConfig()
-    encoder_alone = False
-    """Whether it is for models like RoBERTa, or for those that write text."""
+    model_kind = WRITES
+    """What it is for, of :data:`CRITERIA`."""
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: FairseqTask) -> "WithRoutingLosses":
@@ -119,11 +135,7 @@ class WithRoutingLosses(FairseqCriterion):
             ("--balance-weight", cfg.balance_weight),
             ("--z-loss-weight", cfg.z_loss_weight),
         ):
-            if not 0 <= weight < LARGEST_FACTOR:
-                raise ConfigError(
-                    f"{flag} must be a number of at least 0 and below {LARGEST_FACTOR}, "
-                    f"not {weight}"
-                )
+            refuse_weight(flag, weight)
         if cfg.routing_loss == "released" and cfg.z_loss_weight > 0:
             raise ConfigError("--z-loss-weight must be 0 with --routing-loss released")
         if cfg.routing_loss == "released" and cfg.balance_loss != "switch":
@@ -131,15 +143,12 @@ class WithRoutingLosses(FairseqCriterion):
         self.routing = cfg
 
     def _check_model(self, model: nn.Module) -> None:
-        if hasattr(getattr(model, "encoder", None), "lm_head") != self.encoder_alone:
-            others = (
-                "label_smoothed_cross_entropy_with_routing"
-                if self.encoder_alone
-                else "masked_lm_with_routing or sentence_prediction_with_routing"
-            )
-            kind = "is an encoder alone" if self.encoder_alone else "writes text"
+        kind = ENCODES if hasattr(getattr(model, "encoder", None), "lm_head") else WRITES
+        kind = REPLACES if hasattr(model, "generator") else kind
+        if kind != self.model_kind:
             raise ConfigError(
-                f"the --criterion is for a model that {kind}, and --arch is none: choose {others}"
+                f"the --criterion is for a model that {self.model_kind}, and --arch {kind}: choose "
+                f"{CRITERIA[kind]}, or another --arch"
             )
 
     def forward(
@@ -209,7 +218,9 @@ class WithRoutingLosses(FairseqCriterion):
 class WithOneLoss(WithRoutingLosses):
     """The base beside a criterion of fairseq's encoders, which logs one loss."""
 
-    encoder_alone = True
+    model_kind = ENCODES
+    name: str
+    """As it is registered."""
     task_name: str
     """fairseq's, for which it is."""
     labels: bool
@@ -220,8 +231,7 @@ class WithOneLoss(WithRoutingLosses):
         """See fairseq."""
         if hasattr(task, "label_dictionary") != cls.labels:
             raise ConfigError(
-                f"--criterion {cls.task_name}_with_routing needs --task {cls.task_name}, or "
-                "another --criterion"
+                f"--criterion {cls.name} needs --task {cls.task_name}, or another --criterion"
             )
         return super().build_criterion(cfg, task)
 
@@ -238,18 +248,25 @@ class WithOneLoss(WithRoutingLosses):
         metrics.log_scalar("nll_loss", nll_loss / size / math.log(2), size, round=3)
 
 
-def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor, counted: bool) -> Tensor:
-    """Sum token counts, gates and loads over the workers, in place; returns the summed size.
+def sum_over_workers(own: Tensor, counted: bool) -> Tensor:
+    """The sum of the workers' values in float64, without gradient.
 
     A worker whose batch is not ``counted`` takes part with zeros.
     """
+    total = own.detach().double() * counted
+    if distributed_utils.get_data_parallel_world_size() > 1:
+        distributed_utils.all_reduce(total, group=distributed_utils.get_data_parallel_group())
+    return total
+
+
+def _all_reduce_shares(statistics: RoutingStatistics, sample_size: Tensor, counted: bool) -> Tensor:
+    """Sum token counts, gates and loads over the workers, in place; returns the summed size."""
     if distributed_utils.get_data_parallel_world_size() == 1:
         return sample_size
     counts_LX = torch.cat([statistics.tokens.unsqueeze(-1), statistics.expert_tokens], dim=-1)
     smooth_LX = torch.cat([statistics.sampling_probs, statistics.load], dim=-1)
-    own_LX = torch.cat([counts_LX, smooth_LX], dim=-1).detach()
-    buffer = torch.cat([own_LX.flatten(), sample_size.reshape(1)]).double() * counted
-    distributed_utils.all_reduce(buffer, group=distributed_utils.get_data_parallel_group())
+    own_LX = torch.cat([counts_LX, smooth_LX], dim=-1)
+    buffer = sum_over_workers(torch.cat([own_LX.flatten(), sample_size.reshape(1)]), counted)
     total_LX = buffer[:-1].view_as(own_LX).to(own_LX.dtype)
     counts_LX, smooth_total_LX = total_LX.split([counts_LX.shape[-1], smooth_LX.shape[-1]], dim=-1)
     statistics.tokens, statistics.expert_tokens = counts_LX[:, 0], counts_LX[:, 1:]

@@ -24,6 +24,7 @@ class SentencePredictionWithRoutingConfig(SentencePredictionConfig, RoutingLosse
 class SentencePredictionWithRouting(WithOneLoss, SentencePredictionCriterion):
     """fairseq's loss of sentence prediction plus balance loss and z-loss."""
 
+    name = "sentence_prediction_with_routing"
     task_name = "sentence_prediction"
     labels = True
 
@@ -34,3 +35,10 @@ class SentencePredictionWithRouting(WithOneLoss, SentencePredictionCriterion):
         heads: Any = getattr(model, "classification_heads", {})
         _ = heads[self.classification_head_name]  # which names it, where there is none
         return super().forward(model, sample, reduce)
+
+    def logging_outputs_can_be_summed(self) -> bool:  # type: ignore[override]
+        """Not where predictions are gathered for Matthews', Pearson's or another measure.
+
+        fairseq says always, and then cannot add up the lists of several workers.
+        """
+        return not self.keep_pred_and_targ

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
@@ -16,7 +16,12 @@ from fairseq_sparsemixer.evaluation.tokens import (
     score_tokens,
     token_paths,
 )
-from fairseq_sparsemixer.evaluation.translator import MAX_LEN_B, Translation, Translator
+from fairseq_sparsemixer.evaluation.translator import (
+    MAX_LEN_B,
+    CheckpointInfo,
+    Translation,
+    Translator,
+)
 from fairseq_sparsemixer.files import sha256_of, write_lines
 from fairseq_sparsemixer.models.search import MAX_LEN_A
 from fairseq_sparsemixer.text.subwords import MosesBPE
@@ -75,7 +80,7 @@ def score_system(
         "scores": scores,
         "counts": _count_lines(text.sources, translations),
         "hypotheses": str(path),
-        "checkpoints": _describe_checkpoints(translator),
+        "checkpoints": describe_checkpoints(translator.checkpoints),
         "model": translator.model_settings,
         "seconds": {"translation": seconds},
     }
@@ -121,7 +126,7 @@ def _count_lines(sources: List[str], translations: List[Translation]) -> Dict[st
     }
 
 
-def _describe_checkpoints(translator: Translator) -> List[Dict[str, Any]]:
+def describe_checkpoints(checkpoints: Sequence[CheckpointInfo]) -> List[Dict[str, Any]]:
     """Name, content hash, updates and (for an average) inputs of each checkpoint."""
     return [
         {
@@ -131,7 +136,7 @@ def _describe_checkpoints(translator: Translator) -> List[Dict[str, Any]]:
             "updates": checkpoint.updates,
             "averaged_from": checkpoint.averaged_from,
         }
-        for checkpoint in translator.checkpoints
+        for checkpoint in checkpoints
     ]
 
 

@@ -62,6 +62,24 @@ class Translation(NamedTuple):
     tokens: Optional[str] = None
 
 
+class NoTranslationError(UserError):
+    """The model is a language model and the like."""
+
+
+class Hypothesis(NamedTuple):
+    """The best translation of one line, with what the model put out.
+
+    Attributes:
+        translation: of the line.
+        tokens: (length,) int64, the end of the sentence included.
+        log_probs: (length,) float32, that of each token (base e).
+    """
+
+    translation: Translation
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+
+
 class CheckpointInfo(NamedTuple):
     """Where a model came from: file, optimiser updates, and inputs if it is an average."""
 
@@ -239,9 +257,7 @@ class Translator:
         Raises:
             UserError: ``beam`` or ``max_tokens`` is below 1.
         """
-        for flag, value in (("--beam", beam), ("--max-tokens", max_tokens)):
-            if value < 1:
-                raise UserError(f"{flag} {value} makes no search; give 1 or more")
+        _check_search(beam, max_tokens)
         lines = list(lines)
         sources = self._encode_all(lines)
         text, tokens = self.subwords.decode("", self.target_lang)
@@ -264,6 +280,16 @@ class Translator:
                 f"{len(missing)} of {len(lines)} lines came back without a translation"
             )
         return results
+
+    def hypothesis(self, line: str, beam: int = 5, lenpen: float = 1.0) -> Optional[Hypothesis]:
+        """The translation of one line, see :meth:`translate`; None where the line is blank."""
+        _check_search(beam)
+        source = self._encode(line, 0)
+        if source is None:
+            return None
+        ((_, found),) = self._search([source], beam, lenpen, 1, None)
+        tokens, log_probs = found["tokens"].cpu(), found["positional_scores"].cpu()
+        return Hypothesis(self._decode(found, source.cut), tokens, log_probs)
 
     def _encode_all(self, lines: List[str]) -> List["_Source"]:
         """What the model has to read; warns once of lines that were cut."""
@@ -341,17 +367,21 @@ class Translator:
         )
 
 
+def _check_search(beam: int, max_tokens: int = 1) -> None:
+    """Raise UserError where nothing would be found."""
+    for flag, value in (("--beam", beam), ("--max-tokens", max_tokens)):
+        if value < 1:
+            raise UserError(f"{flag} {value} makes no search; give 1 or more")
+
+
 def load_translator(model: ModelChoice, precision: str) -> Translator:
-    """The translator of a model; an average is made first, where there is none yet.
+    """The translator of a model.
 
     Raises:
-        UserError: see :func:`.average.average_in_run` and :class:`Translator`.
+        UserError: see :func:`chosen` and :class:`Translator`.
     """
-    checkpoint = model.checkpoint
-    if model.average is not None:
-        checkpoint = average_in_run(Path(model.run), *model.average).name
     return Translator(
-        model.run, checkpoint, model.data, model.source_lang, model.target_lang, precision
+        model.run, chosen(model), model.data, model.source_lang, model.target_lang, precision
     )
 
 
@@ -387,6 +417,17 @@ def _lay_out(path: Path, model: torch.nn.Module, precision: str) -> None:
             f"{LEAST_WEIGHTS:,}",
         )
     lay_out(model, torch.int8)
+
+
+def chosen(model: ModelChoice) -> str:
+    """The checkpoint of a choice; an average is made first, where there is none yet.
+
+    Raises:
+        UserError: see :func:`.average.average_in_run`.
+    """
+    if model.average is None:
+        return model.checkpoint
+    return average_in_run(Path(model.run), *model.average).name
 
 
 def find_checkpoints(run: str, checkpoint: str) -> List[Path]:
@@ -432,9 +473,9 @@ def _corpus_folders(data: Optional[Path]) -> List[Path]:
 
 
 def _check_task(cfg: DictConfig, path: Path) -> None:
-    """Raise UserError for a language model and the like."""
+    """Raise NoTranslationError for a model of another task."""
     if "source_lang" not in cfg.task:
-        raise UserError(
+        raise NoTranslationError(
             f"{path} was not trained to translate (its task is {cfg.task.get('_name')}); choose "
             "another with --checkpoint"
         )

@@ -8,6 +8,7 @@ from fairseq.models.roberta import model as roberta
 from fairseq.models.transformer import transformer_legacy
 
 from fairseq_sparsemixer.models import (  # noqa: F401  (registers them)
+    switch_electra,
     switch_roberta,
     switch_transformer,
     switch_transformer_lm,
@@ -40,6 +41,27 @@ def roberta_tiny_architecture(args: argparse.Namespace) -> None:
     roberta.base_architecture(args)
 
 
+def electra_tiny_architecture(args: argparse.Namespace) -> None:
+    """:func:`roberta_tiny_architecture`, and a generator of half that width."""
+    _default(args, "generator_embed_dim", 64)
+    roberta_tiny_architecture(args)
+
+
+def electra_small_architecture(args: argparse.Namespace) -> None:
+    """ELECTRA-Small, but for embeddings that are as wide as the layers."""
+    _default(args, "encoder_embed_dim", 256)
+    _default(args, "encoder_ffn_embed_dim", 1024)
+    _default(args, "encoder_attention_heads", 4)
+    _default(args, "generator_embed_dim", 64)
+    roberta.base_architecture(args)
+
+
+def electra_base_architecture(args: argparse.Namespace) -> None:
+    """ELECTRA-Base: the generator has a third of the discriminator's width."""
+    _default(args, "generator_embed_dim", 256)
+    roberta.base_architecture(args)
+
+
 def lm_demo_architecture(args: argparse.Namespace) -> None:
     """4 layers of width 192: what two CPU cores train in some minutes."""
     _default(args, "decoder_embed_dim", 192)
@@ -64,6 +86,11 @@ _OF_MODEL: Mapping[str, Mapping[str, Fill]] = {
         "switch_roberta_tiny": roberta_tiny_architecture,
         "switch_roberta_base": roberta.roberta_base_architecture,
         "switch_roberta_large": roberta.roberta_large_architecture,
+    },
+    "switch_electra": {
+        "switch_electra_tiny": electra_tiny_architecture,
+        "switch_electra_small": electra_small_architecture,
+        "switch_electra_base": electra_base_architecture,
     },
     "switch_transformer_lm": {
         "switch_transformer_lm_demo": lm_demo_architecture,

@@ -42,7 +42,7 @@ INPUTS = (MaskedLMTask, SentencePredictionTask)
 """fairseq's tasks by what their batches hold: two sentences, words and the next ones, one input."""
 
 
-def _given(settings: Settings) -> argparse.Namespace:
+def given(settings: Settings) -> argparse.Namespace:
     """The settings that are not None."""
     if isinstance(settings, DictConfig):
         values: Any = OmegaConf.to_container(settings, resolve=True, enum_to_str=True)
@@ -59,7 +59,7 @@ def fill_gaps(settings: Settings, config: Type[FairseqDataclass], fill: Fill) ->
         config: the fields that it may have.
         fill: the architecture.
     """
-    filled = _given(settings)
+    filled = given(settings)
     fill(filled)
     for name, field in config.__dataclass_fields__.items():
         value = getattr(filled, name, None)
@@ -122,7 +122,7 @@ class SwitchModel(BaseFairseqModel):
                 settings = merge_with_parent(cls.config(), settings)
             except OmegaConfBaseException as error:
                 raise ConfigError(f"model settings: {str(error).splitlines()[0]}") from None
-        args = _given(cls.config.from_namespace(settings))
+        args = given(cls.config.from_namespace(settings))
         cls.base_architecture(args)
         for name, field in cls.config.__dataclass_fields__.items():
             if not hasattr(args, name):
@@ -138,7 +138,7 @@ class SwitchModel(BaseFairseqModel):
             ConfigError: for a setting that is out of range.
         """
         experts = expert_settings(args, cls.sides)
-        cfg = TransformerConfig.from_namespace(_given(args))
+        cfg = TransformerConfig.from_namespace(given(args))
         cfg.experts = experts
         cfg.expert_parallel = _expert_parallel(experts.parallel_size)
         cfg.init_experts = None

@@ -229,6 +229,20 @@ class SwitchRobertaConfig(_FlatRobertaConfig, ExpertConfig):
 
 
 @dataclasses.dataclass
+class SwitchElectraConfig(SwitchRobertaConfig):
+    """Settings of :class:`~fairseq_sparsemixer.models.SwitchElectraModel`: those of its
+    discriminator, and the size of its generator."""
+
+    generator_embed_dim: Optional[int] = dataclasses.field(
+        default=None,
+        metadata={"help": "width of the generator (default: by the architecture, else a quarter)"},
+    )
+    generator_layers: Optional[int] = dataclasses.field(
+        default=None, metadata={"help": "layers of the generator (default: --encoder-layers)"}
+    )
+
+
+@dataclasses.dataclass
 class SwitchTransformerLanguageModelConfig(TransformerLanguageModelConfig, ExpertConfig):
     """Settings of :class:`~fairseq_sparsemixer.models.SwitchTransformerLanguageModel`: those of
     fairseq's transformer_lm and of the experts."""

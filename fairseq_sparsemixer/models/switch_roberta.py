@@ -1,6 +1,6 @@
 """RoBERTa with experts in some layers: pre-trained on masked words, fine-tuned on sentences."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Tuple, Type
 
 from fairseq.data import Dictionary
 from fairseq.models import register_model
@@ -9,7 +9,7 @@ from fairseq.models.roberta import model as roberta
 from fairseq.models.transformer import TransformerEncoderBase
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from fairseq.tasks import FairseqTask
-from torch import nn
+from torch import Tensor, nn
 
 from fairseq_sparsemixer.models.building import (
     PAIRS,
@@ -60,7 +60,7 @@ class SwitchRobertaModel(SwitchModel, RobertaModel):
     base_architecture = staticmethod(roberta.base_architecture)
     sides = ("encoder",)
     tasks = "masked_lm or sentence_prediction"
-    refused_tasks = (*PAIRS, *TEXTS)
+    refused_tasks: Tuple[Type, ...] = (*PAIRS, *TEXTS)
 
     def __init__(self, args: Any, encoder: RobertaEncoder) -> None:
         super().__init__(args, encoder)
@@ -93,7 +93,30 @@ class SwitchRobertaModel(SwitchModel, RobertaModel):
         cfg.init_experts = _init_experts
         args.cfg = cfg
         with naming_conflicts():
-            return cls._finished(cls(args, SwitchRobertaEncoder(args, task.source_dictionary)), cfg)
+            return cls._finished(cls._built(args, task.source_dictionary), cfg)
+
+    @classmethod
+    def _built(cls, args: Any, dictionary: Dictionary) -> "SwitchRobertaModel":
+        return cls(args, SwitchRobertaEncoder(args, dictionary))
+
+    def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
+        """See fairseq; of a checkpoint of ``switch_electra`` the discriminator's layers are left.
+
+        It has no head that predicts masked words: that stays as it was drawn.
+        """
+        if not hasattr(self, "generator") and any(
+            key.startswith("generator.") for key in state_dict
+        ):
+            for key in list(state_dict):
+                if key.startswith(("generator.", "encoder.lm_head.")):
+                    del state_dict[key]
+            head = self.encoder.lm_head.state_dict(prefix="encoder.lm_head.")
+            if not self.args.untie_weights_roberta:
+                head["encoder.lm_head.weight"] = state_dict[
+                    "encoder.sentence_encoder.embed_tokens.weight"
+                ]
+            state_dict.update(head)
+        super().upgrade_state_dict_named(state_dict, name)
 
 
 class SwitchRobertaEncoder(RobertaEncoder):

@@ -43,7 +43,7 @@ def choices_of_batch(
     Args:
         seen: after ``model(**net_input)``.
         net_input: ``src_tokens``, which encoder layers read, and ``prev_output_tokens``, which
-            decoder layers read: (batch, length) each.
+            decoder layers read, but for those of language models: (batch, length) each.
         pad: symbol of padding.
 
     Returns:
@@ -51,8 +51,9 @@ def choices_of_batch(
     """
     sentences: List[SentenceChoices] = [{} for _ in range(len(net_input["src_tokens"]))]
     for name, routing in seen.items():
-        read = "src_tokens" if name.startswith("encoder") else "prev_output_tokens"
-        tokens_BL = net_input[read]
+        tokens_BL = net_input["src_tokens"]
+        if name.startswith("decoder"):
+            tokens_BL = net_input.get("prev_output_tokens", tokens_BL)
         # Layers see (length, batch).
         experts_LBK = routing.expert_index.unflatten(0, (-1, len(tokens_BL))).cpu().numpy()
         kept_BL = tokens_BL.ne(pad).cpu().numpy()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.comparison import results as test_set
+from fairseq_sparsemixer.comparison.conditions import main_metric
 from fairseq_sparsemixer.comparison.histories import (
     Histories,
     read_histories,
@@ -12,6 +13,7 @@ from fairseq_sparsemixer.comparison.histories import (
 )
 from fairseq_sparsemixer.comparison.speed_up import reach_best_loss, summarise
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.metrics import MAIN, Metric
 from fairseq_sparsemixer.report import gather, page
 from fairseq_sparsemixer.report.canvas import styles
 from fairseq_sparsemixer.report.drawing import draw
@@ -38,12 +40,14 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
     text, problem = _find_test_text(counted)
     results = test_set.read_results(arms, baseline, text, problem) if baseline else None
     histories = read_histories(arms)
+    main = main_metric(counted)
     speed_ups = _speed_ups(arms, baseline, histories)
     routing, routing_problems = _find_routing(arms, text, problem)
+    score = _score_of_points(histories)
     curves = {
         "validation": gather.validation_curves(arms, histories),
         "training": gather.training_curves(arms, histories),
-        "bleu": gather.point_curves(arms, histories, "bleu"),
+        "score": gather.point_curves(arms, histories, score.key),
     }
     loads = gather.find_loads(arms, histories)
     painter = Painter(folder, styles([arm.name for arm in arms], baseline))
@@ -55,6 +59,7 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
             sum(len(arm.runs) for arm in arms),
             len(counted),
             results.table if results else None,
+            main,
             speed_ups,
             test_set.SIGNIFICANT,
         ),
@@ -63,6 +68,9 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
         "without_time": {name: gather.without_time(found) for name, found in curves.items()},
         "uncounted": [arm.name for arm in arms if not arm.counted],
         **_of_test_set(arms, counted, results),
+        "score": score.title,
+        "metrics": [m for m in MAIN if any(run.scores.get(m.key) for run in counted)],
+        "compared": main is not None and main.key == "bleu",
         "loads": loads,
         "loads_of_test_set": [
             arm for arm, each in routing.items() if each["layers"] and arm not in loads
@@ -77,14 +85,22 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
         **_of_experts(routing),
         "routing_problems": routing_problems,
         **_of_settings(arms),
-        "figures": draw(painter, arms, histories, curves, results, loads, routing),
+        "figures": draw(painter, arms, histories, curves, score.title, results, loads, routing),
     }
+
+
+def _score_of_points(histories: Histories) -> Metric:
+    """What is drawn of points besides losses: BLEU, or what another task has in its place."""
+    measured = {key for each in histories.values() for point in each.points for key in point}
+    return next((metric for metric in MAIN if metric.key in measured), MAIN[0])
 
 
 def _find_test_text(counted: Sequence[Run]) -> Tuple[Optional[test_set.TestText], str]:
     """The text that runs were scored on; or why it is not there."""
     if not counted:
         return None, "no run is finished and scored"
+    if not all(run.scores.get("bleu") for run in counted):
+        return None, "these models do not translate"
     try:
         return test_set.read_test_text(counted), ""
     except UserError as error:
@@ -111,6 +127,9 @@ def _find_routing(
     for arm in arms:
         if not arm.counted:
             problems[arm.name] = "none of its runs is finished and scored"
+            continue
+        if not arm.counted[0].scores.get("bleu"):
+            problems[arm.name] = problem
             continue
         try:
             found[arm.name] = {

@@ -24,7 +24,7 @@ def _file(key: str) -> str:
 
 
 FILES = re.compile(
-    r"((validation|training|bleu)-(updates|minutes)|domains|load-at-end|load-over-time-\d+"
+    r"((validation|training|bleu|score)-(updates|minutes)|domains|load-at-end|load-(over-time|by-domain)-\d+"
     rf"|{'|'.join(map(_file, LAYERS))}|specialisation-(words|domains))\.(svg|png)"
 )
 """Names of all files that :func:`draw` may write."""
@@ -35,6 +35,7 @@ def draw(
     arms: Sequence[Arm],
     histories: Histories,
     curves: Dict[str, Curves],
+    score: str,
     results: Optional[Results],
     loads: Dict[str, Loads],
     routing: Dict[str, Dict[str, Any]],
@@ -44,13 +45,14 @@ def draw(
     Args:
         painter: with the folder that they are written to.
         arms, histories: of all runs.
-        curves: "validation", "training" and "bleu".
+        curves: "validation", "training" and "score".
+        score: what the last are of.
         results: of the test set, if known.
         loads: what :func:`.gather.find_loads` finds.
         routing: what :func:`.routing.routing_of_run` returns, by the arm's name.
     """
     return {
-        **_draw_curves(painter, curves),
+        **_draw_curves(painter, curves, score),
         "domains": _draw_domains(painter, results),
         **_draw_loads(painter, loads, routing),
         **_draw_layers(painter, arms, histories),
@@ -58,17 +60,19 @@ def draw(
     }
 
 
-def _draw_curves(painter: Painter, curves: Dict[str, Curves]) -> Dict[str, List[Figure]]:
+def _draw_curves(
+    painter: Painter, curves: Dict[str, Curves], score: str
+) -> Dict[str, List[Figure]]:
     """Over updates and, where it is known, over time."""
     labels = {
-        "validation": "validation nll, bits a token",
-        "training": "training nll, bits a token",
-        "bleu": "BLEU on validation sentences",
+        "validation": "validation nll, bits",
+        "training": "training nll, bits",
+        "score": f"{score} on the validation set",
     }
     drawn = {}
     for name, label in labels.items():
         both = [
-            painter.curves(f"{name}-{over}", curves[name], label, over, zoom=name != "bleu")
+            painter.curves(f"{name}-{over}", curves[name], label, over, zoom=name != "score")
             for over in ("updates", "minutes")
         ]
         drawn[name] = [figure for figure in both if figure is not None]
@@ -96,8 +100,13 @@ def _draw_loads(
                 for layer, values in found["layers"].items()
             }
     top = top_of_loads(list(loads.values()))
+    divided = {arm: each for arm, each in loads.items() if each.by_domain}
     return {
         "load": [painter.loads_at_end("load-at-end", ends)] if ends else [],
+        "load_by_domain": [
+            painter.loads_by_domain(f"load-by-domain-{number}", arm, each)
+            for number, (arm, each) in enumerate(divided.items(), 1)
+        ],
         "load_over_time": [
             painter.loads_over_time(f"load-over-time-{number}", arm, each, top)
             for number, (arm, each) in enumerate(loads.items(), 1)

@@ -48,11 +48,14 @@ class Loads(NamedTuple):
         seed: of the run.
         updates: at each of P points.
         layers: for each layer P lists of N shares.
+        by_domain: at the last point, for each layer the N shares of each domain (or pair of
+            languages); empty where the validation set has but one.
     """
 
     seed: int
     updates: List[int]
     layers: Dict[str, List[List[float]]]
+    by_domain: Dict[str, Dict[str, List[float]]]
 
 
 def validation_curves(arms: Iterable[Arm], histories: Histories) -> Curves:
@@ -208,6 +211,11 @@ def find_loads(arms: Iterable[Arm], histories: Histories) -> Dict[str, Loads]:
                     name: [p["layers"][name]["load"] for p in points]
                     for name in points[-1]["layers"]
                 }
-                found[arm.name] = Loads(run.seed, [p["updates"] for p in points], layers)
+                last = points[-1]["layers"]
+                by_domain = {name: last[name].get("load_by_domain", {}) for name in last}
+                if not all(len(shares) > 1 for shares in by_domain.values()):
+                    by_domain = {}
+                updates = [p["updates"] for p in points]
+                found[arm.name] = Loads(run.seed, updates, layers, by_domain)
                 break
     return found

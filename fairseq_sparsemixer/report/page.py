@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from fairseq_sparsemixer.evaluation.metrics import Metric
 from fairseq_sparsemixer.plotting import COLOURS
 
 NO_FIGURE = "–"
@@ -95,6 +96,7 @@ def at_a_glance(
     runs: int,
     counted: int,
     table: Optional[Dict[str, Any]],
+    metric: Optional[Metric],
     speed_ups: Dict[str, Dict[str, Any]],
     significant: float,
 ) -> List[str]:
@@ -102,14 +104,17 @@ def at_a_glance(
     lines = [
         f"{count(arms, 'arm')}, {count(runs, 'run')}, of which {counted} are finished and scored."
     ]
-    if table is None:
+    if table is None or metric is None:
         return lines
     rows = {row["model"]: row for row in table["rows"] if row["note"] is None}
     base = rows[table["baseline"]]
-    best = max(rows.values(), key=lambda row: row["bleu"])
-    text = f"Highest BLEU: {best['model']}, {with_deviation(best['bleu'], best['bleu_deviation'])}"
+    key, decimals = metric.key, metric.decimals
+    choose, word = (min, "Lowest") if metric.lower_is_better else (max, "Highest")
+    best = choose(rows.values(), key=lambda row: row[key])
+    figure = with_deviation(best[key], best[f"{key}_deviation"], decimals)
+    text = f"{word} {metric.title}: {best['model']}, {figure}"
     if best is not base:
-        text += f"; the baseline {base['model']} has {number(base['bleu'])}"
+        text += f"; the baseline {base['model']} has {number(base[key], decimals)}"
     lines.append(text + ".")
     tested = {name: row for name, row in rows.items() if row["p_value"] is not None}
     if tested:

@@ -97,16 +97,8 @@ class Painter:
         height = max(1.7, rows * (0.6 + 0.25 * max(map(len, tables.values()))) + 0.3)
         with canvas(FULL, height, (), rows, columns) as (figure, axes):
             for axis, (arm, table) in zip(axes, tables.items()):
-                image = axis.imshow(
-                    table * table.shape[1], cmap=HEAT, vmin=0, vmax=max(LEAST_TOP, most),
-                    aspect="auto", gid=self._id(arm),
-                )  # fmt: skip
-                if table.shape[1] <= MOST_NUMBERED:
-                    _number(axis, 100 * table, image)
-                axis.set_xticks(some(table.shape[1], MOST_NUMBERED))
-                axis.set_yticks(range(len(table)), list(loads[arm]))
-                axis.tick_params(length=0)
-                axis.spines[:].set_visible(False)
+                top = max(LEAST_TOP, most)
+                image = self._heat_map(axis, arm, table, top, list(loads[arm]))
                 axis.set_title(arm, loc="left")
             lowest(axes, len(loads), columns)
             figure.supxlabel("expert", fontsize="medium")
@@ -116,6 +108,41 @@ class Painter:
                 f"{', '.join(loads)}; the largest is {most:.2f} times an even share"
             )
             return keep(figure, self.folder, name, alt)
+
+    def loads_by_domain(self, name: str, arm: str, loads: Loads) -> Figure:
+        """Domains x experts, a panel for each layer of one arm."""
+        columns = min(2, len(loads.by_domain))
+        rows = -(-len(loads.by_domain) // columns)
+        domains = list(next(iter(loads.by_domain.values())))
+        height = rows * (0.6 + 0.25 * len(domains)) + 0.3
+        each = (s for shares in loads.by_domain.values() for s in shares.values())
+        top = max(LEAST_TOP, *(max(s) * len(s) for s in each))
+        with canvas(FULL, height, (), rows, columns) as (figure, axes):
+            for axis, (layer, shares) in zip(axes, loads.by_domain.items()):
+                table = np.array(list(shares.values()))
+                image = self._heat_map(axis, arm, table, top, list(shares))
+                axis.set_title(layer, loc="left")
+            lowest(axes, len(loads.by_domain), columns)
+            figure.supxlabel("expert", fontsize="medium")
+            _colour_bar(figure, axes, image, shrink=min(1, 2.2 / height))
+            alt = (
+                f"share of the choices that each expert of {arm} gets in {', '.join(domains)}, a "
+                "panel for each layer"
+            )
+            return keep(figure, self.folder, name, alt)
+
+    def _heat_map(self, axis: Any, arm: str, table: Any, top: float, rows: List[str]) -> Any:
+        """Shares by row and expert, as multiples of an even share; numbers are percent."""
+        image = axis.imshow(
+            table * table.shape[1], cmap=HEAT, vmin=0, vmax=top, aspect="auto", gid=self._id(arm)
+        )
+        if table.shape[1] <= MOST_NUMBERED:
+            _number(axis, 100 * table, image)
+        axis.set_xticks(some(table.shape[1], MOST_NUMBERED))
+        axis.set_yticks(range(len(table)), rows)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        return image
 
     def loads_over_time(self, name: str, arm: str, loads: Loads, top: float) -> Figure:
         """Updates x experts, a panel for each layer of one arm; colours end at ``top``."""

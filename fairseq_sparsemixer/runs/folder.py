@@ -34,8 +34,8 @@ _CONFIG = {
 }
 _SCORE = {"score": float}
 _EVALUATION = {
-    "scores": {"bleu": {**_SCORE, "signature?": str}, str: (_SCORE, None)},
-    "hypotheses": str,
+    "scores": {"bleu?": {**_SCORE, "signature?": str}, str: (_SCORE, None)},
+    "hypotheses?": str,
     "checkpoints": [
         {"name": str, "sha256": str, "updates": int, "path?": str, "averaged_from?": ([str], None)}
     ],
@@ -213,7 +213,7 @@ def find_scores(folder: Path, name: Optional[str]) -> Optional[Path]:
 
 
 def _is_evaluation(content: Any) -> bool:
-    needed = ("scores", "hypotheses", "data", "generation", "checkpoints")
+    needed = ("scores", "data", "generation", "checkpoints")
     return isinstance(content, dict) and all(key in content for key in needed)
 
 

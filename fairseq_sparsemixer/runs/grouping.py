@@ -22,7 +22,22 @@ class Arm(NamedTuple):
 
 
 def read_arms(paths: Iterable[Path], scores: Optional[str]) -> List[Arm]:
-    """The arms of all runs that ``paths`` are or hold.
+    """The arms of all runs that ``paths`` are or hold, which are of one task.
+
+    Raises:
+        UserError: as :func:`read_tasks`, or there are several tasks.
+    """
+    found = read_tasks(paths, scores)
+    if len(found) > 1:
+        raise UserError(
+            f"these runs are of the tasks {' and '.join(found)}: give RUN those of one, or compare "
+            "them with `fairseq-sparsemixer table`"
+        )
+    return next(iter(found.values()))
+
+
+def read_tasks(paths: Iterable[Path], scores: Optional[str]) -> Dict[str, List[Arm]]:
+    """The arms of all runs that ``paths`` are or hold, by fairseq's name of their task.
 
     Raises:
         UserError: there is no run, none has the evaluation ``scores``, or a file is damaged.
@@ -33,7 +48,11 @@ def read_arms(paths: Iterable[Path], scores: Optional[str]) -> List[Arm]:
             f"no run has an evaluation named {scores}; check --scores, or run "
             "`fairseq-sparsemixer evaluate` first"
         )
-    return group_runs(runs)
+    by_task: Dict[str, List[Run]] = {}
+    for run in runs:
+        name = str(run.settings.get("task._name", "")).replace("_with_routing", "")
+        by_task.setdefault(name, []).append(run)
+    return {task: group_runs(own) for task, own in by_task.items()}
 
 
 def group_runs(runs: Iterable[Run]) -> List[Arm]:

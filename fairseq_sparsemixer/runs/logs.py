@@ -110,8 +110,10 @@ def line_stats(
 
 def _numbers(text: str, updates: str, *needed: str) -> Optional[Dict[str, float]]:
     try:
-        # fairseq writes null for what it has no value of, such as a layer left out by LayerDrop.
-        stats = {key: float(value) for key, value in json.loads(text).items() if value is not None}
+        # fairseq writes null for what it has no value of, such as a layer left out by LayerDrop,
+        # and an empty list for predictions (--report-mcc).
+        known = {key: value for key, value in json.loads(text).items() if value not in (None, [])}
+        stats = {key: float(value) for key, value in known.items()}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # cut off when the process was killed, or of another program
     if not math.isfinite(stats.get(updates, math.nan)) or any(key not in stats for key in needed):

@@ -6,9 +6,13 @@
 ``cpu_seconds``       of the training process's threads in that time
 ``words``             of the target that were trained on, by all workers
 ``words_per_second``  of training, ``words`` over ``seconds``
-``loss``              of the whole validation set as the criterion reports it, bits a target token
-``nll_loss``          its negative log-likelihood, bits a target token
+``loss``              of the whole validation set as the criterion reports it, bits a target token;
+                      of pre-training bits a masked token, of classes bits a sentence
+``nll_loss``          its negative log-likelihood, likewise
 ``bleu, chrf``        sacreBLEU of ``sentences`` sentences of it, with ``signatures``
+``ppl``               of language models: perplexity of a token; ``bits_per_byte``
+``accuracy``          of classes: percent; ``acc_and_f1``, ``mcc``, ``pearson_and_spearman`` where
+                      the criterion reports them
 ``by_domain``         ``bleu``, ``chrf``, ``sentences``, ``nll_loss``, ``tokens`` of each domain
 ``layers``            for each layer with experts: ``load``, each expert's share of the choices;
                       ``load_by_domain``; ``entropy`` of a token's softmax over experts in nats;
@@ -31,12 +35,18 @@ from fairseq_sparsemixer.files import atomic_path, misfit, read_json, write_json
 
 FILE = "points.jsonl"
 """The file of the points in the folder of a run."""
+METRICS = (
+    *("bleu", "chrf", "ppl", "bits_per_byte"),
+    *("accuracy", "acc_and_f1", "mcc", "pearson_and_spearman"),
+)
+"""What a point holds of the whole validation set besides the losses, by its task."""
 _CURE = "remove it, or train anew"
 _NUMBER = (float, None)
 _POINT = {
     "updates": int,
     **dict.fromkeys(("seconds", "loss", "nll_loss"), _NUMBER),
-    **dict.fromkeys(("cpu_seconds?", "words?", "words_per_second?", "bleu?", "chrf?"), _NUMBER),
+    **dict.fromkeys(("cpu_seconds?", "words?", "words_per_second?"), _NUMBER),
+    **dict.fromkeys((f"{key}?" for key in METRICS), _NUMBER),
     "layers": {str: {"load?": [_NUMBER], "entropy?": _NUMBER, "drift?": _NUMBER}},
 }
 """What is read of a point, with what it must be."""

@@ -126,7 +126,7 @@ class Demo(NamedTuple):
             # A short one has written fewer, or only the last.
             last = in_order(folder)[-AVERAGED:] or [folder / LAST]
             average_checkpoints(last, folder / AVERAGE)
-            command = scoring_command(folder, AVERAGE, self.data, folder / SCORES)
+            command = scoring_command(folder, AVERAGE, folder / SCORES, f"--data={self.data}")
             yield Stage("evaluate", command)
 
 

@@ -185,21 +185,18 @@ def prepare_folder(folder: Path, binary: Path) -> None:
     copy_model_files(binary, folder)
 
 
-def scoring_command(
-    run: object, checkpoint: str, data: object, output: object, *more: str
-) -> List[str]:
-    """The command line that translates and scores the test set.
+def scoring_command(run: object, checkpoint: str, output: object, *more: str) -> List[str]:
+    """The command line that scores a run on the test set.
 
     Args:
         run: folder of the run.
         checkpoint: its file's name.
-        data: the prepared corpus.
         output: the JSON file.
         more: further flags.
     """
     return [
         *(sys.executable, "-m", "fairseq_sparsemixer.cli", "evaluate"),
-        *("--checkpoint", checkpoint, f"--data={data}", *more, f"--output={output}"),
+        *("--checkpoint", checkpoint, *more, f"--output={output}"),
         *("--", str(run)),  # whatever it is called
     ]
 

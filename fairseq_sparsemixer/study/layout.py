@@ -1,33 +1,44 @@
-"""The folder of a study: plan, configs and corpus, so that it depends on nothing else."""
+"""The folder of a study: all that it depends on.
+
+====================  ===========================================================================
+``plan.yaml``         the plan, as it was last given
+``configs/``          hydra's
+``data/``             the corpus, and of one language what :mod:`.corpora.one_side` makes of it
+``ARM-seedK/``        the runs; with ``finetune_from``, :data:`PRETRAINED` is what each begins with
+====================  ===========================================================================
+"""
 
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
-from fairseq.data import Dictionary
-from fairseq.tasks.translation import TranslationTask
+from fairseq import tasks
+from fairseq.models import ARCH_MODEL_REGISTRY
 
 from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD, unchanged
+from fairseq_sparsemixer.corpora.one_side import INPUT, LABEL, lay_out_side
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.translator import find_languages
-from fairseq_sparsemixer.files import atomic_path, read_json
+from fairseq_sparsemixer.files import atomic_path, read_json, sha256_of
+from fairseq_sparsemixer.models.config import SIDES
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.record import refuse_other
 from fairseq_sparsemixer.study.engine import read_state
-from fairseq_sparsemixer.study.plan import Plan, read_plan
+from fairseq_sparsemixer.study.plan import CHECKPOINTS, Plan, read_plan
 from fairseq_sparsemixer.training import resources
 from fairseq_sparsemixer.training.resources import Parameters
-from fairseq_sparsemixer.training.settings import CONFIGS, compose
+from fairseq_sparsemixer.training.settings import CONFIGS, compose, quoted
 
 PLAN = "plan.yaml"
 STATE = "study.json"
 """In the folder of a run: how it is made, and for how many updates it is finished."""
+PRETRAINED = "pretrained.pt"
 KEY = "by_machine"
 """In the state of a run: what the machine chose that began it."""
 _STATE = {
     "finished_updates?": int,
     "overrides?": [str],
     "config?": str,
+    "language?": str,
     "evaluate_every?": int,
     "score?": str,
     "beam?": int,
@@ -36,7 +47,7 @@ _STATE = {
 
 
 def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]:
-    """Copy corpus, configs and plan into the study's folder, so that it depends on nothing else.
+    """Copy all that the study depends on into its folder.
 
     What is there stays: corpus and configs are those that the study began with. A plan may have
     grown by arms, seeds or updates; it is copied last, once nothing speaks against it.
@@ -45,9 +56,13 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
         The plan, and the parameters of each arm.
 
     Raises:
-        UserError: the plan is wrong or does not go with what was trained; there is no such corpus.
+        UserError: the plan is wrong or does not go with what was trained; there is no such corpus,
+            or no such model to begin with.
     """
     plan = read_plan(plan_file)
+    own = folder / "configs"
+    configs = own if (own / f"{plan.config}.yaml").is_file() else CONFIGS
+    plan = _without_missing_sides(plan, _config(configs, plan, plan_file))
     for run in plan.runs():
         refuse_other(
             folder / run.name,
@@ -58,12 +73,67 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
             shown=lambda value: " ".join(value) if isinstance(value, list) else str(value),
         )
     if plan_file != folder / PLAN:
-        _copy_corpus(plan.data, folder / "data", plan_file)
-        _copy_configs(CONFIGS / f"{plan.config}.yaml", folder / "configs", plan_file)
+        _copy_corpus(plan, folder / "data", plan_file)
+        _copy_configs(CONFIGS / f"{plan.config}.yaml", own)
+        _copy_models(plan, folder)
     parameters = _count_parameters(folder, plan)
     if plan_file != folder / PLAN:
         _copy(plan_file, folder / PLAN)
     return plan, parameters
+
+
+def _config(configs: Path, plan: Plan, plan_file: Path) -> Any:
+    """The config of all arms, filled in.
+
+    Raises:
+        UserError: there is none of that name, or its task does not go with ``language``.
+    """
+    if not (configs / f"{plan.config}.yaml").is_file():
+        raise UserError(f"there is no {configs / plan.config}.yaml: check config in {plan_file}")
+    cfg = compose(configs.resolve(), ["checkpoint.save_dir=."], plan.config)
+    pairs = "source_lang" in cfg.task
+    if pairs == (plan.language is not None):
+        what = "pairs of sentences: leave language out" if pairs else "one text: say language"
+        raise UserError(f"{plan_file}: the task of {plan.config}.yaml takes {what}")
+    return cfg
+
+
+def _without_missing_sides(plan: Plan, cfg: Any) -> Plan:
+    """Arms without what says that a side has no experts which the model does not have."""
+    sides = getattr(ARCH_MODEL_REGISTRY.get(cfg.model._name), "sides", SIDES)
+    missing = {f"model.{side}_moe_layers=none" for side in SIDES if side not in sides}
+    arms = {
+        name: [each for each in overrides if each not in missing]
+        for name, overrides in plan.arms.items()
+    }
+    return plan._replace(arms=arms)
+
+
+def task_overrides(folder: Path, plan: Plan, seen: Path = Path()) -> List[str]:
+    """What the task is told of the corpus.
+
+    Args:
+        folder: of the study.
+        plan: of it.
+        seen: the same folder, as seen from where the overrides are for.
+
+    Raises:
+        UserError: the config tells apart domains, and the corpus has none.
+    """
+    if plan.language is None:
+        return [f"task.data={quoted(seen / 'data' / 'bin')}"]
+    cfg = compose((folder / "configs").resolve(), ["checkpoint.save_dir=."], plan.config)
+    side = Path("data", plan.language)
+    if "num_classes" not in cfg.task:
+        return [f"task.data={quoted(seen / side / INPUT)}"]
+    dictionary = folder / side / LABEL / "dict.txt"
+    if not dictionary.is_file():
+        raise UserError(
+            f"the pairs of {folder / 'data'} have no domains, which {plan.config}.yaml tells "
+            "apart: change data to a corpus with raw/train.domain, such as debian"
+        )
+    classes = len(dictionary.read_text(encoding="utf-8").splitlines())
+    return [f"task.data={quoted(seen / side)}", f"task.num_classes={classes}"]
 
 
 def read_run_state(folder: Path) -> Dict[str, Any]:
@@ -72,8 +142,9 @@ def read_run_state(folder: Path) -> Dict[str, Any]:
     return {"score": "last", **state} if state else {}  # all did, before there was a choice
 
 
-def _copy_corpus(data: Path, target: Path, plan_file: Path) -> None:
+def _copy_corpus(plan: Plan, target: Path, plan_file: Path) -> None:
     """What training and scoring read of it, its record last."""
+    data = plan.data
     source, copy = data / CORPUS_RECORD, target / CORPUS_RECORD
     if copy.is_file():
         cure = "make the corpus anew with `fairseq-sparsemixer prepare`"
@@ -91,23 +162,53 @@ def _copy_corpus(data: Path, target: Path, plan_file: Path) -> None:
             f"`fairseq-sparsemixer prepare`, or change data in {plan_file}"
         )
     with unchanged(data):
-        for path in [*data.glob("bin/*"), *held_out, *data.glob("copy/*")]:
+        labels = data.glob("raw/train.domain") if plan.language else ()
+        for path in [*data.glob("bin/*"), *held_out, *labels, *data.glob("copy/*")]:
             _copy(path, target / path.relative_to(data))
         record = source.read_bytes()
+    if plan.language:
+        lay_out_side(target, plan.language)
     with atomic_path(copy) as partial:
         partial.write_bytes(record)
 
 
-def _copy_configs(config: Path, target: Path, plan_file: Path) -> None:
+def _copy_configs(config: Path, target: Path) -> None:
     """The config and all that it may be composed of; itself last, which says that all is there."""
     if (target / config.name).is_file():
         return
-    if not config.is_file():
-        raise UserError(f"there is no {config}: check config in {plan_file}")
     others = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path != config]
     for path in [*others, config]:
         if not (target / path.relative_to(CONFIGS)).is_file():
             _copy(path, target / path.relative_to(CONFIGS))
+
+
+def _copy_models(plan: Plan, folder: Path) -> None:
+    """Those that the runs begin with, of the study that ``finetune_from`` names.
+
+    Raises:
+        UserError: a run of that study is not finished, or is not the one that this study began
+            with.
+    """
+    before = plan.finetune_from
+    if before is None:
+        return
+    for run in plan.runs():
+        state, copy = read_run_state(before / run.name), folder / run.name / PRETRAINED
+        if not state.get("finished_updates"):
+            if copy.is_file():
+                continue
+            raise UserError(
+                f"finetune_from: {before / run.name} is not finished: finish the study {before} "
+                "first, or leave the arm or seed out of this plan"
+            )
+        source = before / run.name / CHECKPOINTS[state["score"]]
+        if not copy.is_file():
+            _copy(source, copy)
+        elif sha256_of(source) != sha256_of(copy):
+            raise UserError(
+                f"{source} is not the model that {folder} began with: name another folder with "
+                "--output"
+            )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -120,6 +221,7 @@ def made_with(plan: Plan, run: Variant) -> Dict[str, Any]:
     return {
         "overrides": run.overrides,
         "config": plan.config,
+        **({"language": plan.language} if plan.language else {}),
         "evaluate_every": plan.evaluate_every,
         "score": plan.score,
         "beam": plan.beam,
@@ -132,15 +234,13 @@ def _count_parameters(folder: Path, plan: Plan) -> Dict[str, Parameters]:
     Raises:
         UserError: hydra or the model refuses an arm's settings.
     """
-    binary = folder / "data" / "bin"
+    data = task_overrides(folder, plan, folder.resolve())
     found: Dict[str, Parameters] = {}
     for name, overrides in plan.arms.items():
         try:
-            settings = [*overrides, "checkpoint.save_dir=."]
+            settings = [*data, *overrides, "checkpoint.save_dir=."]
             cfg = compose((folder / "configs").resolve(), settings, plan.config)
-            languages = find_languages(cfg.task.source_lang, cfg.task.target_lang, [binary])
-            dictionaries = [Dictionary.load(str(binary / f"dict.{each}.txt")) for each in languages]
-            model = resources.build_on_meta(cfg.model, TranslationTask(cfg.task, *dictionaries))
+            model = resources.build_on_meta(cfg.model, tasks.setup_task(cfg.task))
         except UserError as error:
             raise UserError(f"arm {name}: {error}") from error
         found[name] = resources.count_parameters(model)

@@ -10,15 +10,17 @@
     switch-4-released: {router: switch, experts: 4, overrides: [criterion.routing_loss=released]}
     full-gate-4: {router: sparsemixer, experts: 4, options: {gate: full}}  # --router-options
 
-Further keys, with their defaults: ``config: study`` (of configs/), ``jobs: 1`` (models trained at
-once), ``score: last`` (or ``best``: the checkpoint that translates the test set), ``beam: 4`` (of
-it), ``overrides: []`` (hydra's, of every arm).
+Further keys, with their defaults: ``config: study`` (of configs/, which says what the task is),
+``language`` (of the corpus, for tasks of one text), ``finetune_from`` (a finished study: each run
+begins with the model of its arm and seed there), ``jobs: 1`` (models trained at once), ``score:
+last`` (or ``best``: the checkpoint that is scored on the test set), ``beam: 4`` (of its
+translation), ``overrides: []`` (hydra's, of every arm).
 """
 
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import yaml
 
@@ -41,16 +43,20 @@ class Plan(NamedTuple):
     Attributes:
         data: the prepared corpus.
         config: of ``configs/``.
+        language: of the corpus; None where the task takes pairs.
+        finetune_from: folder of a study, if any.
         updates, evaluate_every: of the parameters.
         seeds: of ``common.seed``.
         jobs: models trained at once.
-        score: the checkpoint that translates the test set, one of :data:`CHECKPOINTS`.
+        score: the checkpoint that is scored on the test set, one of :data:`CHECKPOINTS`.
         beam: of the final translation of the test set.
         arms: the overrides of each, common ones first.
     """
 
     data: Path
     config: str
+    language: Optional[str]
+    finetune_from: Optional[Path]
     updates: int
     evaluate_every: int
     seeds: List[int]
@@ -111,6 +117,7 @@ def read_plan(path: Path) -> Plan:
         raise UserError(f"{path} is no plan of a study: it holds no keys such as arms and seeds")
     values = {
         **{"config": "study", "jobs": 1, "score": "last", "beam": 4, "overrides": []},
+        **{"language": None, "finetune_from": None},
         **content,
     }
     for key in ("data", "updates", "evaluate_every", "seeds", "arms"):
@@ -121,10 +128,13 @@ def read_plan(path: Path) -> Plan:
         raise UserError(f"{path}: there is no key {unknown[0]}; see docs/study.md")
     for key in ("updates", "evaluate_every", "jobs", "beam"):
         _check(_is_count(values[key]), path, f"{key} must be a whole number of at least 1{_MOST}")
-    for key in ("data", "config"):
-        _check(isinstance(values[key], str), path, f"{key} must be a name")
+    for key in ("data", "config", "language", "finetune_from"):
+        optional = values[key] is None and key not in ("data", "config")
+        _check(optional or isinstance(values[key], str), path, f"{key} must be a name")
     _check(values["score"] in CHECKPOINTS, path, f"score must be {' or '.join(CHECKPOINTS)}")
     _check(_NAME.fullmatch(values["config"]), path, "config must be the name of one of configs/")
+    language = values["language"]
+    _check(language is None or _NAME.fullmatch(language), path, "language must be one of the data")
     _check(
         _is_list(values["seeds"]) and all(map(_is_count, values["seeds"])),
         path,
@@ -139,7 +149,9 @@ def read_plan(path: Path) -> Plan:
     common = _overrides(values.pop("overrides"), path, "overrides")
     _check(isinstance(values["arms"], dict), path, "arms must be names with what they are")
     arms = {name: [*common, *_arm(name, arm, path)] for name, arm in values["arms"].items()}
-    return Plan(**{**values, "data": Path(values["data"]), "arms": arms})
+    before = values["finetune_from"]
+    values.update(data=Path(values["data"]), finetune_from=before and Path(before), arms=arms)
+    return Plan(**values)
 
 
 def _arm(name: str, arm: Any, path: Path) -> List[str]:
@@ -200,6 +212,7 @@ def _overrides(values: Any, path: Path, what: str) -> List[str]:
 _MADE_HERE: Mapping[str, str] = {
     "common.seed": "seeds",
     "task.data": "data",
+    "checkpoint.finetune_from_model": "finetune_from",
     "optimization": "updates, and optimization.lr=[...] for the rate",
     "optimization.max_update": "updates",
     "optimization.max_epoch": "updates",

@@ -9,6 +9,7 @@ from typing import Any, Dict, Generator, List, NamedTuple, Optional
 import torch
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.evaluation.metrics import METRICS
 from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs import points, record
@@ -22,7 +23,16 @@ from fairseq_sparsemixer.study.engine import (
     prepare_folder,
     scoring_command,
 )
-from fairseq_sparsemixer.study.layout import KEY, PLAN, STATE, lay_out, made_with, read_run_state
+from fairseq_sparsemixer.study.layout import (
+    KEY,
+    PLAN,
+    PRETRAINED,
+    STATE,
+    lay_out,
+    made_with,
+    read_run_state,
+    task_overrides,
+)
 from fairseq_sparsemixer.study.machine import Choice, choose
 from fairseq_sparsemixer.study.plan import CHECKPOINTS, Plan
 from fairseq_sparsemixer.training import process
@@ -31,6 +41,8 @@ from fairseq_sparsemixer.training.resources import Parameters
 from fairseq_sparsemixer.training.settings import CHECKOUT, PACKAGE, quoted, training_command
 
 SCORES = Path("evaluation", "test.json")
+# The same for all seeds of an arm, which are told apart by nothing else.
+BEGINNING = (f"checkpoint.finetune_from_model='${{checkpoint.save_dir}}/{PRETRAINED}'",)
 
 
 def run(
@@ -117,6 +129,7 @@ class _Study:
         self.choice = choice
         self.records = records
         self.lock = lock
+        self.task = task_overrides(folder, plan)
         self.waiting = [run for run in plan.runs() if not self._finished(run)]
         self.jobs = min(jobs, max(1, len(self.waiting)))
         self.done = len(plan.runs()) - len(self.waiting)
@@ -182,7 +195,9 @@ class _Study:
             command = self._training_command(run)
             yield Stage("train", command, folder / "train.log", environment)
         what, beam = CHECKPOINTS[self.plan.score], ("--beam", str(self.plan.beam))
-        command = scoring_command(run.name, what, "data", Path(run.name, SCORES), *beam)
+        # A corpus for its text; else what the task reads, which is what the run was trained on.
+        data = () if self.plan.language else ("--data=data",)
+        command = scoring_command(run.name, what, Path(run.name, SCORES), *data, *beam)
         yield Stage("evaluate", command, folder / "evaluate.log", environment)
         self._finish(run)
 
@@ -206,10 +221,11 @@ class _Study:
             f"common.user_dir={quoted(PACKAGE)}",
             f"common.cpu={str(not torch.cuda.is_available()).lower()}",
             "distributed_training.distributed_world_size=1",
-            "task.data=data/bin",
+            *self.task,
             f"optimization.max_update={self.plan.updates}",
             f"dataset.validate_interval_updates={every}",
             f"checkpoint.save_interval_updates={every}",
+            *(BEGINNING if self.plan.finetune_from else ()),
             *self.choice.of(run),
             *run.overrides,
         ]
@@ -231,9 +247,14 @@ class _Study:
         self.done += 1
         self.gains += 1
         scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))["scores"]
+        figures = [
+            f"{metric.title} {scores[metric.key]['score']:.{metric.decimals}f}"
+            for metric in METRICS
+            if scores.get(metric.key)
+        ]
         print(
-            f"{run.name}: finished, BLEU {scores['bleu']['score']:.2f}, chrF2 "
-            f"{scores['chrf']['score']:.2f} ({self.done} of {len(self.plan.runs())} runs)",
+            f"{run.name}: finished, {', '.join(figures)} "
+            f"({self.done} of {len(self.plan.runs())} runs)",
             flush=True,
         )
 

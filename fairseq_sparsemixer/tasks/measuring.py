@@ -17,12 +17,12 @@ from fairseq_sparsemixer.runs.points import number
 
 
 class Sentence(NamedTuple):
-    """What the model does with one pair of the validation set under teacher forcing."""
+    """What the model does with one sample of the validation set under teacher forcing."""
 
     nll: float
-    """Nats, of the whole target."""
+    """Nats, of the whole target; 0 where that was not asked for."""
     tokens: int
-    """Of the target, end of sentence included."""
+    """Of the target, end of sentence included; 0 likewise."""
     choices: SentenceChoices
 
 
@@ -31,13 +31,16 @@ Sentences = Dict[int, Sentence]
 
 
 @contextlib.contextmanager
-def observe(model: nn.Module, sample: Dict[str, Any], pad: int) -> Iterator[Sentences]:
+def observe(
+    model: nn.Module, sample: Dict[str, Any], pad: int, losses: bool
+) -> Iterator[Sentences]:
     """The sentences of ``sample``, filled in when the block has run ``model`` on them.
 
     Args:
         model: called in the block, in evaluation mode and without gradient.
         sample: a batch of the validation set: ``id``, ``net_input`` and ``target``.
         pad: symbol of padding.
+        losses: whether to tell those of each sentence, by the probability of each target token.
     """
     outputs: List[Any] = []
     sentences: Sentences = {}
@@ -51,16 +54,17 @@ def observe(model: nn.Module, sample: Dict[str, Any], pad: int) -> Iterator[Sent
         finally:
             handle.remove()
     output, routings = outputs[-1]
-    target_BL = sample["target"]
-    log_probs = model.get_normalized_probs(output, log_probs=True)  # type: ignore[operator]
-    kept_BL = target_BL.ne(pad)
-    nll_BL = -log_probs.gather(-1, target_BL.unsqueeze(-1)).squeeze(-1)
-    nll_B = nll_BL.masked_fill(~kept_BL, 0.0).sum(-1).tolist()
-    choices = choices_of_batch(routings, sample["net_input"], pad)
-    for line, nll, tokens, choice in zip(
-        sample["id"].tolist(), nll_B, kept_BL.sum(-1).tolist(), choices
-    ):
-        sentences[line] = Sentence(nll, tokens, choice)
+    lines = sample["id"].tolist()
+    nll_B, tokens_B = [0.0] * len(lines), [0] * len(lines)
+    if losses:
+        target_BL = sample["target"]
+        log_probs = model.get_normalized_probs(output, log_probs=True)  # type: ignore[operator]
+        kept_BL = target_BL.ne(pad)
+        nll_BL = -log_probs.gather(-1, target_BL.unsqueeze(-1)).squeeze(-1)
+        nll_B = nll_BL.masked_fill(~kept_BL, 0.0).sum(-1).tolist()
+        tokens_B = kept_BL.sum(-1).tolist()
+    choices_B = choices_of_batch(routings, sample["net_input"], pad)
+    sentences.update(zip(lines, map(Sentence, nll_B, tokens_B, choices_B)))
 
 
 def is_first_worker() -> bool:
@@ -217,7 +221,7 @@ def scalars(point: Mapping[str, Any]) -> Dict[str, float]:
 
     Points of earlier versions come here, too: a key that is newer than ``drift`` may be missing.
     """
-    found = {key: point[key] for key in ("bleu", "chrf") if key in point}
+    found = {key: point[key] for key in ("bleu", "chrf", "bits_per_byte") if key in point}
     for domain, figures in point.get("by_domain", {}).items():
         for key in figures.keys() - {"tokens", "sentences"}:
             found[f"{key}/{domain}"] = figures[key]

@@ -4,9 +4,10 @@ The model is built on torch's meta device, without storage. Nothing here was fit
 """
 
 import re
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.models.layers import switch_layers
@@ -53,6 +54,17 @@ class Parameters(NamedTuple):
     computed: int
 
 
+class _StayOnMeta(TorchFunctionMode):
+    """Leaves tensors without storage where they are: fairseq's BERT draws weights on the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.cpu and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def build_on_meta(settings: Any, task: Any) -> Any:
     """The model without storage; gaps of ``settings`` (hydra's node ``model``) are filled.
 
@@ -64,7 +76,7 @@ def build_on_meta(settings: Any, task: Any) -> Any:
         UserError: for a setting that is unknown, out of range or not supported.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _StayOnMeta():
             return task.build_model(settings)
     except UserError:
         raise

@@ -19,13 +19,13 @@ from fairseq_sparsemixer.errors import UserError
         (["debian", "--wheel", "x"], "--wheel: such flags go with the corpus homeassistant only"),
         (["debian", "--raw-dir", "x"], "leave out the corpus"),
         (["debian", "--downloads", __file__], "--downloads .* is not a folder"),
-        (["debian", "--mirror", "x"], "--mirror: .* corpora wmt14, iwslt14 only"),
+        (["debian", "--mirror", "x"], "--mirror: .* corpora wmt14, iwslt14, glue only"),
         (["iwslt14", "--pipeline", "moses"], "--pipeline: .* the corpus wmt14 only"),
         (["iwslt14", "--vocab-size", "100"], r"--vocab-size: .*iwslt14 has --merges"),
         (["iwslt14", "--workers", "0"], "--workers 0 does nothing"),
         (["iwslt14", "--source-lang", "de"], "only go with --raw-dir"),
-        (["homeassistant", "--downloads", "x"], "corpora debian, wmt14, iwslt14 only"),
-        (["--raw-dir", "x", "--downloads", "x"], "corpora debian, wmt14, iwslt14 only"),
+        (["homeassistant", "--downloads", "x"], "corpora debian, wmt14, iwslt14, glue only"),
+        (["--raw-dir", "x", "--downloads", "x"], "corpora debian, wmt14, iwslt14, glue only"),
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path, arguments, message):

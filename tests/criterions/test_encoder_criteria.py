@@ -7,6 +7,7 @@ import pytest
 import torch
 from fairseq.criterions.masked_lm import MaskedLmLoss
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
+from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from support.models import TargetTask, build
 
@@ -164,6 +165,53 @@ def test_regression_has_the_routing_losses_too():
         for weights in (ON, OFF)
     )
     assert with_losses > without + 0.3
+
+
+class NumberTask(TargetTask):
+    """Whose classes are numbers, as those of GLUE's that need more than their share."""
+
+    def __init__(self):
+        super().__init__()
+        self.label_dictionary = Dictionary()
+        for label in ("1", "0"):
+            self.label_dictionary.add_symbol(label)
+
+
+MEASURES = {
+    # Of targets 1 1 1 1 0 0 and predictions 1 1 1 0 1 0: three found, one more named, one missed.
+    "report_mcc": {"mcc": 100 * (3 * 1 - 1 * 1) / (4 * 4 * 2 * 2) ** 0.5},
+    "report_acc_and_f1": {"f1": 75.0, "acc_and_f1": 70.8, "accuracy": 66.7},
+    # Of 1 2 3 and 1 3 2: deviations -1 0 1 and -1 1 0, which are the ranks', too.
+    "report_pearson_and_spearman": {"pearson": 50.0, "spearman": 50.0},
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measures_of_glue_by_hand(measure):
+    """Of all batches together, and, where there are several workers, of all of them."""
+    scores = measure == "report_pearson_and_spearman"
+    cfg = SentencePredictionWithRoutingConfig(regression_target=scores, **{measure: True})
+    criterion = SentencePredictionWithRouting.build_criterion(cfg, NumberTask())
+    assert not criterion.logging_outputs_can_be_summed()
+    assert sentence_prediction().logging_outputs_can_be_summed()
+    model = model_of().eval()
+    model.register_classification_head(HEAD, num_classes=1 if scores else 2)
+    if scores:
+        batches = [([[1.0]], [1.0]), ([[3.0], [2.0]], [2.0, 3.0])]
+    else:
+        one, none = [2.0, -2.0], [-2.0, 2.0]  # "1" is the first class
+        batches = [([one, one, one, none], [0, 0, 0, 0]), ([one, none], [1, 1])]
+    outputs = []
+    for logits, targets in batches:
+        head = torch.nn.Module()
+        head.forward = lambda _, logits=logits: torch.tensor(logits)
+        model.classification_heads[HEAD] = head
+        outputs.append(criterion(model, sample(torch.tensor(targets)))[2])
+    with metrics.aggregate(new_root=True) as found:
+        type(criterion).reduce_metrics(outputs)
+        found = found.get_smoothed_values()
+    for name, expected in MEASURES[measure].items():
+        assert found[name] == pytest.approx(expected, abs=0.06), name
 
 
 # What does not go together

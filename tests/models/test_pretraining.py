@@ -1,22 +1,34 @@
 """RoBERTa and language models through fairseq's own command lines."""
 
+import json
 import re
 import shutil
 
 import pytest
 import torch
 from support import commands, one_text
-from support.commands import load, parameters
-from support.one_text import CLASSES, MASKED, WORDS
+from support.commands import SENTENCES, load, parameters
+from support.one_text import CLASSES, MASKED, REPLACED, WORDS
 from support.training import assert_same, last_line, train_on_workers
 
-from fairseq_sparsemixer.models import SwitchRobertaModel, SwitchTransformerLanguageModel
+from fairseq_sparsemixer import cli
+from fairseq_sparsemixer.models import (
+    SwitchElectraModel,
+    SwitchRobertaModel,
+    SwitchTransformerLanguageModel,
+)
+from fairseq_sparsemixer.runs import points
 
 CONFIGS = commands.PACKAGE.parent / "configs"
-KINDS = {"masked": (MASKED, "input0"), "classes": (CLASSES, "."), "words": (WORDS, "input0")}
+KINDS = {
+    "masked": (MASKED, "input0"),
+    "replaced": (REPLACED, "input0"),
+    "classes": (CLASSES, "."),
+    "words": (WORDS, "input0"),
+}
 FIRST_OF_KINDS = [
-    "masked",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("classes", "words")),
+    "replaced",  # and so masked ones, too
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("masked", "classes", "words")),
 ]
 LIKE_PRETRAINING = {"optimizer": {**commands.ADAM, "lr": 0.003}, "no_epoch_checkpoints": True}
 UPDATES = 6
@@ -29,12 +41,14 @@ def one_text_data(shared, server):
 
 @pytest.fixture(scope="session")
 def trained(shared, one_text_data, server):
-    """Six updates of each kind, with a moving average: ``log`` and the checkpoints."""
+    """Six updates of each kind, measured, with a moving average: ``log``, points, checkpoints."""
 
     def build(directory):
         for kind, (settings, data) in KINDS.items():
-            settings = {**LIKE_PRETRAINING, **settings, "max_update": UPDATES, "store_ema": True}
             folder = directory / kind
+            settings = {**LIKE_PRETRAINING, **settings, "max_update": UPDATES, "store_ema": True}
+            settings["task"] += "_with_routing"
+            settings["points_file"] = folder / points.FILE
             text = one_text.train(server, one_text_data / data, folder, **settings)
             (folder / "log").write_text(text)
 
@@ -72,9 +86,69 @@ def test_validation_finds_what_training_found(kind, trained, one_text_data, serv
     )
     expected = valid((trained / kind / "log").read_text())
     found = valid(text)
-    for name in ("loss", "nll_loss", "balance_loss"):
+    measures = {
+        # Of batches of another size the discriminator's loss has another weight beside the other.
+        "replaced": ("discriminator_loss", "accuracy", "replaced", "precision", "recall"),
+    }
+    for name in ("nll_loss", "balance_loss", *measures.get(kind, ["loss"])):
         assert found[name] == pytest.approx(expected[name], abs=2e-3), name
-    assert ("accuracy" in found) == (kind == "classes")
+    assert ("accuracy" in found) == (kind in ("classes", "replaced"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_finds_what_training_found(kind, trained, one_text_data, tmp_path):
+    """`fairseq-sparsemixer evaluate`, on the validation set."""
+    run, output = trained / kind, tmp_path / "valid.json"
+    arguments = ["evaluate", str(run), "--checkpoint", "checkpoint_last.pt", "--subset", "valid"]
+    assert cli.main([*arguments, "--output", str(output)]) == 0
+    scores = {key: each["score"] for key, each in json.loads(output.read_text())["scores"].items()}
+    (point,) = points.read_points(run / points.FILE)
+    assert scores.pop("nll") == pytest.approx(point["nll_loss"], abs=1e-3)
+    expected = {key: value for key, value in point.items() if key in points.METRICS}
+    assert scores == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_is_not_of_such_models_is_told(trained, tmp_path, capsys):
+    run = str(trained / "masked" / "checkpoint_last.pt")
+    for more, message in (
+        (["--tokenize", "char"], "--tokenize: such flags are for models that translate"),
+        (["--subset", "tset"], "tset.idx: name another set with --subset, or with --data"),
+        (["--data", str(tmp_path)], f"cannot read the dictionary {tmp_path}/dict.txt"),
+    ):
+        assert cli.main(["evaluate", run, "--output", str(tmp_path / "x.json"), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_points_hold_what_the_task_measures(trained, one_text_data):
+    """The figures of fairseq's log, and which experts the tokens of all sentences chose."""
+    tokens = {}
+    for kind, key in (("masked", None), ("classes", "accuracy"), ("words", "ppl")):
+        logged = valid((trained / kind / "log").read_text())
+        (point,) = points.read_points(trained / kind / points.FILE)
+        assert point["updates"] == UPDATES
+        for name in ("loss", "nll_loss", *([key] if key else [])):
+            assert point[name] == pytest.approx(logged[name], abs=1e-3), name
+        own = {"masked": set(), "classes": {key}, "words": {key, "bits_per_byte"}}
+        assert point.keys() & set(points.METRICS) == own[kind]
+        (name,) = point["layers"]
+        assert max(point["layers"][name]["load"]) == pytest.approx(
+            logged["max_expert_share"], abs=1e-4
+        )
+        choices = points.load_choices(trained / kind / points.FILE, UPDATES + 1)
+        tokens[kind] = len(choices[name])
+    lines = (one_text_data / "raw" / "valid").read_text().splitlines()
+    words = sum(len(line.split()) for line in lines)
+    # The end of a sentence counts everywhere, and its beginning where there is one.
+    assert tokens == {
+        "masked": words + 2 * len(lines),
+        "classes": words + 2 * len(lines),
+        "words": words + len(lines),
+    }
+    # Of a word each letter and the space, or the end of the line, after it.
+    size = sum(len(f"{line}\n".encode()) for line in lines)
+    bits = point["nll_loss"] * tokens["words"]
+    assert point["bits_per_byte"] == pytest.approx(bits / size, rel=1e-6)
 
 
 # No randomness, plain SGD, and routing losses as large as the rest: a step is a gradient.
@@ -100,10 +174,10 @@ GRADIENT = {
 @pytest.mark.parametrize(
     ("kind", "spread"),
     [
-        ("masked", 1),
+        ("replaced", 1),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("classes", 1), ("words", 1), ("masked", 2), ("words", 2))
+            for case in (("masked", 1), ("classes", 1), ("words", 1), ("replaced", 2), ("words", 2))
         ),
     ],
 )
@@ -131,22 +205,53 @@ def test_two_workers_take_the_steps_of_one(kind, spread, one_text_data, tmp_path
 
 
 @pytest.mark.slow
-def test_fine_tuning_goes_on_from_what_was_pre_trained(trained, one_text_data, tmp_path, server):
-    """From a file whose head is another: all but the head begins as it ended."""
+def test_two_workers_measure_what_one_does(one_text_data, tmp_path, server):
+    """Where a validation's measure is none that could be added up."""
+    data = shutil.copytree(one_text_data, tmp_path / "data")
+    for split in SENTENCES:
+        lines = (data / "raw" / split).read_text().splitlines()
+        scores = [f"{int(line.split()[0][1:]) / 24}\n" for line in lines]
+        (data / "label" / f"{split}.label").write_text("".join(scores))
+    flags = {"regression-target": True, "report-pearson-and-spearman": True}
     settings = {
-        **LIKE_PRETRAINING,
+        **GRADIENT,
         **CLASSES,
-        "restore_file": trained / "masked" / "checkpoint_last.pt",
-        **{f"reset_{part}": True for part in ("optimizer", "dataloader", "meters", "lr_scheduler")},
+        "num_classes": 1,
+        "criterion": {**CLASSES["criterion"], **flags},
+        "arch": {**CLASSES["arch"], "router": "switch", "jitter-eps": 0},
+        "disable_validation": None,
     }
+    found = []
+    for several in ((), ("legacy_ddp", 2)):
+        folder, batch = tmp_path / f"{len(several)}", 4 if several else 8
+        text = train_on_workers(server, data, folder, *several, batch_size=batch, **settings)
+        # fairseq's own log has the predictions as an empty list.
+        (line,) = [line for line in text.splitlines() if "| valid |" in line]
+        found.append(json.loads(line[line.index("{") :]))
+    assert abs(float(found[0]["valid_pearson"])) > 1
+    for name in ("valid_pearson", "valid_spearman", "valid_loss"):
+        assert float(found[1][name]) == pytest.approx(float(found[0][name]), abs=0.11), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["masked", "replaced"])
+def test_fine_tuning_goes_on_from_what_was_pre_trained(
+    kind, trained, one_text_data, tmp_path, server
+):
+    """From a file whose head is another: all but the heads begins as it ended."""
+    checkpoint = trained / kind / "checkpoint_last.pt"
+    settings = {**LIKE_PRETRAINING, **CLASSES, "finetune_from_model": checkpoint}
     still = {**LIKE_PRETRAINING["optimizer"], "lr": 1e-12}
     one_text.train(
         server, one_text_data, tmp_path / "still", **{**settings, "optimizer": still}, max_update=1
     )
-    before = parameters(trained / "masked" / "checkpoint_last.pt")
+    before = parameters(checkpoint)
     after = parameters(tmp_path / "still" / "checkpoint_last.pt")
     heads = [name for name in after if name.startswith("classification_heads.")]
     assert len(heads) == 4
+    if kind == "replaced":  # of which there is neither generator nor head
+        before = {k: v for k, v in before.items() if k.startswith("encoder.sentence_encoder.")}
+        heads += [name for name in after if name.startswith("encoder.lm_head.")]
     assert set(before) == set(after) - set(heads)
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, msg=name)
@@ -191,6 +296,15 @@ def test_a_fine_tuned_model_predicts_in_python(trained, one_text_data):
     assert model.extract_features(tokens).shape == (1, len(tokens), 32)
     scores = model.predict("sentence_classification_head", tokens)
     assert scores.exp().sum().item() == pytest.approx(1)
+
+
+def test_a_discriminator_judges_text_in_python(trained, one_text_data):
+    model = SwitchElectraModel.from_pretrained(
+        str(trained / "replaced"), "checkpoint_last.pt", str(one_text_data / "input0"), bpe=None
+    ).eval()
+    tokens = torch.tensor([0, *model.task.source_dictionary.encode_line("e1 e20 e3").tolist()])
+    assert model.extract_features(tokens).shape == (1, len(tokens), 32)
+    assert model.model(tokens[None])[0].shape == (1, len(tokens))
 
 
 def test_a_language_model_scores_text_in_python(trained, one_text_data):
@@ -239,6 +353,14 @@ WRONG = {
         {**MASKED, "criterion": CLASSES["criterion"]},
         "error: --criterion sentence_prediction_with_routing needs --task sentence_prediction",
     ),
+    "generator's task": (
+        {**CLASSES, "arch": REPLACED["arch"]},
+        "error: --task sentence_prediction .* choose --task masked_lm .* as switch_roberta",
+    ),
+    "fairseq's criterion": (
+        {**REPLACED, "criterion": {"criterion": "masked_lm"}},
+        "error: --arch switch_electra predicts no masked .* --criterion electra_with_routing",
+    ),
     "criterion of text": (
         {**MASKED, "criterion": WORDS["criterion"]},
         "error: the --criterion is for a model that writes text",
@@ -249,8 +371,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_task_or_criterion_of_another_model(case, one_text_data, tmp_path, server):
     settings, message = WRONG[case]
-    text = one_text.train(
-        server, one_text_data / "input0", tmp_path / "run", status=1, max_update=1, **settings
-    )
+    data = one_text_data / ("." if "num_classes" in settings else "input0")
+    text = one_text.train(server, data, tmp_path / "run", status=1, max_update=1, **settings)
     assert re.match(message, last_line(text)), text[-2000:]
     assert "Traceback" not in text

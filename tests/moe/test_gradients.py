@@ -1,7 +1,5 @@
 """What the estimators expect, by enumerating all draws; the code released with GRIN."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from support.enumeration import enumerate_draws, polynomial, problem, relative_e
 from support.reference_routers import (
     ESTIMATORS,
 )
+from support.transformers_models import modeling
 
 from fairseq_sparsemixer.moe import build_router
 
@@ -198,10 +197,7 @@ def test_control_variate_has_no_variance_where_means_and_f_are_exact(in_double, 
 
 @pytest.fixture(scope="module")
 def phimoe():
-    with pytest.MonkeyPatch.context() as patch:
-        # transformers imports it where it is installed, and it may not fit this torch.
-        patch.setitem(sys.modules, "torchaudio", None)
-        return pytest.importorskip("transformers.models.phimoe.modeling_phimoe")
+    return modeling("phimoe")
 
 
 @pytest.mark.parametrize("training", [True, False])

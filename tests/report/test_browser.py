@@ -14,14 +14,6 @@ from fairseq_sparsemixer.report import routing
 from fairseq_sparsemixer.runs.folder import ROUTING, read_run
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    if browser.find() is None:
-        pytest.skip(browser.HOW_TO_INSTALL)
-    with browser.start(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
-
-
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(driver, report, width):
     """Nothing is fetched or goes wrong, everything has a sensible size, nothing sticks out."""
@@ -54,7 +46,13 @@ def test_the_page_in_a_browser(driver, report, width):
             assert 7.5 * drawing["scale"] >= 9.9
             assert drawing["data"], drawing
             assert all(drawing["data"].values()), drawing
-            arms = {"domains": 3, "load-at-end": 2, "validation-updates": 5, "drift": 3}
+            arms = {
+                "domains": 3,
+                "load-at-end": 2,
+                "load-by-domain-1": 1,
+                "validation-updates": 5,
+                "drift": 3,
+            }
             assert len(drawing["data"]) == arms.get(drawing["name"], len(drawing["data"]))
     outside = driver.execute_script(
         """return [...document.querySelectorAll("h1, h2, h3, h4, p, li, summary, .piece, .scroll")]

@@ -11,6 +11,7 @@ from support.report_study import make_report
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.comparison import speed_up
+from fairseq_sparsemixer.evaluation.metrics import MAIN
 from fairseq_sparsemixer.files import read_lines, write_lines
 from fairseq_sparsemixer.report import page
 from fairseq_sparsemixer.report.drawing import FILES
@@ -138,7 +139,7 @@ def test_who_is_the_soonest():
     def line(**found):
         one = speed_up.ToBestLoss(1, 1, 5.0, **found)
         summary = {"b": speed_up.summarise([one])}
-        return page.at_a_glance(2, 2, 2, table, summary, 0.05)[-1]
+        return page.at_a_glance(2, 2, 2, table, MAIN[0], summary, 0.05)[-1]
 
     assert line(updates=9, by_updates=0.33, by_time=1.2) == (
         "No other arm reached the baseline's best validation loss in fewer updates; closest: b, "

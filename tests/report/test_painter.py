@@ -46,6 +46,19 @@ def test_an_odd_number_of_panels_and_strange_script(tmp_path, monkeypatch):
         painter.layers("x", {"新聞": {"新聞": [curve]}}, "y")
 
 
+def test_each_row_of_a_heat_map_is_a_domain(tmp_path, monkeypatch):
+    """In even loads; an expert that takes a domain for itself is not cut off."""
+    seen = []
+    monkeypatch.setattr(painter_module, "keep", lambda figure, *_: seen.append(figure))
+    painter = Painter(tmp_path, canvas.styles(["a"], None))
+    shares = {"en-de": [0.5, 0.25, 0.25, 0.0], "en-fr": [0.0, 0.0, 0.0, 1.0]}
+    painter.loads_by_domain("x", "a", gather.Loads(1, [9], {}, {"encoder.0": shares}))
+    (image,) = seen[0].axes[0].get_images()
+    assert image.get_array().tolist() == [[2, 1, 1, 0], [0, 0, 0, 4]]
+    assert image.get_clim() == (0, 4)
+    assert [label.get_text() for label in seen[0].axes[0].get_yticklabels()] == list(shares)
+
+
 def test_ids_and_text_of_figures_cannot_leave_them():
     svg = '<?xml?>\n<svg a="b" viewBox="0 0 1 1">\n<!-- <script> -->\n<metadata>x</metadata>'
     svg += '<g id="a"><use xlink:href="#a" clip-path="url(#a)"/></g>\n</svg>'

@@ -91,6 +91,8 @@ def test_lines_that_are_cut_off_or_of_other_kinds(tmp_path):
     assert line_stats(cut, "valid") is None
     assert line_stats(log.lines[-2], "train_inner") is None
     assert line_stats("[x][valid][INFO] - nothing", "valid") is None
+    scored = log.lines[-2].replace("{", '{"valid_pred": [], "valid_mcc": "41.5", ', 1)
+    assert line_stats(scored, "valid", "valid_num_updates")["valid_mcc"] == 41.5
     inner = next(line for line in log.lines if "[train_inner]" in line)
     assert line_stats(inner, "train_inner")["wps"] == 2000
     assert "clip" not in line_stats(inner, "train_inner")

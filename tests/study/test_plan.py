@@ -108,7 +108,7 @@ def test_arms_may_share_parts(tmp_path):
 
 
 def test_a_run_of_any_name_is_scored():
-    command = scoring_command("-x-seed1", "last.pt", "-data", "-x-seed1/test.json", "--beam", "1")
+    command = scoring_command("-x-seed1", "last.pt", "-x-seed1/test.json", "--data=-data")
     args = cli.build_parser().parse_args(command[3:])
     assert args.run_dir == "-x-seed1"
     assert (args.data, args.output) == (Path("-data"), Path("-x-seed1/test.json"))

@@ -1,4 +1,4 @@
-"""A headless Chromium that looks at a page on the disk, through Selenium."""
+"""A headless Chromium that looks at a page, through Selenium."""
 
 import base64
 import contextlib
@@ -108,13 +108,13 @@ def start(profile):
         driver.quit()
 
 
-def show(driver, path, width, height=900):
-    """Open a file in a window ``width`` wide; a narrow one as a phone's."""
+def show(driver, place, width, height=900):
+    """Open a file, or an address, in a window ``width`` wide; a narrow one as a phone's."""
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
     )
-    driver.get(Path(path).resolve().as_uri())
+    driver.get(place if str(place).startswith("http:") else Path(place).resolve().as_uri())
 
 
 def on_paper(driver, width):

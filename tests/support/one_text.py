@@ -25,6 +25,13 @@ MASKED = {
     "criterion": {"criterion": "masked_lm_with_routing"},
     **SENTENCE_BY_SENTENCE,
 }
+REPLACED = {
+    **MASKED,
+    "arch": {**ROBERTA, "arch": "switch_electra_tiny", "generator-embed-dim": 16},
+    "leave_unmasked_prob": 0,
+    "random_token_prob": 0,
+    "criterion": {"criterion": "electra_with_routing"},
+}
 CLASSES = {
     "arch": ROBERTA,
     "task": "sentence_prediction",

@@ -31,7 +31,12 @@ TINY = [
 def point(updates, nll, seconds, experts=4, drift=0.25, bleu=None):
     """A line of points.jsonl, with as little as may be in it."""
     load = [0.4, *[0.6 / (experts - 1)] * (experts - 1)] if experts else []
-    layer = {"load": load, "entropy": 1.2, "drift": drift, "load_by_domain": {"ding": load}}
+    layer = {
+        "load": load,
+        "entropy": 1.2,
+        "drift": drift,
+        "load_by_domain": {"ding": load, "travel": load[::-1]},
+    }
     return {
         "updates": updates,
         "seconds": seconds,
