@@ -1,4 +1,4 @@
-"""Tokens per second of fairseq's SequenceGenerator: the dense transformer beside experts.
+"""Tokens per second of beam search: the dense transformer beside experts, and CTranslate2.
 
   python -m benchmarks.generate --output generate.json    # Transformer base, beam 4 and greedy
   python -m benchmarks.generate --table generate.json     # the tables again
@@ -10,13 +10,20 @@ included; a beam of four computes four times as many.
 The models are untrained and repeat words, more than a translation does. So that experts differ,
 each sentence begins with a random word, and the routers are balanced; ``experts`` says how many
 different ones a decoder layer calls in one step. All models are prepared as ``fairseq-generate``
-does it, which lays the experts' weights out for oneDNN and leaves dense layers as they are.
+does it, which lays the experts' weights out for oneDNN.
+
+An arm with the name of its model alone is fairseq's own search. ``laid out`` is what
+``fairseq-sparsemixer translate`` does on a CPU, and ``int8`` what its flag adds. CTranslate2, where
+it is installed, has the dense model's weights. ``alike`` counts the sentences whose best hypothesis
+is that of fairseq's search with the same model: of untrained ones the best are close to each other.
 """
 
 import argparse
 import functools
 import logging
-from typing import Any, Dict, Iterator, List
+import tempfile
+from importlib.util import find_spec
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
 from fairseq.models import FairseqModel
@@ -24,6 +31,7 @@ from fairseq.sequence_generator import SequenceGenerator
 
 from benchmarks import measuring, models
 from benchmarks.measuring import Record
+from fairseq_sparsemixer.models.laid_out import Layout
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs.arms import DENSE
 from fairseq_sparsemixer.tables import markdown
@@ -32,12 +40,93 @@ SOURCE_TOKENS = (20, 30)
 """The shortest and the longest source sentence, end of sentence included."""
 
 
-def _build(args: argparse.Namespace, router: str, task: models.RandomWords) -> FairseqModel:
-    """An arm as ``fairseq-generate`` prepares it."""
-    cfg = models.configuration(args, router, data="")
+class _Arm(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        name: of the arm.
+        of: the model, "dense" or a router's name.
+        layout: None for fairseq's own search.
+        compute_type: of CTranslate2's translator; None for models of fairseq.
+    """
+
+    name: str
+    of: str
+    layout: Optional[torch.dtype] = None
+    compute_type: Optional[str] = None
+
+
+def _arms(args: argparse.Namespace) -> List[_Arm]:
+    """All of them; on a GPU and in half precision there is fairseq's own search alone."""
+    found = [_Arm(name, name) for name in models.arms(args)]
+    if args.device == "cpu" and args.dtype == "float32":
+        for name in models.arms(args):
+            found.append(_Arm(f"{name}, laid out", name, torch.float32))
+            found.append(_Arm(f"{name}, laid out, int8", name, torch.int8))
+        if find_spec("ctranslate2") is not None:
+            for kind in ("float32", "int8"):
+                found.append(_Arm(f"CTranslate2, dense, {kind}", DENSE, compute_type=kind))
+    return found
+
+
+def _build(args: argparse.Namespace, arm: _Arm, task: models.RandomWords) -> FairseqModel:
+    """The model of an arm as ``fairseq-generate`` prepares it."""
+    cfg = models.configuration(args, arm.of, data="")
     model = models.build(cfg.model, task).to(args.device, getattr(torch, args.dtype))
     model.prepare_for_inference_(cfg)
+    model.layout = None if arm.layout is None else Layout(arm.layout)
     return model
+
+
+Generate = Callable[[Dict[str, Any], int], List[List[int]]]
+"""Inputs and the beam to the tokens of the best hypothesis of each sentence."""
+
+
+def _with_fairseq(args: argparse.Namespace, model: FairseqModel, words: Any) -> Generate:
+    def generate(inputs: Dict[str, Any], beam: int) -> List[List[int]]:
+        length = args.length - 1
+        generator = SequenceGenerator(
+            [model], words, beam_size=beam, max_len_b=length, min_len=length
+        )
+        return [best["tokens"].tolist() for best, *_ in generator.generate([model], **inputs)]
+
+    return generate
+
+
+def _with_ctranslate2(args: argparse.Namespace, model: Any, words: Any, kind: str) -> Generate:
+    import ctranslate2
+    from ctranslate2.converters import fairseq as converter
+    from ctranslate2.specs import TransformerSpec
+
+    spec = TransformerSpec.from_config(args.layers, args.heads, pre_norm=False)
+    converter.set_transformer_encoder(spec.encoder, model.encoder.requires_grad_(False))
+    converter.set_transformer_decoder(spec.decoder, model.decoder.requires_grad_(False))
+    names = converter._get_vocab(words)
+    spec.register_source_vocabulary(names)
+    spec.register_target_vocabulary(names)
+    spec.config.decoder_start_token = spec.config.eos_token
+    spec.config.add_source_eos = True
+    spec.validate()
+    spec.optimize()
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        threads = torch.get_num_threads()
+        translator = ctranslate2.Translator(folder, compute_type=kind, intra_threads=threads)
+
+    def generate(inputs: Dict[str, Any], beam: int) -> List[List[int]]:
+        special = (words.pad(), words.eos())
+        sources = inputs["sample"]["net_input"]["src_tokens"].tolist()
+        found = translator.translate_batch(
+            [[words[token] for token in line if token not in special] for line in sources],
+            target_prefix=[[words[first]] for (first,) in inputs["prefix_tokens"].tolist()],
+            beam_size=beam,
+            min_decoding_length=args.length - 1,
+            max_decoding_length=args.length - 1,
+        )
+        ids = [[words.index(word) for word in one.hypotheses[0]] for one in found]
+        return [[*line, words.eos()] for line in ids]
+
+    return generate
 
 
 def _inputs(sentences: int, task: models.RandomWords, device: str) -> Dict[str, Any]:
@@ -55,7 +144,7 @@ def _inputs(sentences: int, task: models.RandomWords, device: str) -> Dict[str, 
     return {"sample": {"net_input": net_input}, "prefix_tokens": first.to(device)}
 
 
-def _experts_called(generate: Any, model: FairseqModel) -> List[float]:
+def _experts_called(generate: Callable[[], Any], model: FairseqModel) -> List[float]:
     """Mean number of different experts in one step of each decoder layer that has experts."""
     called: Dict[Any, List[int]] = {layer: [] for layer in moe_layers(model.decoder)}
 
@@ -72,31 +161,35 @@ def _experts_called(generate: Any, model: FairseqModel) -> List[float]:
 def measure(args: argparse.Namespace) -> Iterator[Record]:
     """Seconds of every arm for every beam and number of sentences."""
     task = models.RandomWords(args.vocabulary)
-    arms = {router: _build(args, router, task) for router in models.arms(args)}
+    words = task.target_dictionary
+    arms = {arm: _build(args, arm, task) for arm in _arms(args)}
+    searches = {
+        arm: _with_fairseq(args, model, words)
+        if arm.compute_type is None
+        else _with_ctranslate2(args, model, words, arm.compute_type)
+        for arm, model in arms.items()
+    }
     rows: List[Record] = []
     for beam in args.beam:
         for sentences in args.sentences:
             inputs = _inputs(sentences, task, args.device)
             of_case: Dict[str, Record] = {}
             samples = {}
-            for name, model in arms.items():
-                generator = SequenceGenerator(
-                    [model],
-                    task.target_dictionary,
-                    beam_size=beam,
-                    max_len_b=args.length - 1,
-                    min_len=args.length - 1,
-                )
-                generate = functools.partial(generator.generate, [model], **inputs)
-                hypotheses = generate()
-                of_case[name] = {
-                    "arm": name,
+            by_fairseq: Dict[str, List[List[int]]] = {}
+            for arm, model in arms.items():
+                generate = functools.partial(searches[arm], inputs, beam)
+                found = generate()
+                expected = by_fairseq.setdefault(arm.of, found)
+                of_case[arm.name] = {
+                    "arm": arm.name,
+                    "model": arm.of,
                     "beam": beam,
                     "sentences": sentences,
-                    "tokens": sum(best["tokens"].numel() for best, *_ in hypotheses),
+                    "tokens": sum(map(len, found)),
+                    "alike": sum(map(list.__eq__, found, expected)),
                     "experts": _experts_called(generate, model),
                 }
-                samples[name] = functools.partial(measuring.wall_seconds, generate, args.device)
+                samples[arm.name] = functools.partial(measuring.wall_seconds, generate, args.device)
             title = f"beam {beam}, {sentences} sentences"
             for name, seconds in measuring.take_turns(samples, args.repetitions, title).items():
                 of_case[name]["seconds"] = seconds
@@ -105,27 +198,29 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
 
 
 def table(rows: List[Record]) -> str:
-    """A table for each beam; ratios of speeds are medians of the rounds' ratios, with quartiles."""
+    """A table for each beam and number of sentences.
+
+    Ratios of speeds are medians of the rounds' ratios, with quartiles.
+    """
     parts: List[str] = []
-    for beam in dict.fromkeys(row["beam"] for row in rows):
-        of_beam = [row for row in rows if row["beam"] == beam]
-        names = list(dict.fromkeys(row["arm"] for row in of_beam))
-        head = ["sentences", f"{DENSE} (tokens/s)"]
-        for name in names[1:]:
-            head += [f"{name} (tokens/s)", "speed / dense", "experts"]
-        cells = [head]
-        for sentences in dict.fromkeys(row["sentences"] for row in of_beam):
-            own = {row["arm"]: row for row in of_beam if row["sentences"] == sentences}
-            cells.append([str(sentences)])
-            for name in names:
-                row = own[name]
-                speed = row["tokens"] / measuring.quartiles(row["seconds"])[1]
-                cells[-1].append(f"{speed:.0f}")
-                if name != DENSE:
-                    experts = sum(row["experts"]) / max(len(row["experts"]), 1)
-                    ratio = measuring.ratio(own[DENSE]["seconds"], row["seconds"])
-                    cells[-1] += [ratio, f"{experts:.1f}"]
-        parts.append(f"beam {beam}\n\n{markdown(cells)}")
+    for case in dict.fromkeys((row["beam"], row["sentences"]) for row in rows):
+        own = {row["arm"]: row for row in rows if (row["beam"], row["sentences"]) == case}
+        cells = [["arm", "tokens/s", "speed / dense", "speed / fairseq's", "experts", "alike"]]
+        for name, row in own.items():
+            experts = sum(row["experts"]) / max(len(row["experts"]), 1)
+            base = own[row.get("model", name)]
+            cells.append(
+                [
+                    name,
+                    f"{row['tokens'] / measuring.quartiles(row['seconds'])[1]:.0f}",
+                    measuring.ratio(own[DENSE]["seconds"], row["seconds"]),
+                    "" if row is base else measuring.ratio(base["seconds"], row["seconds"]),
+                    f"{experts:.1f}" if experts else "",
+                    "" if row is base else f"{row['alike']} of {row['sentences']}",
+                ]
+            )
+        plural = "" if case[1] == 1 else "s"
+        parts.append(f"beam {case[0]}, {case[1]} sentence{plural}\n\n{markdown(cells)}")
     return "\n\n".join(parts)
 
 

@@ -49,6 +49,7 @@ from fairseq_sparsemixer import (
     workers,
 )
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.models import beam_search
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
 from fairseq_sparsemixer.moe.dispatch import OBSTACLES
@@ -85,6 +86,7 @@ def apply() -> None:
     _measure_bleu_of_nothing()
     _name_missing_measures()
     bits_per_byte.apply()
+    beam_search.apply()
 
 
 class _TorchOfCheckpoints:

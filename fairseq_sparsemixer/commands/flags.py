@@ -10,6 +10,11 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import LARGEST, ModelChoice, Search
 
 BEST_CHECKPOINT = "checkpoint_best.pt"
+PRECISIONS = {
+    "fp16": "half precision, on a GPU",
+    "bf16": "bfloat16, on a GPU",
+    "int8": "weights in 8 bits, on a CPU: faster, and some translations change",
+}
 
 
 def whole_number(text: str) -> int:
@@ -124,8 +129,8 @@ def add_translation_arguments(parser: argparse.ArgumentParser) -> Any:
     choice = add_model_arguments(parser)
     add_search_arguments(parser)
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="half precision, on a GPU")
-    precision.add_argument("--bf16", action="store_true", help="bfloat16, on a GPU")
+    for name, about in PRECISIONS.items():
+        precision.add_argument(f"--{name}", action="store_true", help=about)
     return choice
 
 
@@ -149,8 +154,8 @@ def checkpoint_of(args: argparse.Namespace) -> str:
 
 def search_of(args: argparse.Namespace) -> Search:
     """How it searches, by the same flags."""
-    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-    return Search(args.beam, args.lenpen, args.max_tokens, precision)
+    given = [name for name in PRECISIONS if getattr(args, name)]
+    return Search(args.beam, args.lenpen, args.max_tokens, (*given, "fp32")[0])
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from fairseq_sparsemixer.corpora.folder import unchanged
 from fairseq_sparsemixer.errors import UserError
@@ -66,13 +66,16 @@ def evaluate(
         output = output or _default_output(translator, subset)
         stem = output.with_suffix("")
         check_writable(output)
+        systems = {}
+        for languages in translator.pairs:
+            one = translator.of_pair(languages)
+            test_set = find_test_set(one, model.data, subset)
+            systems[several.names([languages])] = _read(one, test_set, further)
         with in_turn(stem, beside=True):
-            evaluations = {}
-            for languages in translator.pairs:
-                pair, one = several.names([languages]), translator.of_pair(languages)
-                test_set = find_test_set(one, model.data, subset)
-                own_stem = stem.with_name(f"{stem.name}.{pair}")
-                evaluations[pair] = _evaluate(one, test_set, *choices, None, own_stem)
+            evaluations = {
+                pair: _evaluate(system, *choices, None, stem.with_name(f"{stem.name}.{pair}"))
+                for pair, system in systems.items()
+            }
             evaluation = several.join(evaluations, subset, stem)
             write_json(output, evaluation)
         print(several.format_pairs(evaluation))
@@ -84,16 +87,36 @@ def evaluate(
         output = output or _default_output(translator, test_set.name)
         stem = output.with_suffix("")
         check_writable(output)
+        system = _read(translator, test_set, further)
         with in_turn(stem, beside=True):
-            evaluation = _evaluate(translator, test_set, *choices, baseline, stem)
+            evaluation = _evaluate(system, *choices, baseline, stem)
             write_json(output, evaluation)
         print(format_evaluation(evaluation))
     print(f"written: {evaluation['hypotheses']} and {output}")
 
 
+class _System(NamedTuple):
+    """A translator, what it is scored on, and what is known of that."""
+
+    translator: Translator
+    test_set: TestSet
+    text: Text
+    about: Dict[str, Any]
+
+
+def _read(translator: Translator, test_set: TestSet, further: ScoreChoice) -> _System:
+    languages = (translator.source_lang, translator.target_lang)
+    with unchanged(test_set.corpus):
+        text = read_text(test_set, languages, further.tokenise)
+        about = {
+            "data": describe_test_set(test_set, translator, text.official),
+            "copy": copy_score(test_set, translator.target_lang, text),
+        }
+    return _System(translator, test_set, text, about)
+
+
 def _evaluate(
-    translator: Translator,
-    test_set: TestSet,
+    system: _System,
     model: ModelChoice,
     search: Search,
     further: ScoreChoice,
@@ -102,17 +125,11 @@ def _evaluate(
 ) -> Dict[str, Any]:
     """Translate and score one pair of languages: what stands in the JSON file."""
     started = time.perf_counter()
-    languages = (translator.source_lang, translator.target_lang)
-    with unchanged(test_set.corpus):
-        text = read_text(test_set, languages, further.tokenise)
-        read = {
-            "data": describe_test_set(test_set, translator, text.official),
-            "copy": copy_score(test_set, translator.target_lang, text),
-        }
+    translator, test_set, text, about = system
     for each in [stem, _baseline_stem(stem)] if baseline is not None else [stem]:
         _check_outputs(each, test_set, translator.target_lang)
     evaluation = score_system(translator, text, search, further, stem, model.run)
-    evaluation.update(read)
+    evaluation.update(about)
     if baseline is not None:
         other = model._replace(run=baseline)
         if not Path(baseline).is_dir():  # checkpoint files are taken as they are

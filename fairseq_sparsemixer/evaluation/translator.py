@@ -25,6 +25,8 @@ from fairseq_sparsemixer.corpora.folder import sides_of
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.average import average_in_run
 from fairseq_sparsemixer.evaluation.options import ModelChoice
+from fairseq_sparsemixer.evaluation.precision import DTYPES, check_precision, prepare_model
+from fairseq_sparsemixer.models.laid_out import lay_out
 from fairseq_sparsemixer.models.search import best_hypotheses
 from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
 from fairseq_sparsemixer.runs.checkpoints import building, check_finite, load_state, num_updates
@@ -37,8 +39,6 @@ MAX_LEN_B = 200
 
 # Parts of a model's config worth reporting beside its score.
 MODEL_KEYS = ("router", "num_experts", "top_k")
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Translation(NamedTuple):
@@ -105,7 +105,8 @@ class Translator:
             after the run folder and before the folder that the model was trained on.
         source_lang, target_lang: where neither the checkpoint nor the data tell them; of several
             pairs of languages those to translate.
-        precision: ``"fp32"``, or ``"fp16"`` or ``"bf16"`` on a GPU.
+        precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` on a GPU; ``"int8"`` for weights of 8 bits
+            on a CPU (:mod:`.models.laid_out`).
 
     Attributes:
         checkpoints: a :class:`CheckpointInfo` for each model.
@@ -118,8 +119,8 @@ class Translator:
         device: a GPU if there is one.
 
     Raises:
-        UserError: a file is missing, damaged or does not fit the others, or there is no GPU
-            for the precision.
+        UserError: a file is missing, damaged or does not fit the others, or the precision cannot
+            be had here, or of this model.
     """
 
     def __init__(
@@ -132,8 +133,7 @@ class Translator:
         precision: str = "fp32",
     ):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if precision != "fp32" and self.device.type == "cpu":
-            raise UserError(f"--{precision} needs a CUDA device and there is none; leave it out")
+        check_precision(precision, self.device)
         paths = find_checkpoints(run, checkpoint)
         state = load_state(paths[0])
         cfg = state["cfg"]
@@ -165,7 +165,9 @@ class Translator:
             self.checkpoints.append(CheckpointInfo(path, num_updates(state), averaged_from))
         with building(paths[0]):
             self._hub = _build_hub(cfg, task, models, self.subwords)
-        self._hub.to(self.device, DTYPES[precision]).eval()
+        self._hub.to(self.device, DTYPES.get(precision, torch.float32)).eval()
+        for path, model in zip(paths, self._hub.models):
+            prepare_model(path, model, precision)
 
     @property
     def endings(self) -> Tuple[str, str]:
@@ -203,6 +205,7 @@ class Translator:
         other = copy.copy(self)
         other._hub = _build_hub(self._hub.cfg, self._hub.task, [model], self.subwords)
         other._hub.to(self.device).eval()
+        lay_out(model)
         return other
 
     @property

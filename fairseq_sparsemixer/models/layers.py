@@ -237,6 +237,11 @@ class SwitchTransformerEncoderLayer(SwitchLayer, TransformerEncoderLayerBase):
 class SwitchTransformerDecoderLayer(SwitchLayer, TransformerDecoderLayerBase):
     """fairseq's decoder layer with experts."""
 
+    def make_generation_fast_(self, **kwargs: Any) -> None:
+        """Called by fairseq before it translates, see there."""
+        SwitchLayer.make_generation_fast_(self)
+        TransformerDecoderLayerBase.make_generation_fast_(self, **kwargs)
+
     def forward(
         self,
         x: Tensor,

@@ -18,6 +18,7 @@ from fairseq.modules.transformer_layer import (
     TransformerEncoderLayerBase,
 )
 from fairseq.tasks import FairseqTask
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.models.building import (
@@ -28,6 +29,7 @@ from fairseq_sparsemixer.models.building import (
     naming_conflicts,
 )
 from fairseq_sparsemixer.models.config import SwitchTransformerConfig
+from fairseq_sparsemixer.models.laid_out import SIDES, lay_out
 from fairseq_sparsemixer.models.languages import keep_tags, of_side, tokens_and_languages
 from fairseq_sparsemixer.models.layers import (
     STATISTICS,
@@ -68,6 +70,11 @@ class SwitchTransformerModel(SwitchModel, TransformerModelBase):
         cfg = cls._expand(cls._read(settings, task), task)
         with naming_conflicts():
             return cls._finished(super().build_model(cfg, task), cfg)
+
+    def prepare_for_inference_(self, cfg: DictConfig) -> None:
+        """Called by fairseq's generate, interactive and from_pretrained before they translate."""
+        super().prepare_for_inference_(cfg)
+        lay_out(self)
 
     @classmethod
     def build_encoder(
@@ -192,3 +199,6 @@ class SwitchTransformerDecoder(TransformerDecoderBase):
             return _wrap_layer(TransformerDecoderLayerBase(cfg, no_encoder_attn), cfg)
         layer = SwitchTransformerDecoderLayer(cfg, no_encoder_attn, layer_name=f"decoder.{number}")
         return _wrap_layer(layer, cfg)
+
+
+SIDES.update((SwitchTransformerEncoder, SwitchTransformerDecoder))

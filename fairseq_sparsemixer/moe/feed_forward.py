@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_sparsemixer.moe.adaptation import AllReduce
-from fairseq_sparsemixer.moe.backends.products import PackedWeights, has_bfloat16, obstacle
+from fairseq_sparsemixer.moe.backends.products import (
+    PackedWeights,
+    has_bfloat16,
+    has_int8,
+    obstacle,
+)
 from fairseq_sparsemixer.moe.dispatch import check_backend, dispatch
 from fairseq_sparsemixer.moe.experts import Activation, Experts
 from fairseq_sparsemixer.moe.limits import check_call
@@ -152,16 +157,19 @@ class MoEFeedForward(nn.Module):
 
         Args:
             dtype: float32, or bfloat16 to read half as much: faster, and results rounded to 8 bits.
-                Where that cannot be had, a warning says why.
+                Where that cannot be had, a warning says why. Or int8, to read a quarter: inputs
+                and weights are rounded to 8 bits.
 
         Raises:
             ValueError: for another dtype.
         """
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(
+                f"dtype must be torch.float32, torch.bfloat16 or torch.int8, not {dtype}"
+            )
         reason = self._packing_obstacle()
-        if dtype == torch.bfloat16 and (reason is not None or not has_bfloat16()):
-            _warn_of_no_bfloat16(reason or "this CPU has no products of bfloat16")
+        if dtype != torch.float32 and (why := reason or _dtype_obstacle(dtype)) is not None:
+            _warn_of_float32(dtype, why)
             dtype = torch.float32
         self.experts.packed = PackedWeights(self.experts, dtype) if reason is None else None
 
@@ -181,10 +189,19 @@ class MoEFeedForward(nn.Module):
         self.router.drop_update()
 
 
+def _dtype_obstacle(dtype: torch.dtype) -> Optional[str]:
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        return "this CPU has no products of bfloat16"
+    if dtype == torch.int8 and not has_int8():
+        return "this PyTorch has no products of 8-bit numbers"
+    return None
+
+
 @functools.cache
-def _warn_of_no_bfloat16(reason: str) -> None:
+def _warn_of_float32(dtype: torch.dtype, reason: str) -> None:
     """Once for each reason, not for each layer."""
-    logger.warning("the experts' weights are not laid out in bfloat16: %s", reason)
+    name = str(dtype).replace("torch.", "")
+    logger.warning("the experts' weights are not laid out in %s: %s", name, reason)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoEFeedForward]:

@@ -164,9 +164,13 @@ def test_tokens_per_second_of_generation(tmp_path):
         **{"num-experts": 2, "length": 6},
     )
     rows = results["rows"]
-    assert [row["arm"] for row in rows[:3]] == ["dense", "switch", "sparsemixer"]
+    models = ["dense", "switch", "sparsemixer"]
+    laid_out = [f"{model}, laid out{more}" for model in models for more in ("", ", int8")]
+    assert [row["arm"] for row in rows[:9]] == [*models, *laid_out]
     assert {(row["beam"], row["sentences"]) for row in rows} == {(4, 1), (4, 3), (1, 1), (1, 3)}
     for row in rows:
         assert row["tokens"] == 6 * row["sentences"] and len(row["seconds"]) == 2
-        assert len(row["experts"]) == (row["arm"] != "dense")  # one decoder layer has experts
-    assert printed.count("\n| ") == 8
+        assert len(row["experts"]) == (row["model"] != "dense")  # one decoder layer has experts
+        if row["arm"].endswith(("laid out", *models)):
+            assert row["alike"] == row["sentences"]
+    assert printed.count("\n| ") == 4 * 2 + len(rows)

@@ -1,23 +1,28 @@
 """Translating and scoring, against fairseq's and sacrebleu's own command lines."""
 
+import argparse
 import io
 import json
 import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from support.commands import command
+from support.models import build
 from support.small_run import MAX_POSITIONS, USER_DIR, python, sentences
 
 from fairseq_sparsemixer import cli
+from fairseq_sparsemixer.commands.flags import add_translation_arguments, search_of
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation import scored_text, scoring
+from fairseq_sparsemixer.evaluation import precision, scored_text, scoring
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
+from fairseq_sparsemixer.moe.backends import products
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 
 TOO_LONG = " ".join(["red house and blue car"] * 12)
@@ -219,6 +224,45 @@ def test_lost_lines_are_an_error(translator, monkeypatch):
 def test_half_precision_needs_a_gpu(run_dir):
     with pytest.raises(UserError, match="--fp16 needs a CUDA device"):
         Translator(str(run_dir), precision="fp16")
+
+
+def test_8_bits_are_for_cpus(monkeypatch):
+    with pytest.raises(UserError, match=r"--int8 is for CPUs .* CUDA_VISIBLE_DEVICES"):
+        precision.check_precision("int8", torch.device("cuda"))
+    monkeypatch.setattr(precision, "has_int8", lambda: False)
+    with pytest.raises(UserError, match="--int8 needs a PyTorch with oneDNN"):
+        precision.check_precision("int8", torch.device("cpu"))
+
+
+def test_8_bits_are_for_usual_models():
+    model = build(no_cross_attention=True)
+    with pytest.raises(UserError, match=r"--int8 does not serve .*x\.pt: it has unusual layers"):
+        precision.prepare_model(Path("run", "x.pt"), model, "int8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_8_bits_change_scores_and_no_small_matrices(run_dir, translator, caplog, monkeypatch):
+    exact = translator.translate(LINES)
+    rounded = Translator(str(run_dir), precision="int8")
+    assert "--int8 changes next to nothing in" in caplog.text
+    assert texts(rounded.translate(LINES)) == texts(exact)
+    assert "not laid out in int8: with 2048 weights a matrix they are too small" in caplog.text
+    monkeypatch.setattr(products, "LEAST_WEIGHTS", 0)
+    rounded = Translator(str(run_dir), precision="int8").translate(LINES)
+    assert [t.score for t in rounded] != [t.score for t in exact]
+    for one, other in zip(rounded, exact):
+        assert one.score == pytest.approx(other.score, abs=0.1)
+
+
+def test_flags_of_precision():
+    def precision(*words):
+        parser = argparse.ArgumentParser()
+        add_translation_arguments(parser)
+        return search_of(parser.parse_args(["run", *words])).precision
+
+    assert [precision(), precision("--int8"), precision("--bf16")] == ["fp32", "int8", "bf16"]
+    with pytest.raises(SystemExit):
+        precision("--int8", "--fp16")
 
 
 @pytest.fixture

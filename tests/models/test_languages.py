@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from support.models import SMALL, Task, batch
 
 from fairseq_sparsemixer.models.config import ConfigError
+from fairseq_sparsemixer.models.laid_out import obstacle
 from fairseq_sparsemixer.models.layers import switch_layers
 
 PAIRS = ["en-fr", "en-de", "en-it"]
@@ -140,3 +141,9 @@ def test_a_side_without_experts_needs_no_tags():
     model = build(SeveralLanguages(encoder=None), encoder_moe_layers="none")
     assert model.encoder.language_tags is None
     assert list(switch_layers(model)) == ["decoder.0", "decoder.2"]
+
+
+def test_it_is_translated_as_fairseq_does():
+    """One token at a time does not tell the language of the sentence."""
+    assert "by the language of the sentence" in obstacle(build())
+    assert obstacle(build(router="hash")) is None

@@ -364,6 +364,7 @@ def test_experts_are_laid_out_when_fairseq_prepares_to_translate(dtype, monkeypa
         model.prepare_for_inference_(OmegaConf.create({"generation": {"beam": 4}}))
         packed = [m.experts.packed.dtype for m in model.modules() if isinstance(m, MoEFeedForward)]
         assert packed == [getattr(torch, dtype)] * len(moe_layers(model))
+        assert not any(layer.need_attn for layer in model.decoder.layers)
         logits, _ = model(**sample)
     tolerance = 1e-5 if dtype == "float32" else 0.05
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)

@@ -335,15 +335,16 @@ def test_no_hook_on_optimizers_stays():
         ({}, "128 weights a matrix"),
     ],
 )
-def test_bfloat16_that_cannot_be_had_is_reported_once(settings, reason, caplog):
-    feed_forward._warn_of_no_bfloat16.cache_clear()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_dtypes_that_cannot_be_had_are_reported_once(settings, reason, dtype, caplog):
+    feed_forward._warn_of_float32.cache_clear()
     layers = [MoEFeedForward(8, 16, 3, **settings).eval() for _ in range(2)]
     for layer in layers:
         layer.prepare_for_inference()
         assert layer.experts.packed is None
     assert not caplog.records
     for layer in layers:
-        layer.prepare_for_inference(torch.bfloat16)
+        layer.prepare_for_inference(dtype)
     (record,) = caplog.records
     assert reason in record.message
 
@@ -367,8 +368,8 @@ def test_inference_weights_are_left_out_of_copies():
         x = torch.randn(5, 8)
         with torch.no_grad():
             torch.testing.assert_close(other(x)[0], layer(x)[0])
-    with pytest.raises(ValueError, match=r"torch\.float32 or torch\.bfloat16, not torch\.int8"):
-        layer.prepare_for_inference(torch.int8)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 or torch\.int8, not torch\.int16"):
+        layer.prepare_for_inference(torch.int16)
 
 
 @pytest.mark.usefixtures("onednn")

@@ -39,7 +39,7 @@ def sorted_experts(
     if packed is not None and not packed.fits(experts):
         packed = experts.packed = None
     if packed is not None:
-        inputs[2:] = [x_TD.to(packed.dtype), packed.w1, packed.b1, packed.w2, packed.b2]
+        inputs[2:] = [x_TD.to(packed.input_dtype), packed.w1, packed.b1, packed.w2, packed.b2]
     if index_TK.numel() == 1 and observe is None and (expert := index_TK.item()) >= 0:
         return _one_slot(int(expert), experts, *inputs)
     order = _Order.of(index_TK, experts.num_experts, x_TD.dtype)
