@@ -34,6 +34,10 @@ from fairseq_sparsemixer.runs.points import number
 from fairseq_sparsemixer.tables import escape, markdown
 
 PAPER = "fill in from the paper"
+_NLL = {
+    "masked_lm": "of masked_lm per masked token",
+    "sentence_prediction": "of sentence_prediction per sentence",
+}
 NO_FIGURE = "-"
 SUFFIXES = (".md", ".csv", ".json")
 
@@ -303,19 +307,22 @@ def table_text(tables: Dict[str, Dict[str, Any]]) -> str:
     columns = _columns(tables)
     cells = [[title for title, _ in columns]]
     cells += [[escape(cell(row)) for _, cell in columns] for row in _rows(tables)]
+    of_tasks = {task: f"{task}: " if len(tables) > 1 else "" for task in tables}
     legend = [
-        "±: sample standard deviation over seeds; p: with several seeds the largest, 1 unless all "
-        "differ in the same direction as the means; nll: bits per token (of masked_lm per masked "
-        "token, of sentence_prediction per sentence); minutes and words/s depend on the machine",
+        f"{of_tasks[task]}baseline: {table['baseline']}; target: validation nll "
+        f"{table['target_nll']:.3f}, the baseline's final loss (mean over its seeds)"
+        for task, table in tables.items()
     ]
+    others = _NLL.keys() & tables.keys()
+    further = f" ({', '.join(_NLL[task] for task in sorted(others))})" if others else ""
+    legend.append(
+        "±: sample standard deviation over seeds; p: with several seeds the largest, 1 unless all "
+        f"differ in the same direction as the means; nll: bits per token{further}; minutes and "
+        "words/s depend on the machine"
+    )
     for task, table in tables.items():
-        about = [
-            f"baseline: {table['baseline']}; target: validation nll {table['target_nll']:.3f}, "
-            "the baseline's final loss (mean over its seeds)",
-            *(f"{name}: {signature}" for name, signature in table["signatures"].items()),
-            *table["notes"],
-        ]
-        legend += [f"{task}: {line}" if len(tables) > 1 else line for line in about]
+        about = [*map(": ".join, table["signatures"].items()), *table["notes"]]
+        legend += [f"{of_tasks[task]}{line}" for line in about]
     legend.append(f"paper: {PAPER}")
     return "\n".join([markdown(cells), "", *(f"- {escape(line)}" for line in legend)])
 

@@ -30,6 +30,7 @@ MAIN = (
     Metric("acc_and_f1", "accuracy and F1", 3),
     Metric("mcc", "Matthews corr.", 3),
     Metric("pearson_and_spearman", "Pearson and Spearman", 3),
+    Metric("discriminator_loss", "replaced tokens, bits", 4, lower_is_better=True),
     Metric("bits_per_byte", "bits per byte", 4, lower_is_better=True),
     Metric("ppl", "perplexity", 2, lower_is_better=True),
     NLL,

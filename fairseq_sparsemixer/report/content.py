@@ -85,7 +85,7 @@ def gather_content(arms: List[Arm], baseline: Optional[str], folder: Path) -> Di
         **_of_experts(routing),
         "routing_problems": routing_problems,
         **_of_settings(arms),
-        "figures": draw(painter, arms, histories, curves, score.title, results, loads, routing),
+        "figures": draw(painter, arms, histories, curves, score, results, loads, routing),
     }
 
 

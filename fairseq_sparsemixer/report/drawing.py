@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer.comparison.histories import Histories
 from fairseq_sparsemixer.comparison.results import Results
+from fairseq_sparsemixer.evaluation.metrics import MAIN, Metric
 from fairseq_sparsemixer.report.canvas import Figure
 from fairseq_sparsemixer.report.gather import Curves, Loads, layer_curves
 from fairseq_sparsemixer.report.painter import Painter, top_of_loads
@@ -23,8 +24,9 @@ def _file(key: str) -> str:
     return key.replace("_", "-")
 
 
+_SCORES = "|".join(_file(metric.key) for metric in MAIN)
 FILES = re.compile(
-    r"((validation|training|bleu|score)-(updates|minutes)|domains|load-at-end|load-(over-time|by-domain)-\d+"
+    rf"((validation|training|{_SCORES})-(updates|minutes)|domains|load-at-end|load-(over-time|by-domain)-\d+"
     rf"|{'|'.join(map(_file, LAYERS))}|specialisation-(words|domains))\.(svg|png)"
 )
 """Names of all files that :func:`draw` may write."""
@@ -35,7 +37,7 @@ def draw(
     arms: Sequence[Arm],
     histories: Histories,
     curves: Dict[str, Curves],
-    score: str,
+    score: Metric,
     results: Optional[Results],
     loads: Dict[str, Loads],
     routing: Dict[str, Dict[str, Any]],
@@ -46,7 +48,7 @@ def draw(
         painter: with the folder that they are written to.
         arms, histories: of all runs.
         curves: "validation", "training" and "score".
-        score: what the last are of.
+        score: of which the last are.
         results: of the test set, if known.
         loads: what :func:`.gather.find_loads` finds.
         routing: what :func:`.routing.routing_of_run` returns, by the arm's name.
@@ -61,18 +63,19 @@ def draw(
 
 
 def _draw_curves(
-    painter: Painter, curves: Dict[str, Curves], score: str
+    painter: Painter, curves: Dict[str, Curves], score: Metric
 ) -> Dict[str, List[Figure]]:
     """Over updates and, where it is known, over time."""
     labels = {
         "validation": "validation nll, bits",
         "training": "training nll, bits",
-        "score": f"{score} on the validation set",
+        "score": f"{score.title} on the validation set",
     }
     drawn = {}
     for name, label in labels.items():
+        file = _file(score.key) if name == "score" else name
         both = [
-            painter.curves(f"{name}-{over}", curves[name], label, over, zoom=name != "score")
+            painter.curves(f"{file}-{over}", curves[name], label, over, zoom=name != "score")
             for over in ("updates", "minutes")
         ]
         drawn[name] = [figure for figure in both if figure is not None]

@@ -11,6 +11,7 @@
 ``nll_loss``          its negative log-likelihood, likewise
 ``bleu, chrf``        sacreBLEU of ``sentences`` sentences of it, with ``signatures``
 ``ppl``               of language models: perplexity of a token; ``bits_per_byte``
+``discriminator_loss``  of ELECTRA: of words that may be replaced, bits a token
 ``accuracy``          of classes: percent; ``acc_and_f1``, ``mcc``, ``pearson_and_spearman`` where
                       the criterion reports them
 ``by_domain``         ``bleu``, ``chrf``, ``sentences``, ``nll_loss``, ``tokens`` of each domain
@@ -36,7 +37,7 @@ from fairseq_sparsemixer.files import atomic_path, misfit, read_json, write_json
 FILE = "points.jsonl"
 """The file of the points in the folder of a run."""
 METRICS = (
-    *("bleu", "chrf", "ppl", "bits_per_byte"),
+    *("bleu", "chrf", "ppl", "bits_per_byte", "discriminator_loss"),
     *("accuracy", "acc_and_f1", "mcc", "pearson_and_spearman"),
 )
 """What a point holds of the whole validation set besides the losses, by its task."""

@@ -15,4 +15,9 @@ class MaskedLMWithRoutingConfig(PointsConfig, MaskedLMConfig):
 
 @register_task("masked_lm_with_routing", dataclass=MaskedLMWithRoutingConfig)
 class MaskedLMWithRoutingTask(MeasuredTask, MaskedLMTask):
-    """Without ``points_file``, it is fairseq's task ``masked_lm``."""
+    """Points hold the ``discriminator_loss``, in bits a token, where the model is ELECTRA.
+
+    Without ``points_file``, it is fairseq's task ``masked_lm``.
+    """
+
+    metrics = ("discriminator_loss",)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.models import build
 
-from fairseq_sparsemixer.criterions import RoutingLossesConfig
+from fairseq_sparsemixer.criterions import ElectraWithRoutingConfig, RoutingLossesConfig
 from fairseq_sparsemixer.models import SwitchTransformerConfig
 from fairseq_sparsemixer.models.config import EXPERT_FIELDS
 from fairseq_sparsemixer.moe import MoEFeedForward, Router, build_router
@@ -37,7 +37,11 @@ def as_documented(value):
     ("section", "config", "names"),
     [
         ("Model", SwitchTransformerConfig, EXPERT_FIELDS),
-        ("Criteria", RoutingLossesConfig, RoutingLossesConfig.__annotations__),
+        (
+            "Criteria",
+            ElectraWithRoutingConfig,
+            [*RoutingLossesConfig.__annotations__, *ElectraWithRoutingConfig.__annotations__],
+        ),
     ],
 )
 def test_defaults_are_those_that_are_documented(section, config, names):

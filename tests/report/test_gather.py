@@ -84,7 +84,7 @@ def test_arms_are_drawn_over_time_by_the_seeds_that_have_it(tmp_path, study):
     assert training.seconds == pytest.approx([10, 20, 30])  # 0.6 s an update in the log
     make_report(tmp_path, "--output", tmp_path / "page.html")
     assert left_out in words_of(tmp_path / "page.html")
-    assert "score-minutes.svg" in {p.name for p in (tmp_path / "page_figures").iterdir()}
+    assert "bleu-minutes.svg" in {p.name for p in (tmp_path / "page_figures").iterdir()}
     (tmp_path / "t" / "points.jsonl").unlink()
     histories = read_histories(arms.values())
     bleu = gather.point_curves(arms.values(), histories, "bleu")["switch-4"]
@@ -108,7 +108,7 @@ def test_a_log_alone_gives_curves_entropy_and_shares(tmp_path, study):
     text = (tmp_path / "page.html").read_text()
     names = {path.stem for path in (tmp_path / "page_figures").iterdir()}
     assert {"validation-updates", "validation-minutes", "entropy", "max-share"} <= names
-    assert not names & {"drift", "load-at-end", "score-updates"}
+    assert not names & {"drift", "load-at-end", "bleu-updates"}
     for sentence in (
         "No drift was measured",
         "Not measured during training",

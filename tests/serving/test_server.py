@@ -259,7 +259,7 @@ def test_the_command(run_dir, corpus, tmp_path):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/translate", body, {**JSON, "Host": socket.gethostname()})
         assert json.loads(connection.getresponse().read())["translation"]
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # SIGINT is ignored below some shells
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -16,7 +16,7 @@ from fairseq_sparsemixer.files import read_lines, write_lines
 from fairseq_sparsemixer.models.watching import watch_routing
 from fairseq_sparsemixer.runs import points
 from fairseq_sparsemixer.runs.logs import by_layer, read_log
-from fairseq_sparsemixer.tasks import measuring, translation_with_routing
+from fairseq_sparsemixer.tasks import measuring, translated
 
 
 def test_points_agree_with_what_fairseq_logs(finished):
@@ -88,7 +88,7 @@ def test_translations_of_the_last_point_are_those_of_the_last_checkpoint(
 ):
     """Against the project's translator: greedy, the same lines, the same scores."""
     # A model of so few updates runs into the limit.
-    monkeypatch.setattr(translator, "MAX_LEN_B", translation_with_routing.MAX_OUTPUT)
+    monkeypatch.setattr(translator, "MAX_LEN_B", translated.MAX_OUTPUT)
     folder = finished / "switch-2-seed1"
     point = lines_of(folder)[-1]
     sources, references = (read_lines(prepared / "raw" / f"valid.{x}") for x in ("en", "de"))
