@@ -453,6 +453,7 @@ def test_a_finished_demo_is_read_as_before(root, expected):
     check(read_finished_demo(root), expected["read_finished_demo"])
 
 
+@pytest.mark.slow  # a study is run by the same engine
 def test_a_demo_goes_on_as_before(root, expected):
     check(resume_demo(root), expected["resume_demo"])
 

@@ -35,20 +35,15 @@ def with_domains(prepared, tmp_path_factory):
 
 def test_a_plan_says_language_and_the_config_the_task(with_domains, tmp_path):
     """Models without a decoder are told nothing of its experts; classes are counted."""
-    for config, side, classes in (("pretraining", "input0", None), ("finetuning", "", 2)):
-        plan = write_plan(tmp_path / "plan.yaml", with_domains, **{**PLAN, "config": config})
-        laid_out, parameters = lay_out(plan, tmp_path / config)
-        assert parameters["dense"].total == parameters["dense"].active
-        assert parameters["switch-2"].total > parameters["switch-2"].active
-        settings = task_overrides(tmp_path / config, laid_out)
-        cfg = compose(
-            (tmp_path / config / "configs").resolve(),
-            [*settings, *laid_out.arms["dense"], "checkpoint.save_dir=."],
-            config,
-        )
-        assert cfg.task.data.rstrip("/") == f"data/de/{side}".rstrip("/")
-        assert classes in (None, cfg.task.get("num_classes"))
-    assert (tmp_path / "pretraining" / "data" / "de" / "input0" / "train.idx").is_file()
+    plan = write_plan(tmp_path / "plan.yaml", with_domains, **{**PLAN, "config": "finetuning"})
+    laid_out, parameters = lay_out(plan, tmp_path / "study")
+    assert parameters["dense"].total == parameters["dense"].active
+    assert parameters["switch-2"].total > parameters["switch-2"].active
+    settings = [*task_overrides(tmp_path / "study", laid_out), "checkpoint.save_dir=."]
+    cfg = compose(tmp_path / "study" / "configs", settings, "finetuning")
+    assert (cfg.task.data, cfg.task.num_classes) == ("data/de", 2)
+    assert not any("decoder" in each for each in laid_out.arms["dense"])
+    assert (tmp_path / "study" / "data" / "de" / "input0" / "train.idx").is_file()
 
 
 def test_what_a_plan_of_one_text_lacks_is_told(prepared, tmp_path):

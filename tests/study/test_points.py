@@ -139,6 +139,7 @@ def test_damaged_points_are_told(tmp_path):
         points.read_points(path)
 
 
+@pytest.mark.slow
 def test_text_that_does_not_belong_to_the_data_is_refused(prepared, tmp_path):
     other = shutil.copytree(prepared, tmp_path / "other")
     write_lines(other / "raw" / "valid.de", ["nur eine Zeile"])
