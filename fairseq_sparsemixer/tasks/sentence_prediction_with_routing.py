@@ -15,9 +15,9 @@ class SentencePredictionWithRoutingConfig(PointsConfig, SentencePredictionConfig
 
 @register_task("sentence_prediction_with_routing", dataclass=SentencePredictionWithRoutingConfig)
 class SentencePredictionWithRoutingTask(MeasuredTask, SentencePredictionTask):
-    """Points hold the ``accuracy``, in percent, or ``pearson_and_spearman`` where fairseq tells it.
+    """Points hold the ``accuracy``, in percent, and what else the criterion is asked to report.
 
     Without ``points_file``, it is fairseq's task ``sentence_prediction``.
     """
 
-    metrics = ("accuracy",)
+    metrics = ("accuracy", "acc_and_f1", "mcc", "pearson_and_spearman")
