@@ -5,18 +5,27 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation import scoring
-from fairseq_sparsemixer.evaluation.metrics import MAIN, METRICS, Metric
+from fairseq_sparsemixer.evaluation.tokens import COMPOUND_SPLIT, TOKENISED
 from fairseq_sparsemixer.files import read_lines, sha256_of
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm
+from fairseq_sparsemixer.runs.metrics import MAIN, Metric
 from fairseq_sparsemixer.text.bleu import DEFAULT_TOKENISER
 
 TOLERANCE = 0.005
 """By how much a difference in BLEU may be off the recorded one."""
 
 
+FURTHER = (
+    *(Metric(kind.key, kind.title, 2) for kind in (TOKENISED, COMPOUND_SPLIT)),
+    Metric("comet", "COMET", 4),
+)
+"""Scores of translations that are not always there."""
+METRICS = (*MAIN, *FURTHER)
+
+
 def main_metric(runs: Sequence[Run]) -> Optional[Metric]:
-    """What scored runs are ranked by: the first of :data:`.metrics.MAIN` that all of them have."""
+    """What scored runs are ranked by: the first of :data:`~.metrics.MAIN` that all have."""
     return next((each for each in MAIN if all(run.scores.get(each.key) for run in runs)), None)
 
 

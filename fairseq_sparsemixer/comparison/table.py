@@ -8,6 +8,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from fairseq_sparsemixer.comparison.conditions import (
+    FURTHER,
+    METRICS,
     check_comparable,
     compare_arms,
     find_text,
@@ -19,7 +21,6 @@ from fairseq_sparsemixer.comparison.conditions import (
 from fairseq_sparsemixer.comparison.means import deviation_or_none, mean_or_none
 from fairseq_sparsemixer.comparison.speed_up import Reached, ToFinalLoss, reach_final_loss
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.metrics import FURTHER, MAIN, METRICS, Metric
 from fairseq_sparsemixer.files import (
     atomic_path,
     check_writable,
@@ -30,6 +31,7 @@ from fairseq_sparsemixer.files import (
 from fairseq_sparsemixer.locks import in_turn
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm, further_differences, read_tasks
+from fairseq_sparsemixer.runs.metrics import MAIN, Metric
 from fairseq_sparsemixer.runs.points import number
 from fairseq_sparsemixer.tables import escape, markdown
 
@@ -122,7 +124,6 @@ def build_table(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
         "notes": _notes(arms, baseline, comparisons, final_loss.reached),
         "paper": PAPER,
         "comparisons": comparisons,
-        "metric": metric and metric._asdict(),
         "runs": [
             _describe(arm, run, final_loss.reached.get(run.folder))
             for arm in arms

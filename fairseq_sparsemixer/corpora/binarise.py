@@ -86,9 +86,9 @@ def build_one_text(
 
     Args:
         folder: in which all paths are.
-        texts: of ``train``, ``valid``, ``valid1`` and so on, in this order.
+        texts: of ``train``, ``valid``, ``valid1`` and so on, ``test``, in this order.
         destination: the folder to be made.
-        dictionary: its own is that of the training text.
+        dictionary: its own is that of the training text, without more.
 
     Returns:
         What was made.
@@ -96,11 +96,15 @@ def build_one_text(
     Raises:
         RuntimeError: fairseq failed, or did not keep every line.
     """
-    train, *valid = texts.values()
-    command = ["-m", "fairseq_cli.preprocess", "--only-source", "--trainpref", train]
-    command += ["--validpref", ",".join(valid)]
+    command = ["-m", "fairseq_cli.preprocess", "--only-source"]
+    for kind in SPLITS:
+        files = [text for split, text in texts.items() if split.startswith(kind)]
+        if files:
+            command += [f"--{kind}pref", ",".join(files)]
     if dictionary is not None:
         command += ["--srcdict", dictionary]
+    else:
+        command += ["--padding-factor", "1"]
     target = folder / destination
     with scratch_folder(target.with_name(f".{target.name}.partial")) as scratch:
         scratch_name = scratch.relative_to(folder).as_posix()

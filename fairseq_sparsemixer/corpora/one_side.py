@@ -11,10 +11,9 @@ Run as a program it takes CORPUS and LANG (scripts/pretrain.sh).
 import sys
 from pathlib import Path
 
+from fairseq_sparsemixer.corpora.binarise import build_one_text
 from fairseq_sparsemixer.corpora.folder import SPLITS
-from fairseq_sparsemixer.corpora.subprocesses import run_python
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import scratch_folder
 
 INPUT, LABEL = "input0", "label"
 
@@ -44,13 +43,10 @@ def lay_out_side(corpus: Path, language: str) -> Path:
         if not link.exists():
             link.unlink(missing_ok=True)
             link.symlink_to(Path("..", "..", "bin", path.name))
-    if (corpus / "raw" / "train.domain").is_file() and not (side / LABEL).is_dir():
-        with scratch_folder(side / f".{LABEL}.partial") as scratch:
-            command = ["-m", "fairseq_cli.preprocess", "--only-source", "--padding-factor", "1"]
-            for split in SPLITS:
-                command += [f"--{split}pref", f"../raw/{split}.domain"]
-            run_python([*command, "--destdir", scratch.name], cwd=side)
-            scratch.rename(side / LABEL)
+    made = all((side / LABEL / f"{split}.idx").is_file() for split in SPLITS)
+    if (corpus / "raw" / "train.domain").is_file() and not made:
+        labels = {split: f"raw/{split}.domain" for split in SPLITS}
+        build_one_text(corpus, labels, f"{language}/{LABEL}")
     return side
 
 

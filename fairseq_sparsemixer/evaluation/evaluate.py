@@ -53,6 +53,7 @@ def evaluate(
     Raises:
         UserError: there is no such model or text, they do not fit, or a package is missing.
     """
+    started = time.perf_counter()
     if further.comet is not None:
         scoring.check_comet()
     translator = load_translator(model, search.precision)
@@ -77,6 +78,7 @@ def evaluate(
                 for pair, system in systems.items()
             }
             evaluation = several.join(evaluations, subset, stem)
+            evaluation["seconds"]["total"] = time.perf_counter() - started
             write_json(output, evaluation)
         print(several.format_pairs(evaluation))
     else:
@@ -90,6 +92,7 @@ def evaluate(
         system = _read(translator, test_set, further)
         with in_turn(stem, beside=True):
             evaluation = _evaluate(system, *choices, baseline, stem)
+            evaluation["seconds"]["total"] = time.perf_counter() - started
             write_json(output, evaluation)
         print(format_evaluation(evaluation))
     print(f"written: {evaluation['hypotheses']} and {output}")
@@ -124,7 +127,6 @@ def _evaluate(
     stem: Path,
 ) -> Dict[str, Any]:
     """Translate and score one pair of languages: what stands in the JSON file."""
-    started = time.perf_counter()
     translator, test_set, text, about = system
     for each in [stem, _baseline_stem(stem)] if baseline is not None else [stem]:
         _check_outputs(each, test_set, translator.target_lang)
@@ -138,7 +140,6 @@ def _evaluate(
     evaluation["generation"] = generation_settings(translator, search)
     packages = ("fairseq_sparsemixer", "fairseq", "torch", "sacrebleu")
     evaluation["versions"] = versions((*packages, *translator.subwords.packages))
-    evaluation["seconds"]["total"] = time.perf_counter() - started
     return evaluation
 
 

@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from fairseq_sparsemixer.corpora.one_side import INPUT
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.metrics import MAIN, NLL
 from fairseq_sparsemixer.evaluation.options import ModelChoice
 from fairseq_sparsemixer.evaluation.system import describe_checkpoints
 from fairseq_sparsemixer.evaluation.translator import CheckpointInfo, chosen, find_checkpoints
 from fairseq_sparsemixer.files import check_writable, sha256_of, write_json
 from fairseq_sparsemixer.locks import in_turn
 from fairseq_sparsemixer.runs.checkpoints import building, check_finite, load_state, num_updates
+from fairseq_sparsemixer.runs.logs import nll_of
+from fairseq_sparsemixer.runs.metrics import MAIN, NLL
 from fairseq_sparsemixer.runs.record import versions
 from fairseq_sparsemixer.tables import format_table
 
@@ -50,7 +51,7 @@ def evaluate_losses(model: ModelChoice, subset: str, output: Optional[Path]) -> 
         task = _measured_task(cfg, model.data)
         network = checkpoint_utils.load_model_ensemble([str(path)], task=task, state=state)[0][0]
     stats = _validate(cfg, task, network.to(device).eval(), subset, device)
-    figures = {NLL.key: stats.get("nll_loss", stats["loss"]), **task.figures(subset, stats)}
+    figures = {NLL.key: nll_of(stats), **task.figures(subset, stats)}
     info = CheckpointInfo(path, num_updates(state), list(state.get("averaged_from", [])))
     file = _data_path(task, subset).with_suffix(".bin")
     data = {"name": subset}

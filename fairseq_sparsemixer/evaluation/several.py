@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, sha256_of, write_lines
@@ -88,7 +88,7 @@ def join(evaluations: Mapping[str, Dict[str, Any]], subset: str, stem: Path) -> 
             pair: {key: each[key] for key in ("scores", "copy", "counts", "hypotheses", "data")}
             for pair, each in evaluations.items()
         },
-        "copy": _copy(copies) if len(copies) == len(every) else None,
+        "copy": {"source": None, "scores": average(copies)} if len(copies) == len(every) else None,
         "counts": dict(counts),
         "hypotheses": str(paths["hypotheses"]),
         "data": {
@@ -103,10 +103,6 @@ def join(evaluations: Mapping[str, Dict[str, Any]], subset: str, stem: Path) -> 
             key: sum(each["seconds"][key] for each in every) for key in every[0]["seconds"]
         },
     }
-
-
-def _copy(copies: Mapping[str, Dict[str, Any]]) -> Optional[Dict[str, Any]]:
-    return {"source": None, "scores": average(copies)}
 
 
 def format_pairs(evaluation: Dict[str, Any]) -> str:

@@ -47,7 +47,12 @@ _LAYERS = (
     *(TransformerEncoderLayer, TransformerEncoderLayerBase, SwitchTransformerEncoderLayer),
     *(TransformerDecoderLayer, TransformerDecoderLayerBase, SwitchTransformerDecoderLayer),
 )
-SIDES = {TransformerEncoder, TransformerEncoderBase, TransformerDecoder, TransformerDecoderBase}
+SIDE_TYPES = {
+    TransformerEncoder,
+    TransformerEncoderBase,
+    TransformerDecoder,
+    TransformerDecoderBase,
+}
 """Encoders and decoders that compute what is computed here; ours add themselves."""
 FIRST_TOKENS = 32
 """There is room for so many tokens of each hypothesis at first, and then for twice as many."""
@@ -86,7 +91,7 @@ def obstacle(model: nn.Module) -> Optional[str]:
     encoder: Any = getattr(model, "encoder", None)
     decoder: Any = getattr(model, "decoder", None)
     for side in (encoder, decoder):
-        if type(side) not in SIDES:
+        if type(side) not in SIDE_TYPES:
             return f"{type(side).__name__} is not fairseq's transformer"
         if not all(type(layer) in _LAYERS for layer in side.layers.children()):
             return "its layers are not those of fairseq's transformer"

@@ -29,7 +29,7 @@ from fairseq_sparsemixer.models.building import (
     naming_conflicts,
 )
 from fairseq_sparsemixer.models.config import SwitchTransformerConfig
-from fairseq_sparsemixer.models.laid_out import SIDES, lay_out
+from fairseq_sparsemixer.models.laid_out import SIDE_TYPES, lay_out
 from fairseq_sparsemixer.models.languages import keep_tags, of_side, tokens_and_languages
 from fairseq_sparsemixer.models.layers import (
     STATISTICS,
@@ -201,4 +201,4 @@ class SwitchTransformerDecoder(TransformerDecoderBase):
         return _wrap_layer(layer, cfg)
 
 
-SIDES.update((SwitchTransformerEncoder, SwitchTransformerDecoder))
+SIDE_TYPES.update((SwitchTransformerEncoder, SwitchTransformerDecoder))

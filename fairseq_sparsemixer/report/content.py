@@ -13,7 +13,6 @@ from fairseq_sparsemixer.comparison.histories import (
 )
 from fairseq_sparsemixer.comparison.speed_up import reach_best_loss, summarise
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.metrics import MAIN, Metric
 from fairseq_sparsemixer.report import gather, page
 from fairseq_sparsemixer.report.canvas import styles
 from fairseq_sparsemixer.report.drawing import draw
@@ -21,6 +20,7 @@ from fairseq_sparsemixer.report.painter import Painter
 from fairseq_sparsemixer.report.routing import routing_of_run
 from fairseq_sparsemixer.runs.folder import Run
 from fairseq_sparsemixer.runs.grouping import Arm
+from fairseq_sparsemixer.runs.metrics import MAIN, Metric
 from fairseq_sparsemixer.version import __version__
 
 

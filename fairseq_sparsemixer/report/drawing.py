@@ -5,11 +5,11 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer.comparison.histories import Histories
 from fairseq_sparsemixer.comparison.results import Results
-from fairseq_sparsemixer.evaluation.metrics import MAIN, Metric
 from fairseq_sparsemixer.report.canvas import Figure
 from fairseq_sparsemixer.report.gather import Curves, Loads, layer_curves
 from fairseq_sparsemixer.report.painter import Painter, top_of_loads
 from fairseq_sparsemixer.runs.grouping import Arm
+from fairseq_sparsemixer.runs.metrics import MAIN, Metric
 
 LAYERS = {
     "entropy": "entropy of the router, nats",
@@ -26,7 +26,8 @@ def _file(key: str) -> str:
 
 _SCORES = "|".join(_file(metric.key) for metric in MAIN)
 FILES = re.compile(
-    rf"((validation|training|{_SCORES})-(updates|minutes)|domains|load-at-end|load-(over-time|by-domain)-\d+"
+    rf"((validation|training|{_SCORES})-(updates|minutes)|domains"
+    r"|load-at-end|load-(over-time|by-domain)-\d+"
     rf"|{'|'.join(map(_file, LAYERS))}|specialisation-(words|domains))\.(svg|png)"
 )
 """Names of all files that :func:`draw` may write."""

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from fairseq_sparsemixer.evaluation.metrics import Metric
 from fairseq_sparsemixer.plotting import COLOURS
+from fairseq_sparsemixer.runs.metrics import Metric
 
 NO_FIGURE = "–"
 PIECE_COLOURS = [colour for name, colour in COLOURS.items() if name != "black"]

@@ -8,6 +8,7 @@
 ``record``          ``run.json``: what a run was started with
 ``logs``            fairseq's log
 ``points``          ``points.jsonl``: what is measured at each validation
+``metrics``         what is measured besides losses, and how it is shown
 ``checkpoints``     which there are, and what one holds
 ``reading``         the one way in which one is read: by ``archives`` (the file), ``vetting`` (its
                     settings) and ``allocations`` (the size of its model)

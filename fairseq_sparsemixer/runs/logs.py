@@ -13,7 +13,7 @@ import re
 import statistics
 from datetime import datetime
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from fairseq_sparsemixer.errors import UserError
 
@@ -119,6 +119,11 @@ def _numbers(text: str, updates: str, *needed: str) -> Optional[Dict[str, float]
     if not math.isfinite(stats.get(updates, math.nan)) or any(key not in stats for key in needed):
         return None
     return stats
+
+
+def nll_of(stats: Mapping[str, float]) -> float:
+    """The negative log-likelihood: cross-entropy without label smoothing has one loss."""
+    return float(stats.get("nll_loss", stats["loss"]))
 
 
 def by_layer(stats: Dict[str, float], metric: str) -> Dict[str, float]:
@@ -233,9 +238,7 @@ class _LogReader:
         stats = {key[len(prefix) :]: stats[key] for key in stats if key.startswith(prefix)}
         updates = int(stats["num_updates"])
         self.marks.append((updates, seconds))
-        # Cross-entropy without label smoothing has one loss.
-        nll_loss = stats.get("nll_loss", stats["loss"])
-        self.validations.append(Validation(updates, stats["loss"], nll_loss, seconds, stats))
+        self.validations.append(Validation(updates, stats["loss"], nll_of(stats), seconds, stats))
 
     def _seconds(self, time: datetime) -> Optional[float]:
         if self.began is None or self.before is None:

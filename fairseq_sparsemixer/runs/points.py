@@ -33,13 +33,11 @@ import numpy as np
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, misfit, read_json, write_json, write_lines
+from fairseq_sparsemixer.runs.metrics import MAIN, NLL
 
 FILE = "points.jsonl"
 """The file of the points in the folder of a run."""
-METRICS = (
-    *("bleu", "chrf", "ppl", "bits_per_byte", "discriminator_loss"),
-    *("accuracy", "acc_and_f1", "mcc", "pearson_and_spearman"),
-)
+METRICS = tuple(metric.key for metric in MAIN if metric is not NLL)
 """What a point holds of the whole validation set besides the losses, by its task."""
 _CURE = "remove it, or train anew"
 _NUMBER = (float, None)

@@ -9,13 +9,13 @@ from typing import Any, Dict, Generator, List, NamedTuple, Optional
 import torch
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation.metrics import METRICS
 from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs import points, record
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
 from fairseq_sparsemixer.runs.mending import LAST
+from fairseq_sparsemixer.runs.metrics import MAIN
 from fairseq_sparsemixer.study.engine import (
     Engine,
     Job,
@@ -249,7 +249,7 @@ class _Study:
         scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))["scores"]
         figures = [
             f"{metric.title} {scores[metric.key]['score']:.{metric.decimals}f}"
-            for metric in METRICS
+            for metric in MAIN
             if scores.get(metric.key)
         ]
         print(

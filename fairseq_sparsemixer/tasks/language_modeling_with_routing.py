@@ -8,6 +8,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from fairseq_sparsemixer.bits_per_byte import byte_counts
+from fairseq_sparsemixer.runs.logs import nll_of
 from fairseq_sparsemixer.tasks.measured import MeasuredTask, PointsConfig
 
 
@@ -35,5 +36,5 @@ class LanguageModelingWithRoutingTask(MeasuredTask, LanguageModelingTask):
         for block in map(dataset.__getitem__, range(len(dataset))):
             tokens += len(block["target"])
             size += int(counts[block["target"].numpy()].sum())
-        bits = stats.get("nll_loss", stats["loss"]) * tokens
+        bits = nll_of(stats) * tokens
         return {**super().figures(subset, stats), "bits_per_byte": bits / size}

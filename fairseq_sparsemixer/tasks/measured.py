@@ -12,6 +12,7 @@ from omegaconf import II
 
 from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.runs import points
+from fairseq_sparsemixer.runs.logs import nll_of
 from fairseq_sparsemixer.tasks import measuring
 
 
@@ -174,7 +175,7 @@ class MeasuredTask(FairseqTask):
         known = {point["updates"]: point for point in points.read_points(self._path)}
         point = known.get(updates)
         # One of another loss was measured in another training.
-        if point is None or point["nll_loss"] != points.number(_nll_loss(stats)):
+        if point is None or point["nll_loss"] != points.number(nll_of(stats)):
             point = self._measure(model, stats, sentences)
             points.save_choices(self._path, updates, measuring.flat_choices(sentences))
             points.add_point(self._path, point)
@@ -206,7 +207,7 @@ class MeasuredTask(FairseqTask):
                 clock.words / clock.seconds if clock.words is not None and clock.seconds else None
             ),
             "loss": points.number(stats["loss"]),
-            "nll_loss": points.number(_nll_loss(stats)),
+            "nll_loss": points.number(nll_of(stats)),
             "layers": measuring.layer_figures(sentences, self.groups(), num_experts, stats, before),
         }
         figures = self.figures(self.subset, stats)
@@ -242,11 +243,6 @@ class MeasuredTask(FairseqTask):
             sentences: of the validation set.
         """
         return {}
-
-
-def _nll_loss(stats: Mapping[str, Any]) -> float:
-    """Cross-entropy without label smoothing has one loss."""
-    return float(stats.get("nll_loss", stats["loss"]))
 
 
 def _show_load(folder: str, point: Mapping[str, Any]) -> None:

@@ -11,11 +11,11 @@ from support.report_study import make_report
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.comparison import speed_up
-from fairseq_sparsemixer.evaluation.metrics import MAIN
 from fairseq_sparsemixer.files import read_lines, write_lines
 from fairseq_sparsemixer.report import page
 from fairseq_sparsemixer.report.drawing import FILES
 from fairseq_sparsemixer.runs.folder import ROUTING
+from fairseq_sparsemixer.runs.metrics import MAIN
 
 
 @pytest.fixture(scope="module")

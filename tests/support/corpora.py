@@ -1,8 +1,12 @@
 """Reading what ``prepare`` leaves in a corpus' folder."""
 
+import contextlib
 import json
 
+import pytest
+
 from fairseq_sparsemixer import files
+from fairseq_sparsemixer.corpora import split_step
 
 SPLITS = ("train", "valid", "test")
 
@@ -33,3 +37,21 @@ def build_binary(folder, *_, **__):
     """In place of fairseq-preprocess, which takes seconds to start."""
     files.write_lines(folder / "bin" / "stub", ["binary"])
     return [folder / "bin" / "stub"], {}
+
+
+@contextlib.contextmanager
+def split_interrupted(monkeypatch, written):
+    """Inside, the split is interrupted once it has written so many files; yields which."""
+    paths = []
+
+    def write_lines(path, lines):
+        if len(paths) == written:
+            raise KeyboardInterrupt
+        paths.append(path)
+        files.write_lines(path, lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(split_step, "write_lines", write_lines)
+        with pytest.raises(KeyboardInterrupt):
+            yield paths
+    assert len(paths) == written

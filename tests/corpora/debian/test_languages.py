@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from support import debian
 from support.commands import command
-from support.corpora import contents, lines_of, read_record
+from support.corpora import contents, lines_of, read_record, split_interrupted
 from support.debian import LANGUAGES, VOCAB_SIZE
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import split_step, splitting
+from fairseq_sparsemixer.corpora import splitting
 from fairseq_sparsemixer.corpora.debian import apt, extraction, preparation
 from fairseq_sparsemixer.corpora.folder import SPLITS, read_pairs, sides_of
 from fairseq_sparsemixer.corpora.summary import summary
@@ -106,18 +106,9 @@ def test_the_record_tells_each_pair(several):
 
 @pytest.mark.parametrize("written", [0, 5])
 def test_resumed_it_is_the_same(several, texts, tmp_path, monkeypatch, no_binary, written):
-    output, calls = tmp_path / "out", []
-
-    def interrupted(path, lines):
-        if len(calls) == written:
-            raise KeyboardInterrupt
-        calls.append(path)
-        files.write_lines(path, lines)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(split_step, "write_lines", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(output, texts)
+    output = tmp_path / "out"
+    with split_interrupted(monkeypatch, written):
+        prepare(output, texts)
     assert not (output / "record.json").exists()
     prepare(output, texts)
     for folder in ("raw", "spm", "copy"):

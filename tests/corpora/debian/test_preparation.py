@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from support import debian
-from support.corpora import SPLITS, contents, lines_of, read_record
+from support.corpora import SPLITS, contents, lines_of, read_record, split_interrupted
 from support.debian import DOMAINS, VOCAB_SIZE, write_downloads
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import split_step, splitting
+from fairseq_sparsemixer.corpora import splitting
 from fairseq_sparsemixer.corpora.debian import apt, ding, extraction, preparation
 from fairseq_sparsemixer.corpora.folder import read_pairs
 from fairseq_sparsemixer.corpora.summary import summary
@@ -155,19 +155,8 @@ def test_other_downloads_are_for_another_folder(corpus, tmp_path):
 @pytest.mark.parametrize("written", [0, 4, 7])
 def test_resume_after_an_interruption(built, shelf, tmp_path, monkeypatch, written):
     output = tmp_path / "out"
-    calls = []
-
-    def interrupted(path, lines):
-        if len(calls) == written:
-            raise KeyboardInterrupt
-        calls.append(path)
-        files.write_lines(path, lines)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(split_step, "write_lines", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            preparation.prepare_debian(output, vocab_size=VOCAB_SIZE, downloads=shelf)
-    assert len(calls) == written
+    with split_interrupted(monkeypatch, written):
+        preparation.prepare_debian(output, vocab_size=VOCAB_SIZE, downloads=shelf)
     assert not (output / "record.json").exists()
     preparation.prepare_debian(output, vocab_size=VOCAB_SIZE, downloads=shelf)
     assert not [path for path in output.rglob("*") if "partial" in path.name]

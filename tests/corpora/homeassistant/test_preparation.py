@@ -7,11 +7,18 @@ import os
 
 import pytest
 from support import commands
-from support.corpora import SPLITS, contents, lines_of, partial_files, read_record
+from support.corpora import (
+    SPLITS,
+    contents,
+    lines_of,
+    partial_files,
+    read_record,
+    split_interrupted,
+)
 from support.messages import VOCAB_SIZE
 
 from fairseq_sparsemixer import files
-from fairseq_sparsemixer.corpora import binarise, split_step, splitting, spm
+from fairseq_sparsemixer.corpora import binarise, splitting, spm
 from fairseq_sparsemixer.corpora.homeassistant import extraction, preparation, wheels
 from fairseq_sparsemixer.errors import UserError
 
@@ -149,18 +156,8 @@ def test_another_vocab_size_redoes_what_depends_on_it(fake, corpus, monkeypatch,
 
 def test_resume_after_a_kill_in_the_middle(built, fake, tmp_path, monkeypatch, no_binary):
     output = tmp_path / "out"
-    written = []
-
-    def killed(path, lines):
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(path)
-        files.write_lines(path, lines)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(split_step, "write_lines", killed)
-        with pytest.raises(KeyboardInterrupt):
-            preparation.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
+    with split_interrupted(monkeypatch, 3) as written:
+        preparation.prepare_homeassistant(output, vocab_size=VOCAB_SIZE, wheel=fake)
     assert [path.name for path in written] == ["train.en", "train.de", "valid.en"]
     # What a kill without a chance to tidy up leaves behind.
     (output / "raw" / ".test.de.partial").write_text("half a")

@@ -1,15 +1,13 @@
-"""The scores of evaluations: their keys, and how they are shown."""
+"""What is measured of a model besides its loss in training: keys, and how they are shown."""
 
 from typing import NamedTuple
-
-from fairseq_sparsemixer.evaluation.tokens import COMPOUND_SPLIT, TOKENISED
 
 
 class Metric(NamedTuple):
     """A score of the evaluation.
 
     Attributes:
-        key: in the JSON file.
+        key: in the JSON file of an evaluation, and in points.
         title: in tables.
         decimals: in tables.
         lower_is_better: whether it is a loss.
@@ -36,8 +34,3 @@ MAIN = (
     NLL,
 )
 """The first of them that a task has is what its models are ranked by."""
-FURTHER = (
-    *(Metric(kind.key, kind.title, 2) for kind in (TOKENISED, COMPOUND_SPLIT)),
-    Metric("comet", "COMET", 4),
-)
-METRICS = (*MAIN, *FURTHER)
