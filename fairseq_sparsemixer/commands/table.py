@@ -11,15 +11,15 @@ be compared (other text, other search, other signature) are refused.
 
 Columns of the table, which is written as STEM.md, STEM.csv and STEM.json:
 
-  BLEU, chrF2, valid nll   mean over seeds, +- sample standard deviation; nll in bits per token
+  BLEU, chrF2, valid nll   mean over seeds, +- sample standard deviation; nll in bits per token, of
+                           the checkpoint that was scored, as the updates are
   p                        paired bootstrap test of BLEU against the baseline's run of equal seed;
                            with several seeds the largest, and 1 unless all differ in the same
                            direction as the means (the JSON holds each)
-  updates to target        updates to the baseline's final loss: until the validation nll that it
-                           ended with (mean over its seeds) is first reached, linear between two
-                           validations; the baseline's own runs: until each one's own final nll is
-                           first reached (`fairseq-sparsemixer report` shows updates to the
-                           baseline's best loss)
+  updates to target        updates to the baseline's scored loss: until its valid nll (mean over its
+                           seeds) is first reached, linear between two validations; the
+                           baseline's own runs: until each one's own nll is first reached
+                           (`fairseq-sparsemixer report` shows updates to the baseline's best loss)
   minutes to target        likewise, in minutes of training, validation and saving included
   speed-up                 the baseline's updates to target over the row's; 1 for the baseline
   words/s                  median of the log's, in target tokens; mean over seeds

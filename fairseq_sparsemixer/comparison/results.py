@@ -236,7 +236,7 @@ def notes(table: Dict[str, Any], arms: Sequence[Arm]) -> List[str]:
     return [
         note
         for note in table["notes"]
-        # Of the baseline's final loss; the report's speed-up is of its best.
+        # Of the baseline's scored loss; the report's speed-up is of its best.
         if not note.endswith(("never reaches the target", "is below the target"))
         and not any(note.endswith(f": {each}") for each in of_runs)
     ]

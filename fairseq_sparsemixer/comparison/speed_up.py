@@ -1,8 +1,9 @@
 """How soon runs are as good as the baseline, by two targets, which give different figures.
 
-Updates to the baseline's final loss (:func:`reach_final_loss`, in ``fairseq-sparsemixer table``):
-the validation nll that the baseline ended with, as a mean over its seeds, is the target of every
-run; the speed-up of an arm is a ratio of means over seeds.
+Updates to the baseline's scored loss (:func:`reach_scored_loss`, in ``fairseq-sparsemixer table``):
+the validation nll of the checkpoint that the baseline was scored with (that it ended with, mostly),
+as a mean over its seeds, is the target of every run; the speed-up of an arm is a ratio of means
+over seeds.
 
 Updates to the baseline's best loss (:func:`reach_best_loss`, in ``fairseq-sparsemixer report``):
 the best validation nll of the baseline's run of equal seed is the target of a run; the speed-up of
@@ -64,13 +65,14 @@ def first_reached(validations: Sequence[Validation], target: float) -> Optional[
     return None
 
 
-class ToFinalLoss(NamedTuple):
-    """Updates to the baseline's final loss.
+class ToScoredLoss(NamedTuple):
+    """Updates to the baseline's scored loss.
 
     Attributes:
-        target: the last validation nll of the baseline, bits a token, mean over its seeds.
+        target: the validation nll that the baseline was scored at, bits a token, mean over its
+            seeds.
         reached: when each counted run first reached it, by the run's folder; None for never. For
-            the baseline's runs each one's own last nll is the target.
+            the baseline's runs each one's own nll is the target.
     """
 
     target: float
@@ -94,14 +96,14 @@ class ToFinalLoss(NamedTuple):
         return [self.reached[run.folder] for run in arm.counted]
 
 
-def reach_final_loss(arms: Sequence[Arm], baseline: Arm) -> ToFinalLoss:
-    """When all counted runs were as good as the baseline at its end, by their logs."""
-    target = statistics.mean(run.validations[-1].nll_loss for run in baseline.counted)
-    return ToFinalLoss(
+def reach_scored_loss(arms: Sequence[Arm], baseline: Arm) -> ToScoredLoss:
+    """When all counted runs were as good as the baseline where it was scored, by their logs."""
+    target = statistics.mean(run.scored.nll_loss for run in baseline.counted)
+    return ToScoredLoss(
         target,
         {
             run.folder: first_reached(
-                run.validations, run.validations[-1].nll_loss if arm is baseline else target
+                run.validations, run.scored.nll_loss if arm is baseline else target
             )
             for arm in arms
             for run in arm.counted

@@ -1,4 +1,4 @@
-"""Finished runs side by side: scores, significance, updates to the baseline's final loss."""
+"""Finished runs side by side: scores, significance, updates to the baseline's loss."""
 
 import csv
 import statistics
@@ -19,7 +19,7 @@ from fairseq_sparsemixer.comparison.conditions import (
     signature_of,
 )
 from fairseq_sparsemixer.comparison.means import deviation_or_none, mean_or_none
-from fairseq_sparsemixer.comparison.speed_up import Reached, ToFinalLoss, reach_final_loss
+from fairseq_sparsemixer.comparison.speed_up import Reached, ToScoredLoss, reach_scored_loss
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     atomic_path,
@@ -110,22 +110,22 @@ def build_table(arms: List[Arm], baseline_name: str) -> Dict[str, Any]:
             arm.name: compare_arms(arm, baseline, texts, references)
             for arm in tqdm(others, desc="bootstrap", unit="row", disable=None)
         }
-    final_loss = reach_final_loss(arms, baseline)
+    scored_loss = reach_scored_loss(arms, baseline)
     rows = []
     for arm in arms:
         if arm.counted:
-            rows.append(_arm_row(arm, baseline, comparisons.get(arm.name, []), final_loss))
+            rows.append(_arm_row(arm, baseline, comparisons.get(arm.name, []), scored_loss))
         rows += [{**_empty_row(arm, [run]), "note": run.note} for run in arm.runs if run.note]
     return {
         "baseline": baseline.name,
-        "target_nll": final_loss.target,
+        "target_nll": scored_loss.target,
         "rows": rows,
         "signatures": _signatures(counted, comparisons),
-        "notes": _notes(arms, baseline, comparisons, final_loss.reached),
+        "notes": _notes(arms, baseline, comparisons, scored_loss.reached),
         "paper": PAPER,
         "comparisons": comparisons,
         "runs": [
-            _describe(arm, run, final_loss.reached.get(run.folder))
+            _describe(arm, run, scored_loss.reached.get(run.folder))
             for arm in arms
             for run in arm.runs
         ],
@@ -169,12 +169,12 @@ def _arm_row(
     arm: Arm,
     baseline: Arm,
     comparisons: List[Dict[str, Any]],
-    final_loss: ToFinalLoss,
+    scored_loss: ToScoredLoss,
 ) -> Dict[str, Any]:
     runs = arm.counted
     row = _empty_row(arm, runs)
-    row["updates"] = mean_or_none([run.validations[-1].updates for run in runs])
-    losses = [run.validations[-1].nll_loss for run in runs]
+    row["updates"] = mean_or_none([run.scored.updates for run in runs])
+    losses = [run.scored.nll_loss for run in runs]
     row.update(valid_nll=mean_or_none(losses), valid_nll_deviation=deviation_or_none(losses))
     for metric in METRICS:
         scores = [(run.scores.get(metric.key) or {}).get("score") for run in runs]
@@ -188,9 +188,9 @@ def _arm_row(
         row["p_value"] = joint_p_value(
             [each["bleu"] for each in comparisons], row["bleu_difference"]
         )
-    row["updates_to_target"] = final_loss.updates(arm)
-    row["minutes_to_target"] = final_loss.minutes(arm)
-    row["speed_up"] = final_loss.speed_up(arm, baseline)
+    row["updates_to_target"] = scored_loss.updates(arm)
+    row["minutes_to_target"] = scored_loss.minutes(arm)
+    row["speed_up"] = scored_loss.speed_up(arm, baseline)
     row["words_per_second"] = mean_or_none([run.log.words_per_second for run in runs if run.log])
     return row
 
@@ -311,7 +311,7 @@ def table_text(tables: Dict[str, Dict[str, Any]]) -> str:
     of_tasks = {task: f"{task}: " if len(tables) > 1 else "" for task in tables}
     legend = [
         f"{of_tasks[task]}baseline: {table['baseline']}; target: validation nll "
-        f"{table['target_nll']:.3f}, the baseline's final loss (mean over its seeds)"
+        f"{table['target_nll']:.3f}, the baseline's where it was scored (mean over its seeds)"
         for task, table in tables.items()
     ]
     others = _NLL.keys() & tables.keys()

@@ -99,6 +99,13 @@ class Run:
         return self.log.validations if self.log else []
 
     @property
+    def scored(self) -> Validation:
+        """The last validation up to the updates that were scored, or of all."""
+        updates = [each["updates"] for each in self.evaluation.get("checkpoints", [])]
+        until = [each for each in self.validations if updates and each.updates <= max(updates)]
+        return (until or self.validations)[-1]
+
+    @property
     def scores(self) -> Dict[str, Any]:
         """The scores by metric, such as ``{"bleu": {"score": ..., "signature": ...}}``."""
         return self.evaluation.get("scores", {})
@@ -170,8 +177,8 @@ def _why_it_does_not_count(run: Run, scores: Optional[str]) -> str:
     last = run.validations[-1]
     if not (run.log.ended or last.updates >= run.max_update > 0):
         return f"unfinished, {last.updates} of {run.max_update or 'no set number of'} updates"
-    if not math.isfinite(last.nll_loss):
-        return f"its last validation nll is {last.nll_loss}"
+    if not math.isfinite(run.scored.nll_loss):
+        return f"its validation nll is {run.scored.nll_loss}"
     if not run.evaluation:
         named = "" if scores is None else f" as {scores}"
         return f"not scored{named}; fairseq-sparsemixer evaluate {run.folder} does it"

@@ -1,4 +1,4 @@
-"""Updates to the baseline's final loss (the table's), and to its best loss (the report's)."""
+"""Updates to the baseline's scored loss (the table's), and to its best loss (the report's)."""
 
 import random
 import shutil
@@ -50,7 +50,7 @@ def test_first_reached_without_a_time_or_after_an_infinite_loss():
     assert speed_up.first_reached(validations, 3.0) == (25, None, False)
 
 
-# To the final loss
+# To the scored loss
 
 
 def test_a_run_that_starts_below_the_target(place):
@@ -59,6 +59,21 @@ def test_a_run_that_starts_below_the_target(place):
     _, rows, text = place.table()
     assert rows["hash-4"]["updates_to_target"] == 100
     assert "the first validation of seed 1 is below the target" in text
+
+
+def test_of_a_run_that_was_scored_at_its_best_that_loss_counts(place):
+    for name, router, curve in (
+        ("a", "switch", {100: 5.0, 200: 3.0, 300: 3.5}),
+        ("b", "hash", {100: 4.0, 200: 3.6, 300: 3.2}),
+    ):
+        run = place.run(name, router=router, curve=curve)
+        best = {"name": "checkpoint_best.pt", "updates": min(curve, key=curve.get)}
+        place.change(run, lambda content, best=best: content["checkpoints"][0].update(best))
+    report, rows, _ = place.table()
+    assert [rows[name]["valid_nll"] for name in ("switch-4", "hash-4")] == [3.0, 3.2]
+    assert [rows[name]["updates"] for name in ("switch-4", "hash-4")] == [200, 300]
+    assert report["target_nll"] == 3.0
+    assert [rows[name]["updates_to_target"] for name in ("switch-4", "hash-4")] == [200, None]
 
 
 def test_a_target_that_some_seeds_never_reach(place):

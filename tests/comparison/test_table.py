@@ -150,7 +150,7 @@ def test_unfinished_and_unscored_runs_are_listed_and_not_counted(place):
         "switch-4, seed 3 ({runs}/a3): not scored; fairseq-sparsemixer evaluate {runs}/a3",
         "hash-4, seed 1 ({runs}/b): there is no hydra_train.log",
         "topk-4, seed 1 ({runs}/c): hydra_train.log holds no validation",
-        "random-4, seed 1 ({runs}/d): its last validation nll is nan",
+        "random-4, seed 1 ({runs}/d): its validation nll is nan",
         "gshard-4, seed 1 ({runs}/e): scored at 300 of 600 updates; evaluate it again",
     ):
         assert f"- {note.format(runs=place.runs)}" in text
