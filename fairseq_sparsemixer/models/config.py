@@ -145,7 +145,7 @@ class ExpertConfig(FairseqDataclass):
     )
     router_options: str = dataclasses.field(
         default="{}",
-        metadata={"help": "further options of the router as JSON, see docs/configuration.md"},
+        metadata={"help": "further options of the router as JSON, see docs/routers.md"},
     )
     expert_activation_dropout: Optional[float] = dataclasses.field(
         default=None,
@@ -192,8 +192,8 @@ class ExpertConfig(FairseqDataclass):
     deterministic: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "train with operators alone that give the same bits each time, which on a GPU "
-            "is slower (a CPU's do without it)"
+            "help": "train with operators alone that give the same bits each time, on a GPU too "
+            "(a CPU's do without it)"
         },
     )
 
