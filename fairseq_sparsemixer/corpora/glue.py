@@ -31,6 +31,7 @@ from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     iterate_lines,
+    read_json,
     scratch_folder,
     sha256_of,
     write_json,
@@ -127,6 +128,7 @@ def prepare_glue(
             )
     checksums = {name: sha256_of(vocabulary / "spm" / name) for name in names}
     with steps_in(output, MEGABYTES, "glue") as steps:
+        others = _others(output, tasks, checksums)
         shelf = archives.shelf(output)
         (output / "spm").mkdir(exist_ok=True)
         settings = {"version": __version__, "sha256": checksums}
@@ -143,11 +145,32 @@ def prepare_glue(
         record = {
             "corpus": "glue",
             "vocabulary": {"folder": str(vocabulary), "sha256": checksums},
-            "tasks": made,
+            "tasks": {**others, **made},
             "versions": {"fairseq-sparsemixer": __version__},
         }
         write_json(output / CORPUS_RECORD, record)
         return record
+
+
+def _others(output: Path, tasks: Sequence[str], checksums: Dict[str, str]) -> Dict[str, Any]:
+    """What is recorded of tasks that were made before and are not asked for.
+
+    Raises:
+        UserError: they were cut with another vocabulary, which no file of theirs tells.
+    """
+    path = output / CORPUS_RECORD
+    if not path.is_file():
+        return {}
+    cure = "name another folder with --output"
+    shape = {"vocabulary": {"sha256": dict}, "tasks": dict}
+    record = read_json(path, shape, cure)
+    others = {name: each for name, each in record["tasks"].items() if name not in tasks}
+    if others and record["vocabulary"]["sha256"] != checksums:
+        raise UserError(
+            f"{output} holds {', '.join(others)} in another vocabulary: {cure}, or make them anew, "
+            "too, with --tasks"
+        )
+    return others
 
 
 def _copy(source: Path, output: Path, names: Sequence[str]) -> StepResult:

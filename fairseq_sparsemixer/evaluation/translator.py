@@ -178,7 +178,10 @@ class Translator:
     @property
     def max_source_positions(self) -> int:
         """The longest source that the model can read, in tokens, end of sentence included."""
-        return self._hub.max_positions[0]
+        task = self.task
+        of_several = isinstance(task, TranslationMultiSimpleEpochTask)
+        tagged = of_several and task.args.langtoks["main"][0] is not None
+        return self._hub.max_positions[0] - int(tagged)
 
     @property
     def max_target_positions(self) -> int:

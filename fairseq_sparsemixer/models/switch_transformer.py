@@ -74,7 +74,8 @@ class SwitchTransformerModel(SwitchModel, TransformerModelBase):
     def prepare_for_inference_(self, cfg: DictConfig) -> None:
         """Called by fairseq's generate, interactive and from_pretrained before they translate."""
         super().prepare_for_inference_(cfg)
-        lay_out(self)
+        if getattr(self, "layout", None) is None:  # one of 8 bits stays
+            lay_out(self)
 
     @classmethod
     def build_encoder(

@@ -29,7 +29,7 @@ MAIN = (
     Metric("mcc", "Matthews corr.", 3),
     Metric("pearson_and_spearman", "Pearson and Spearman", 3),
     Metric("discriminator_loss", "replaced tokens, bits", 4, lower_is_better=True),
-    Metric("bits_per_byte", "bits per byte", 4, lower_is_better=True),
+    Metric("bits_per_byte", "bits per byte", 3, lower_is_better=True),
     Metric("ppl", "perplexity", 2, lower_is_better=True),
     NLL,
 )

@@ -194,14 +194,14 @@ def _copy_models(plan: Plan, folder: Path) -> None:
         return
     for run in plan.runs():
         state, copy = read_run_state(before / run.name), folder / run.name / PRETRAINED
-        if not state.get("finished_updates"):
+        source = before / run.name / CHECKPOINTS[state.get("score", "last")]
+        if not state.get("finished_updates") or not source.is_file():
             if copy.is_file():
                 continue
             raise UserError(
                 f"finetune_from: {before / run.name} is not finished: finish the study {before} "
                 "first, or leave the arm or seed out of this plan"
             )
-        source = before / run.name / CHECKPOINTS[state["score"]]
         if not copy.is_file():
             _copy(source, copy)
         elif sha256_of(source) != sha256_of(copy):

@@ -188,6 +188,8 @@ class _Study:
             **made_with(self.plan, run),
             KEY: self.choice.overrides,
         }
+        if not trained:  # whoever goes on from it waits for the updates of a plan that has grown
+            state["finished_updates"] = 0
         write_json(folder / STATE, state)
         environment = self._environment(job.slot)
         if not trained:

@@ -12,7 +12,7 @@ import pytest
 from support import commands, glue
 
 from fairseq_sparsemixer.corpora import binarise
-from fairseq_sparsemixer.corpora.glue import TASKS
+from fairseq_sparsemixer.corpora.glue import TASKS, prepare_glue
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines
 
@@ -91,6 +91,10 @@ def test_another_vocabulary_cuts_anew(published, messages_corpus, tmp_path):
     calls = len(published.made)
     prepare(published, other, out, "--tasks", "RTE")
     assert len(published.made) == 2 * calls
+    record = prepare(published, other, out, "--tasks", "MRPC")
+    assert list(record["tasks"]) == ["RTE", "MRPC"]
+    with pytest.raises(UserError, match="holds RTE in another vocabulary: name another folder"):
+        prepare_glue(out, messages_corpus, tasks=["MRPC"])
 
 
 def changed(task, name, content):

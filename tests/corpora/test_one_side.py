@@ -35,6 +35,31 @@ def test_it_is_the_binary_data_wherever_the_corpus_lies(corpus, tmp_path):
     assert [labels.string(line) for line in binary] == domains
 
 
+def test_labels_follow_the_domains_and_are_one_word(corpus, tmp_path):
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
+    for domains in (["user manual", "legal"], ["legal", "news"]):
+        for split in ("train", "valid", "test"):
+            size = len(read_lines(copy / "raw" / f"{split}.de"))
+            path = copy / "raw" / f"{split}.domain"
+            write_lines(path, (domains * size)[:size])
+        lay_out_side(copy, "de")
+        labels = Dictionary.load(str(copy / "de" / "label" / "dict.txt"))
+        binary = load_indexed_dataset(str(copy / "de" / "label" / "train"), labels)
+        assert [labels.string(line) for line in binary][:2] == [
+            domain.replace(" ", "_") for domain in domains
+        ]
+        assert len(labels) - labels.nspecial == 2
+    assert [path.name for path in (copy / "de").iterdir() if "words" in path.name] == []
+
+
+def test_a_language_with_several_texts_is_refused(corpus, tmp_path):
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
+    for path in list((copy / "bin").glob("*.en-de.de.*")):
+        shutil.copy(path, path.with_name(path.name.replace("en-de", "fr-de")))
+    with pytest.raises(UserError, match=r"has several texts in de \(en-de, fr-de, \.\.\.\)"):
+        lay_out_side(copy, "de")
+
+
 def test_a_language_that_is_not_there_is_told(corpus, tmp_path):
     copy = shutil.copytree(corpus, tmp_path / "corpus")
     with pytest.raises(UserError, match=f"{copy} holds no language fr: choose from de, en of a"):

@@ -205,6 +205,15 @@ def test_models_that_are_not_prepared_are_left_to_fairseq():
     assert best["attention"].numel() > 0
 
 
+def test_weights_of_8_bits_stay_where_a_model_is_prepared_again():
+    """As for each pair of languages."""
+    model = build()
+    lay_out(model, torch.int8)
+    kept = model.layout
+    model.prepare_for_inference_(OmegaConf.create({"generation": {"beam": 4}}))
+    assert model.layout is kept
+
+
 def test_it_follows_the_parameters():
     model = build()
     model.prepare_for_inference_(OmegaConf.create({"generation": {"beam": 4}}))

@@ -136,6 +136,13 @@ def test_fairseq_generates_what_the_translator_does(language, trained, texts, se
         assert translations[number].score / math.log(2) == pytest.approx(score, abs=2e-3)
 
 
+def test_a_line_that_is_cut_leaves_room_for_the_tag(trained):
+    translator = Translator(str(trained / "checkpoint_last.pt"), target_lang="de")
+    assert translator.max_source_positions == translator.model.encoder.max_positions() - 1
+    (found,) = translator.translate(["a b " * translator.max_source_positions], beam=1)
+    assert found.text
+
+
 def test_evaluation_of_all_pairs(scored, texts):
     found, folder = json.loads(scored.read_text()), scored.parent
     raw = texts / "data" / "raw"

@@ -105,6 +105,12 @@ def test_a_plan_may_grow_but_not_change(finished, prepared, tmp_path, capsys):
     dense = {"dense": {"router": "dense"}}
     # The corpus that it began with need not be there any more.
     grown = write_plan(tmp_path / "grown.yaml", tmp_path / "gone", updates=120, arms=dense)
+    text = next((folder / "data" / "bin").glob("train.*.bin"))
+    away = text.rename(text.with_suffix(".away"))
+    assert "1 of 1 runs failed" in study(grown, "--output", folder, status=2)
+    away.rename(text)
+    state = json.loads((folder / "dense-seed1" / "study.json").read_text())
+    assert state["finished_updates"] == 0  # so that nothing is fine-tuned from it meanwhile
     assert "1 runs, 0 of them finished before" in study(grown, "--output", folder)
     after = lines_of(folder / "dense-seed1")
     assert after[:3] == before and [p["updates"] for p in after] == [30, 60, 90, 120]

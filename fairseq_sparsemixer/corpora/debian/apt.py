@@ -125,6 +125,21 @@ class Downloads:
         """As a JSON object."""
         return dataclasses.asdict(self)
 
+    def only(self, names: Sequence[str], languages: Sequence[str]) -> "Downloads":
+        """Those packages, and the indices of those languages with the English ones beside them."""
+        parts = {
+            (each.release, each.component) for each in self.indices if each.language in languages
+        }
+        return Downloads(
+            [
+                each
+                for each in self.indices
+                if (each.release, each.component) in parts and each.language in ("en", *languages)
+            ],
+            [each for name in dict.fromkeys(names) for each in self.packages if each.name == name],
+            [name for name in names if name in self.not_found],
+        )
+
 
 def obtain(
     folder: Path,
@@ -133,6 +148,8 @@ def obtain(
     languages: Sequence[str] = ("de",),
 ) -> Downloads:
     """The indices and packages in ``folder``: those there, or fetched where one is missing.
+
+    The folder may serve several corpora: what was fetched before stays in its record.
 
     Args:
         folder: made if need be.
@@ -147,7 +164,7 @@ def obtain(
     names = [*required, *optional]
     downloads = read_record(folder)
     if downloads is not None and _complete(folder, downloads, names, languages):
-        return downloads
+        return downloads.only(names, languages)
     if shutil.which("apt-get") is None:
         raise UserError(f"this machine has no apt to fetch {folder} with: {ELSEWHERE}")
     try:
@@ -157,22 +174,32 @@ def obtain(
     # Not the lock of the folder itself: that may be the one of the corpus.
     with in_turn(folder / "downloads", beside=True):
         downloads = read_record(folder)  # another process may have fetched them meanwhile
-        if downloads is not None and _complete(folder, downloads, names, languages):
-            return downloads
-        return _obtain_anew(folder, required, names, languages)
+        if downloads is None or not _complete(folder, downloads, names, languages):
+            downloads = _obtain_anew(
+                folder, required, names, languages, downloads or Downloads([], [], [])
+            )
+        return downloads.only(names, languages)
 
 
 def _obtain_anew(
-    folder: Path, required: Sequence[str], names: Sequence[str], languages: Sequence[str]
+    folder: Path,
+    required: Sequence[str],
+    names: Sequence[str],
+    asked: Sequence[str],
+    before: Downloads,
 ) -> Downloads:
-    """Fetch what is not there."""
+    """Fetch what is not there, of what is asked for and what was ``before``."""
+    earlier = [*(package.name for package in before.packages), *before.not_found]
+    names = list(dict.fromkeys([*names, *earlier]))
+    of_before = [index.language for index in before.indices if index.language != "en"]
+    languages = list(dict.fromkeys([*asked, *of_before]))
     with scratch_folder(folder.resolve() / ".apt.partial") as scratch:
         apt = _Apt(scratch, languages)
         say("apt fetches the lists of packages and their descriptions (tens of MB)")
         warnings = apt.update()
         found = apt.indices()
         entries = _with_english(found, languages)
-        missing = sorted(set(languages) - {entry["LANGUAGE"] for entry in entries})
+        missing = sorted(set(asked) - {entry["LANGUAGE"] for entry in entries})
         if missing:
             why = f" ({last_line(warnings)})" if warnings.strip() else ""
             raise UserError(
@@ -186,7 +213,7 @@ def _obtain_anew(
             raise UserError(
                 f"the machine's apt sources have no package {', '.join(missing)}: {ELSEWHERE}"
             )
-        packages = [_package(offered[name]) for name in dict.fromkeys(names) if name in offered]
+        packages = [_package(offered[name]) for name in names if name in offered]
         _fetch(apt, packages, folder, scratch)
     not_found = [name for name in names if name not in offered]
     downloads = Downloads(indices, packages, not_found)

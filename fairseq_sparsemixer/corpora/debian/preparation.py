@@ -41,13 +41,14 @@ def prepare_debian(
     """
     pairs = [extraction.pair_of(language) for language in languages]
     packages = ((), ()) if pairs else (extraction.REQUIRED, extraction.OPTIONAL)
+    translations = languages or extraction.LANGUAGES[1:]
     split_settings = extraction.LANGUAGES_SPLIT if pairs else extraction.SPLIT
     corpus = "debian-languages" if pairs else "debian"
     folder = downloads or output / "download"
 
     def extract() -> StepResult:
         with report_full_disk(folder, extraction.MEGABYTES, "--downloads"):
-            fetched = apt.obtain(folder, *packages, languages or extraction.LANGUAGES[1:])
+            fetched = apt.obtain(folder, *packages, translations)
         texts, counts = extraction.extract(folder, fetched, languages)
         write_pairs(pairs_path, texts)
         return [pairs_path], {"source": fetched.describe(), "counts": counts}
@@ -60,6 +61,8 @@ def prepare_debian(
             settings["pairs"] = pairs
         extracted = steps.run("extract", settings, [], extract)
         present = apt.read_record(folder)
+        if present is not None:
+            present = present.only([*packages[0], *packages[1]], translations)
         if present is not None and present.describe() != extracted["source"]:
             raise UserError(
                 f"{output} was made from other downloads than those in {folder}: name another "

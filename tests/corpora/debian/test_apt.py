@@ -200,6 +200,18 @@ def test_apt_fetches_what_is_missing_and_says_what_it_is(archive, shelf, tmp_pat
     assert downloaded(archive) == names
 
 
+def test_one_folder_may_serve_several_corpora(archive, tmp_path, programs):
+    folder = tmp_path / "download"
+    first = obtain(folder)
+    name = "mirror.example_dists_stable_main_i18n_Translation-fr"
+    (archive / "lists" / name).write_text("Package: x\n")
+    second = apt.obtain(folder, (), (), ["fr"])
+    assert ([each.language for each in second.indices], second.packages) == (["en", "fr"], [])
+    for program in ("apt-get", "apt-cache"):
+        (programs / program).unlink()
+    assert obtain(folder) == first and apt.obtain(folder, (), (), ["fr"]) == second
+
+
 def test_apt_works_in_folders_of_its_own_with_the_machines_sources(archive, tmp_path):
     folder = tmp_path / "download"
     obtain(folder)
