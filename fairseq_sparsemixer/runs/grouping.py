@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.runs.folder import Run, find_runs, read_run
 from fairseq_sparsemixer.runs.settings import as_text, expert_fields, label
+
+OPTIONS = "router_options"
+"""The setting that holds others, as JSON."""
 
 
 class Arm(NamedTuple):
@@ -84,20 +87,36 @@ def group_runs(runs: Iterable[Run]) -> List[Arm]:
 
 
 def _suffixes(runs: Sequence[Run]) -> List[str]:
-    """For runs of one name, the settings in which they differ, as ``,top_k=2``."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    differing = [key for key in keys if any(_differ(run, runs[0], key) for run in runs)]
-    labels = {key: label(key) for key in differing}
+    """For runs of one name, the settings in which they differ, as ``,top_k=2``.
+
+    Options of a router stand by themselves, where they are given.
+    """
+    settings = [_with_options(run.settings) for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    differing = [k for k in keys if any(each.get(k) != settings[0].get(k) for each in settings)]
+    labels = {key: label(key).replace(f"{OPTIONS}.", "") for key in differing}
     if len(set(labels.values())) < len(labels):
         labels = {key: key for key in differing}
     return [
-        "".join(f",{labels[key]}={as_text(run.settings.get(key))}" for key in differing)
-        for run in runs
+        "".join(
+            f",{labels[key]}={as_text(each.get(key))}"
+            for key in differing
+            if key in each or OPTIONS not in key
+        )
+        for each in settings
     ]
 
 
-def _differ(one: Run, other: Run, key: str) -> bool:
-    return one.settings.get(key) != other.settings.get(key)
+def _with_options(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings with each option of the router as one, where they can be read."""
+    try:
+        options = json.loads(settings.get(f"model.{OPTIONS}", ""))
+    except (ValueError, TypeError, RecursionError):
+        return settings
+    if not isinstance(options, dict):
+        return settings
+    others = {key: value for key, value in settings.items() if key != f"model.{OPTIONS}"}
+    return {**others, **{f"model.{OPTIONS}.{name}": value for name, value in options.items()}}
 
 
 def further_differences(runs: Sequence[Run]) -> List[str]:

@@ -123,11 +123,21 @@ def test_what_else_rows_differ_in_is_noted(place):
     ) in place.table()[2]
 
 
+def test_options_of_a_router_name_its_row(place):
+    place.run("a")
+    for name, options in (("b", '{"gate": "full"}'), ("c", '{"gate": "one", "seed": 2}')):
+        place.run(name, **{"model.router_options": options})
+    assert list(place.table()[1]) == ["switch-4", "switch-4,gate=full", "switch-4,gate=one,seed=2"]
+    place.run("d", **{"model.router_options": '{"top_k": 1}', "model.top_k": 2})  # two of one name
+    names = list(place.table(baseline="switch-4,model.top_k=1")[1])
+    assert names[-1] == "switch-4,model.top_k=2,model.router_options.top_k=1"
+
+
 def test_a_bar_in_a_name_does_not_break_the_table(place):
     place.run("a")
     place.run("b", **{"model.router_options": '{"a|b":1}'})
-    _, rows, text = place.table(baseline="switch-4,router_options={}")
-    assert list(rows)[1] == 'switch-4,router_options={"a|b":1}'
+    _, rows, text = place.table()
+    assert list(rows)[1] == "switch-4,a|b=1"
     lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
     assert {len(line) for line in lines} == {15}
 
@@ -280,12 +290,12 @@ def test_settings_of_any_text_break_no_table(place):
     place.run("a", router="switch", seed=1, **{options: hostile})
     place.run("b", router="switch", seed=1, **{options: "{}"})
     place.run("c", router="switch", seed=2, scored=False, **{options: "{}"})
-    _, rows, text = place.table(baseline="switch-4,router_options={}")
+    _, rows, text = place.table()
     assert f"switch-4,router_options={hostile}" in rows
     lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
     assert {len(line) for line in lines} == {15}
     assert {line[0] for line in lines[2:]} == {
-        "switch-4,router_options={}",
+        "switch-4",
         "switch-4,router_options=a\\|b\\`c\\` \\<img src=x>",
     }
     assert not re.search(r"(?<!\\)[<`]", text)
