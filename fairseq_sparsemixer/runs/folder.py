@@ -101,8 +101,9 @@ class Run:
     @property
     def scored(self) -> Validation:
         """The last validation up to the updates that were scored, or of all."""
-        updates = [each["updates"] for each in self.evaluation.get("checkpoints", [])]
-        until = [each for each in self.validations if updates and each.updates <= max(updates)]
+        checkpoints = self.evaluation.get("checkpoints", [])
+        last = max((each["updates"] for each in checkpoints), default=math.inf)
+        until = [each for each in self.validations if each.updates <= last]
         return (until or self.validations)[-1]
 
     @property

@@ -89,9 +89,14 @@ def group_runs(runs: Iterable[Run]) -> List[Arm]:
 def _suffixes(runs: Sequence[Run]) -> List[str]:
     """For runs of one name, the settings in which they differ, as ``,top_k=2``.
 
-    Options of a router stand by themselves, where they are given.
+    Options of a router stand by themselves, where they are given, unless that tells too little.
     """
-    settings = [_with_options(run.settings) for run in runs]
+    settings = [run.settings for run in runs]
+    suffixes = _differences([_with_options(each) for each in settings])
+    return suffixes if len({*suffixes}) == len(suffixes) else _differences(settings)
+
+
+def _differences(settings: Sequence[Dict[str, Any]]) -> List[str]:
     keys = dict.fromkeys(key for each in settings for key in each)
     differing = [k for k in keys if any(each.get(k) != settings[0].get(k) for each in settings)]
     labels = {key: label(key).replace(f"{OPTIONS}.", "") for key in differing}

@@ -133,6 +133,16 @@ def test_options_of_a_router_name_its_row(place):
     assert names[-1] == "switch-4,model.top_k=2,model.router_options.top_k=1"
 
 
+def test_options_that_look_alike_stay_two_rows(place):
+    for name, options in (("a", '{"seed": 1}'), ("b", '{"seed": "1"}')):
+        place.run(name, **{"model.router_options": options})
+    baseline = 'switch-4,router_options={"seed": 1}'
+    assert list(place.table(baseline=baseline)[1]) == [
+        baseline,
+        'switch-4,router_options={"seed": "1"}',
+    ]
+
+
 def test_a_bar_in_a_name_does_not_break_the_table(place):
     place.run("a")
     place.run("b", **{"model.router_options": '{"a|b":1}'})

@@ -61,9 +61,10 @@ def prepare_debian(
             settings["pairs"] = pairs
         extracted = steps.run("extract", settings, [], extract)
         present = apt.read_record(folder)
-        if present is not None:
-            present = present.only([*packages[0], *packages[1]], translations)
-        if present is not None and present.describe() != extracted["source"]:
+        names = [*packages[0], *packages[1]]
+        if present is not None and (
+            present.only(names, translations).describe() != extracted["source"]
+        ):
             raise UserError(
                 f"{output} was made from other downloads than those in {folder}: name another "
                 "folder with --output"
