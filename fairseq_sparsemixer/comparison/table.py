@@ -265,18 +265,18 @@ def _span(numbers: List[int]) -> str:
 
 
 def _describe(arm: Arm, run: Run, reached: Optional[Reached]) -> Dict[str, Any]:
-    """One run's own figures, for the JSON file."""
-    last = run.validations[-1] if run.validations else None
+    """One run's own figures, for the JSON file; ``updates`` to ``training_seconds`` as in its row."""
+    scored = run.scored if run.validations else None
     return {
         "model": arm.name,
         "folder": str(run.folder),
         "seed": run.seed,
         "note": run.note or None,
-        "updates": last and last.updates,
+        "updates": scored and scored.updates,
         "max_update": run.max_update,
-        "valid_loss": last and number(last.loss),
-        "valid_nll": last and number(last.nll_loss),
-        "training_seconds": last and last.seconds,
+        "valid_loss": scored and number(scored.loss),
+        "valid_nll": scored and number(scored.nll_loss),
+        "training_seconds": scored and scored.seconds,
         "updates_to_target": reached and reached.updates,
         "seconds_to_target": reached and reached.seconds,
         "words_per_second": run.log and run.log.words_per_second,

@@ -72,6 +72,8 @@ def test_of_a_run_that_was_scored_at_its_best_that_loss_counts(place):
     report, rows, _ = place.table()
     assert [rows[name]["valid_nll"] for name in ("switch-4", "hash-4")] == [3.0, 3.2]
     assert [rows[name]["updates"] for name in ("switch-4", "hash-4")] == [200, 300]
+    own = [(run["updates"], run["valid_nll"]) for run in report["runs"]]
+    assert own == [(200, 3.0), (300, 3.2)]
     assert report["target_nll"] == 3.0
     assert [rows[name]["updates_to_target"] for name in ("switch-4", "hash-4")] == [200, None]
 
