@@ -265,7 +265,7 @@ def _span(numbers: List[int]) -> str:
 
 
 def _describe(arm: Arm, run: Run, reached: Optional[Reached]) -> Dict[str, Any]:
-    """One run's own figures, for the JSON file; ``updates`` to ``training_seconds`` as in its row."""
+    """One run's own figures, for the JSON file: those of its scored checkpoint, as in its row."""
     scored = run.scored if run.validations else None
     return {
         "model": arm.name,

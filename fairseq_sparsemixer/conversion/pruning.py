@@ -74,7 +74,8 @@ def prune(
         output: the new checkpoint; what was measured goes beside it, as JSON. None to measure only.
 
     Raises:
-        UserError: the model has no experts or too few, or there is no such text.
+        UserError: the model has no experts or too few, or a token has no next best; or there is no
+            such text.
     """
     translator = load_translator(model, search.precision)
     check_one(translator.pairs)
@@ -89,7 +90,8 @@ def prune(
     bench = _Bench(translator, text, search)
     usage = bench.loss.usage()
     base = bench.measure(translator, "as it is", _count(layers))
-    needs = {name: bench.needs(layer) for name, layer in layers.items()}
+    chosen = not next(iter(layers.values())).moe.router.needs_token_ids
+    needs = {name: bench.needs(layer) for name, layer in layers.items()} if chosen else {}
     print(_table_of_experts(usage, needs, base["bits"]))
     steps = [base]
     if goal.experts is not None:
@@ -110,7 +112,11 @@ def prune(
         "text": {"source": str(test_set.source), "sentences": len(text.sources)},
         "search": search._asdict(),
         "layers": {
-            name: {"shares": each.shares.tolist(), "gate": each.gate, "bits_without": needs[name]}
+            name: {
+                "shares": each.shares.tolist(),
+                "gate": each.gate,
+                "bits_without": needs.get(name),
+            }
             for name, each in usage.items()
         },
         "steps": steps,
@@ -136,9 +142,14 @@ def _check(path: Path, model: Any, layers: Dict[str, SwitchLayer], goal: Goal) -
         raise UserError(f"{path} has no experts to drop; give a model with experts")
     if model.cfg.encoder.layers_to_keep or model.cfg.decoder.layers_to_keep:
         raise UserError(f"{path} has left out layers (--*-layers-to-keep): prune the whole model")
+    router = next(iter(layers.values())).moe.router
+    if router.needs_token_ids and goal.dense is None:
+        raise UserError(
+            f"{path} has router {router.name}, which knows one expert for each word and no next "
+            "best: none can be dropped; --to-dense keep or merge makes one network of them"
+        )
     if goal.experts is None:
         return
-    router = next(iter(layers.values())).moe.router
     if not router.top_k <= goal.experts < router.num_experts:
         raise UserError(
             f"--experts {goal.experts} must be at least {router.top_k}, as many as each token "
@@ -316,8 +327,9 @@ def _plain_parts(state: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
 def _table_of_experts(usage: Dict[str, Usage], needs: Dict[str, List[float]], base: float) -> str:
     rows = [["layer", "expert", "load", "bits more without it"]]
     for name, each in usage.items():
-        for expert, (share, bits) in enumerate(zip(each.shares.tolist(), needs[name])):
-            rows.append([name, str(expert), f"{share:.1%}", f"{bits - base:+.4f}"])
+        for expert, share in enumerate(each.shares.tolist()):
+            more = f"{needs[name][expert] - base:+.4f}" if needs else "-"
+            rows.append([name, str(expert), f"{share:.1%}", more])
     return format_table(rows)
 
 

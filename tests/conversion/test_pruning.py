@@ -220,3 +220,16 @@ def test_a_dense_model_has_nothing_to_drop(dense_run, corpus, capsys):
     command_line = ["prune", dense_run / "checkpoint_last.pt", "--data", corpus]
     assert cli.main(list(map(str, command_line))) == 2
     assert "has no experts to drop" in capsys.readouterr().err
+
+
+def test_experts_that_words_fix_have_no_next_best(dense_run, corpus, tmp_path):
+    hashed = tmp_path / "hash.pt"
+    upcycled = ["--experts", 3, "--router", "hash", "--output", hashed]
+    command("upcycle", dense_run / "checkpoint_last.pt", *upcycled)
+    for flags in ([], ["--experts", 2, "--output", tmp_path / "small.pt"]):
+        with pytest.raises(UserError, match="router hash, which knows one expert for each word"):
+            command("prune", hashed, "--data", corpus, *flags)
+    found = pruned(hashed, corpus, tmp_path / "dense.pt", "--to-dense", "merge")
+    assert found["layers"]["encoder.0"]["bits_without"] is None
+    first, last = found["steps"]
+    assert last["bits"] == pytest.approx(first["bits"], abs=1e-3)
