@@ -515,7 +515,7 @@ def _compare_data_and_dictionaries() -> None:
 
 
 def _print_user_errors_alone() -> None:
-    """Print a :class:`UserError` that ends the program as one line, without its traceback.
+    """Print a :class:`UserError` that ends the program as one line, and end with status 2.
 
     Of an error that was raised while a UserError was handled, Python prints both. And hydra, which
     prints what ends its jobs itself, has a class of errors that explain themselves.
@@ -529,8 +529,8 @@ def _print_user_errors_alone() -> None:
             error = error.__context__
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
-        else:
-            previous(kind, error, traceback)
+            sys.exit(2)
+        previous(kind, error, traceback)
 
     sys.excepthook = hook
     alone = (hydra_utils.CompactHydraException, UserError)

@@ -109,6 +109,18 @@ def locked(
             os.close(descriptor)
 
 
+def remove_if_free(lock: Path) -> None:
+    """Remove a file that :func:`locked` made, unless someone has it still."""
+    with contextlib.suppress(FileNotFoundError), lock.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # a file system without locks
+        lock.unlink()
+
+
 def _wait_for(descriptor: int, lock: Path, place: Path, flag: Optional[str]) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

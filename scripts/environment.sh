@@ -15,6 +15,11 @@ fail() {
     exit 1
 }
 
+# A path as a value that hydra takes as it is.
+quoted() {
+    echo "'${1//\'/\\\'}'"
+}
+
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
@@ -53,5 +58,13 @@ make_environment() {
     echo "$wanted" >"$stamp"
 }
 
-make_environment
+# One at a time: another that was started meanwhile finds it made.
+if command -v flock >/dev/null; then
+    exec 9<"$CHECKOUT"
+    flock --nonblock 9 || { echo "== Waiting for another that installs into .venv" && flock 9; }
+    make_environment
+    exec 9<&-
+else
+    make_environment
+fi
 export PATH="$CHECKOUT/.venv/bin:$PATH"

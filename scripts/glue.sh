@@ -22,7 +22,8 @@ fairseq-sparsemixer prepare glue --vocabulary "$corpus" --output "$corpus/glue" 
     --tasks "$(IFS=, && echo "${tasks[*]}")"
 for task in "${tasks[@]}"; do
     fairseq-hydra-train --config-dir configs --config-name finetuning "+glue=${task,,}" \
-        "task.data=$corpus/glue/bin/$task" "checkpoint.finetune_from_model=$checkpoint" \
-        "hydra.run.dir=$run/$task" "$@"
+        "task.data=$(quoted "$corpus/glue/bin/$task")" \
+        "checkpoint.finetune_from_model=$(quoted "$checkpoint")" \
+        "hydra.run.dir=$(quoted "$run/$task")" "$@"
 done
 python scripts/glue_scores.py "$run"

@@ -22,7 +22,7 @@ python -m fairseq_sparsemixer.corpora.one_side "$corpus" "$language"
 data="$corpus/$language"
 
 fairseq-hydra-train --config-dir configs --config-name "$objective" \
-    "task.data=$data/input0" "hydra.run.dir=$run" "$@"
+    "task.data=$(quoted "$data/input0")" "hydra.run.dir=$(quoted "$run")" "$@"
 [ -d "$data/label" ] || exit 0
 shared=()
 for override in "$@"; do
@@ -32,6 +32,7 @@ for override in "$@"; do
     esac
 done
 fairseq-hydra-train --config-dir configs --config-name finetuning \
-    "task.data=$data" "task.num_classes=$(wc -l <"$data/label/dict.txt")" \
-    "checkpoint.finetune_from_model=$run/checkpoint_best.pt" "hydra.run.dir=$run/finetuned" \
+    "task.data=$(quoted "$data")" "task.num_classes=$(wc -l <"$data/label/dict.txt")" \
+    "checkpoint.finetune_from_model=$(quoted "$run/checkpoint_best.pt")" \
+    "hydra.run.dir=$(quoted "$run/finetuned")" \
     ${shared[@]+"${shared[@]}"}

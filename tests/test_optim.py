@@ -1,13 +1,16 @@
 """The optimiser with one kernel, against fairseq's own Adam."""
 
+import pytest
 import torch
 from fairseq.optim.adam import FairseqAdam
+from fairseq.optim.fp16_optimizer import MemoryEfficientFP16Optimizer
 from omegaconf import OmegaConf
 from support import commands
 from support.commands import parameters
 from support.training import assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.optim import FusedAdam
 
 SETTINGS = {
@@ -52,6 +55,18 @@ def test_its_steps_are_those_of_fairseq_in_few_operations():
     actual, few = updated(FusedAdam)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     assert few < 10 < 300 < many
+
+
+@pytest.mark.parametrize("flag", ["fp16_adam_stats", "tpu"])
+def test_what_it_does_not_have_is_refused(flag):
+    cfg = OmegaConf.create({**SETTINGS, flag: True})
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    cure = "does not go with --{}.*: take adam"
+    with pytest.raises(ConfigError, match=cure.format(flag.replace("_", "-"))):
+        FusedAdam(cfg, weights)
+    adam = FusedAdam(OmegaConf.create(SETTINGS), weights)
+    with pytest.raises(ConfigError, match=cure.format("memory-efficient-fp16")):
+        MemoryEfficientFP16Optimizer(OmegaConf.create({}), weights, adam)
 
 
 def train(corpus, folder, **settings):

@@ -24,6 +24,7 @@ import argparse
 from pathlib import Path
 
 from fairseq_sparsemixer.commands.flags import (
+    PRECISIONS,
     add_translation_arguments,
     model_of,
     refuse_without_effect,
@@ -128,5 +129,6 @@ def run(args: argparse.Namespace) -> None:
         )
     except NoTranslationError:
         why = "are for models that translate, which this is none of"
-        refuse_without_effect(args, ["source", "reference", "baseline", "tokenize", "comet"], why)
+        scored = ("source", "reference", "baseline", "tokenize", "compound_split", "comet")
+        refuse_without_effect(args, [*scored, *PRECISIONS], why)
         evaluate_losses(model, subset, args.output)

@@ -51,7 +51,7 @@ def refuse_without_effect(args: argparse.Namespace, names: Sequence[str], why: s
     """Refuse flags that were given and would do nothing.
 
     Args:
-        args: what was given; None where a flag was not.
+        args: what was given; None or False where a flag was not.
         names: of flags, with ``_``.
         why: the end of a sentence about them.
 
@@ -59,7 +59,7 @@ def refuse_without_effect(args: argparse.Namespace, names: Sequence[str], why: s
         UserError: names the first.
     """
     for name in names:
-        if getattr(args, name) is not None:
+        if getattr(args, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')}: such flags {why}; leave it out")
 
 

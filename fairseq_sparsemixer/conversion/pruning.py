@@ -296,7 +296,11 @@ def _dense(
     path: Path, state: Dict[str, Any], model: nn.Module, layers: Dict[str, SwitchLayer]
 ) -> nn.Module:
     """fairseq's transformer with the networks that are in the experts' places."""
-    parameters = {k: v for k, v in model.state_dict().items() if ".moe." not in k}
+    parameters = {
+        name: value
+        for name, value in model.state_dict().items()
+        if ".moe." not in name and not name.endswith(".language_tags")
+    }
     for name, layer in layers.items():
         side, number = name.split(".")
         for ours, theirs in (("1", "fc1"), ("2", "fc2")):

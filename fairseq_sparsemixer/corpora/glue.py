@@ -27,7 +27,7 @@ from fairseq_sparsemixer.corpora.downloads import (
 )
 from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD, steps_in
 from fairseq_sparsemixer.corpora.pieces import write_text
-from fairseq_sparsemixer.corpora.resumable import StepResult
+from fairseq_sparsemixer.corpora.resumable import STEPS, StepResult
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import (
     iterate_lines,
@@ -153,24 +153,24 @@ def prepare_glue(
 
 
 def _others(output: Path, tasks: Sequence[str], checksums: Dict[str, str]) -> Dict[str, Any]:
-    """What is recorded of tasks that were made before and are not asked for.
+    """What is known of tasks that were made before and are not asked for.
+
+    Of the records of their steps: that of the corpus is not there while anything is made.
 
     Raises:
         UserError: they were cut with another vocabulary, which no file of theirs tells.
     """
-    path = output / CORPUS_RECORD
-    if not path.is_file():
-        return {}
     cure = "name another folder with --output"
-    shape = {"vocabulary": {"sha256": dict}, "tasks": dict}
-    record = read_json(path, shape, cure)
-    others = {name: each for name, each in record["tasks"].items() if name not in tasks}
-    if others and record["vocabulary"]["sha256"] != checksums:
+    shape = ({"made_from": {"settings": {"sha256": dict}}, "result": dict}, {"outputs": dict})
+    paths = {name: output / STEPS / f"{name}.json" for name in TASKS if name not in tasks}
+    records = {name: read_json(path, shape, cure) for name, path in paths.items() if path.is_file()}
+    others = {name: each for name, each in records.items() if "result" in each}
+    if any(each["made_from"]["settings"]["sha256"] != checksums for each in others.values()):
         raise UserError(
             f"{output} holds {', '.join(others)} in another vocabulary: {cure}, or make them anew, "
             "too, with --tasks"
         )
-    return others
+    return {name: each["result"] for name, each in others.items()}
 
 
 def _copy(source: Path, output: Path, names: Sequence[str]) -> StepResult:

@@ -84,7 +84,7 @@ def prepare_raw_text(
         checksums = {name: sha256_of(raw_dir / name) for name in names}
         settings = {"version": __version__, "sha256": checksums}
         copied = steps.run("copy-text", settings, [], copy_text)
-        settings = {"version": __version__, "tokeniser": tokeniser}
+        settings = {"version": __version__, "tokeniser": tokeniser, "languages": list(languages)}
         scored = steps.run("copy-score", settings, raw_paths, score)
         record = {
             "corpus": "own text",

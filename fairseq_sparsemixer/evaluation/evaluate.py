@@ -130,13 +130,17 @@ def _evaluate(
     translator, test_set, text, about = system
     for each in [stem, _baseline_stem(stem)] if baseline is not None else [stem]:
         _check_outputs(each, test_set, translator.target_lang)
+    other = None
+    if baseline is not None:
+        choice = model._replace(run=baseline)
+        if not Path(baseline).is_dir():  # checkpoint files are taken as they are
+            choice = choice._replace(average=None)
+        other = _load_baseline(choice, search, (translator.source_lang, translator.target_lang))
     evaluation = score_system(translator, text, search, further, stem, model.run)
     evaluation.update(about)
-    if baseline is not None:
-        other = model._replace(run=baseline)
-        if not Path(baseline).is_dir():  # checkpoint files are taken as they are
-            other = other._replace(average=None)
-        evaluation.update(_compare(evaluation, other, text, search, further, stem))
+    if other is not None:
+        scored = score_system(other, text, search, further, _baseline_stem(stem), str(baseline))
+        evaluation.update(_compare(evaluation, scored, text))
     evaluation["generation"] = generation_settings(translator, search)
     packages = ("fairseq_sparsemixer", "fairseq", "torch", "sacrebleu")
     evaluation["versions"] = versions((*packages, *translator.subwords.packages))
@@ -163,18 +167,20 @@ def _baseline_stem(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.baseline")
 
 
-def _compare(
-    evaluation: Dict[str, Any],
-    model: ModelChoice,
-    text: Text,
-    search: Search,
-    further: ScoreChoice,
-    stem: Path,
-) -> Dict[str, Any]:
-    """What ``--baseline`` adds: the other model's evaluation, and the test of the difference."""
+def _load_baseline(model: ModelChoice, search: Search, languages: Tuple[str, str]) -> Translator:
+    """The model that is compared with, in these languages."""
     translator = load_translator(model, search.precision)
-    stem = _baseline_stem(stem)
-    baseline = score_system(translator, text, search, further, stem, model.run)
+    pairs = translator.pairs or [(translator.source_lang, translator.target_lang)]
+    if languages not in pairs:
+        raise UserError(
+            f"--baseline {model.run} translates {several.names(pairs)}, and RUN_DIR "
+            f"{several.names([languages])}: give two of one pair"
+        )
+    return translator.of_pair(languages) if len(pairs) > 1 else translator
+
+
+def _compare(evaluation: Dict[str, Any], baseline: Dict[str, Any], text: Text) -> Dict[str, Any]:
+    """What ``--baseline`` adds: the other model's evaluation, and the test of the difference."""
     ours, theirs = (read_lines(Path(each["hypotheses"])) for each in (evaluation, baseline))
     comparison = scoring.compare(
         ours, theirs, text.references, text.tokeniser, official=text.official

@@ -161,8 +161,10 @@ def compare(
 
     Returns:
         ``{"bleu": {...}, "chrf": {...}}``, each with ``difference`` (system - baseline),
-        ``p_value`` (two-sided), the bootstrap ``mean`` and half width ``ci95`` of both systems,
-        and ``signature``, which holds the seed (of ``SACREBLEU_SEED``, 12345 when unset).
+        ``p_value`` (sacreBLEU's, which is that of the side where the difference lies: of two
+        equally good systems, one pair in ten has p < 0.05), the bootstrap ``mean`` and half width
+        ``ci95`` of both systems, and ``signature``, which holds the seed (of ``SACREBLEU_SEED``,
+        12345 when unset).
 
     Raises:
         UserError: the numbers of lines differ, or there is no line.

@@ -102,7 +102,8 @@ class Translator:
         checkpoint: file in the run folder; several joined by ``:`` are an ensemble. Not used
             when ``run`` names files.
         data: prepared corpus, searched for dictionaries and the SentencePiece model or BPE codes
-            after the run folder and before the folder that the model was trained on.
+            after the run folder and the folder that the model was trained on, whose vocabulary is
+            the model's even where a corpus of other text is scored.
         source_lang, target_lang: where neither the checkpoint nor the data tell them; of several
             pairs of languages those to translate.
         precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` on a GPU; ``"int8"`` for weights of 8 bits
@@ -140,7 +141,7 @@ class Translator:
         with building(paths[0]):
             _check_task(cfg, paths[0])
             self.trained_on = Path(utils.split_paths(cfg.task.data)[0])
-        data_folders = [*_corpus_folders(data), self.trained_on]
+        data_folders = [self.trained_on, *_corpus_folders(data)]
         self.pairs = _pairs_of(cfg, source_lang, target_lang)
         if self.pairs:
             source_lang, target_lang = self.pairs[0]

@@ -123,6 +123,8 @@ def _write(path: Path, config: Dict[str, Any], output: Path, model: Dict[str, Te
         data=str(output.resolve()),
         source_lang=fairseq["source_lang"],
         target_lang=fairseq["target_lang"],
+        max_source_positions=made["max_source_positions"],
+        max_target_positions=made["max_target_positions"],
     )
     cfg = OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True)
     assert isinstance(cfg, dict)

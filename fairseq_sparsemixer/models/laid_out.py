@@ -47,6 +47,8 @@ _LAYERS = (
     *(TransformerEncoderLayer, TransformerEncoderLayerBase, SwitchTransformerEncoderLayer),
     *(TransformerDecoderLayer, TransformerDecoderLayerBase, SwitchTransformerDecoderLayer),
 )
+_PARTS = (MultiheadAttention, FairseqDropout, nn.Linear)
+"""Of layers: what is computed without a call of the module."""
 SIDE_TYPES = {
     TransformerEncoder,
     TransformerEncoderBase,
@@ -112,6 +114,9 @@ def obstacle(model: nn.Module) -> Optional[str]:
             return "it has unusual attention"
         if type(module) in _LAYERS and not _is_plain_layer(module):
             return "it has unusual layers"
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if hooks and type(module) in (*_LAYERS, *_PARTS):
+            return "there are hooks on what would not be called"
     return None
 
 
@@ -126,12 +131,11 @@ def _is_plain_layer(layer: Any) -> bool:
     scales = ("attn_ln", "c_attn", "ffn_layernorm", "w_resid")
     if any(getattr(layer, name, None) is not None for name in scales):
         return False
+    if getattr(layer, "encoder_attn", layer) is None:
+        return False
     if isinstance(layer, SwitchLayer):
         return layer.moe.experts.parallel is None
-    return (
-        type(layer.fc1) is type(layer.fc2) is nn.Linear
-        and getattr(layer, "encoder_attn", layer) is not None
-    )
+    return type(layer.fc1) is type(layer.fc2) is nn.Linear
 
 
 class _Linear:

@@ -50,7 +50,7 @@ RANGES: Dict[str, Tuple[float, float]] = {
 
 
 def check_numbers(cfg: Any) -> None:
-    """Refuse a number that makes no sense before anything is trained with it.
+    """Refuse a number that makes no sense, or two precisions, before anything is trained with it.
 
     Args:
         cfg: fairseq's settings by group; a group may be a Namespace.
@@ -65,6 +65,12 @@ def check_numbers(cfg: Any) -> None:
                 flag = name.replace("_", "-")
                 allowed = f"{least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
                 raise ConfigError(f"{key} (--{flag}) must be {allowed}, not {value:g}")
+    common = _entry(cfg, "common")
+    if _entry(common, "fp16") and _entry(common, "bf16"):
+        raise ConfigError(
+            "common.fp16 (--fp16) and common.bf16 (--bf16) are both set, which is fp16 without a "
+            "loss scale to fairseq: set one of them to false"
+        )
 
 
 def _entry(section: Any, name: str) -> Any:
@@ -75,7 +81,7 @@ def _entry(section: Any, name: str) -> Any:
 def _numbers(value: Any) -> Iterator[float]:
     """Those of a setting; fairseq keeps some lists as text."""
     if isinstance(value, str):
-        yield from map(float, re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", value))
+        yield from map(float, re.findall(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", value))
     elif isinstance(value, (int, float)):
         yield value
     elif value is not None:

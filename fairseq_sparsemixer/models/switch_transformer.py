@@ -1,7 +1,10 @@
 """The Switch Transformer for translation: fairseq's transformer with experts in some layers."""
 
-from typing import Any, Dict, Optional
+import contextlib
+import functools
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
+import torch
 from fairseq.data import Dictionary
 from fairseq.distributed import fsdp_wrap
 from fairseq.models import register_model
@@ -102,9 +105,37 @@ def _has_experts(cfg: TransformerConfig) -> bool:
 def _wrap_layer(layer: nn.Module, cfg: TransformerConfig) -> nn.Module:
     """Activation checkpointing and sharding, as fairseq applies them to its own layers."""
     if cfg.checkpoint_activations:
+        # Partial functions are copied with their layer, as closures are not.
+        layer.forward = functools.partial(_compute, layer.forward)
         layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        layer.forward = functools.partial(_call, layer.forward)
     min_params = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
     return fsdp_wrap(layer, min_num_params=min_params)
+
+
+def _call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Tell a layer under what it is computed, for when it is computed again.
+
+    fairseq does that without autocast: near ties of a router's logits would go to other experts.
+    """
+    autocast = [
+        (device, torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
+    return forward(*args, autocast=autocast, **kwargs)
+
+
+def _compute(
+    forward: Callable[..., Any],
+    *args: Any,
+    autocast: Sequence[Tuple[str, torch.dtype]] = (),
+    **kwargs: Any,
+) -> Any:
+    with contextlib.ExitStack() as stack:
+        for device, dtype in autocast:
+            stack.enter_context(torch.autocast(device, dtype))
+        return forward(*args, **kwargs)
 
 
 class _SideCall(Call):

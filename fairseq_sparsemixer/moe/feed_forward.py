@@ -112,7 +112,8 @@ class MoEFeedForward(nn.Module):
 
         Args:
             x: (..., embed_dim).
-            padding_mask: (...) bool, True at padding, which is neither routed nor counted.
+            padding_mask: (...) bool, True at padding, which is neither routed nor counted; x is
+                finite there, too, or the router's gradient is not.
             token_ids: (...) int64, see :meth:`Router.forward`.
 
         Returns:

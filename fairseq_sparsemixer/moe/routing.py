@@ -6,8 +6,9 @@ Shape suffixes: see :mod:`fairseq_sparsemixer.moe`.
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import math
-from typing import Any, Callable, ContextManager, Dict, NamedTuple, Optional, Type, Union
+from typing import Any, Callable, ContextManager, Dict, Mapping, NamedTuple, Optional, Type, Union
 
 import torch
 from torch import Tensor, nn
@@ -411,13 +412,29 @@ def build_router(
         options: ``bias``, ``init_scale``, and what the router's own constructor takes.
 
     Raises:
-        ValueError: for an unknown name (the message gives the nearest) or a value out of range.
+        ValueError: for an unknown name (the message gives the nearest), or a value of another kind
+            or out of range.
         TypeError: for an option that the router does not have.
     """
-    return find_router(name)(
+    router = find_router(name)
+    _check_kinds(router, options)
+    return router(
         embed_dim=embed_dim,
         num_experts=num_experts,
         top_k=top_k,
         jitter_eps=jitter_eps,
         **options,
     )
+
+
+def _check_kinds(router: Type[Router], options: Mapping[str, Any]) -> None:
+    """Refuse what is no yes or no, or no number, where the default is: "false" would be a yes."""
+    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    for kind in router.__mro__[:-1]:
+        constructor = vars(kind).get("__init__", object.__init__)
+        for name, parameter in inspect.signature(constructor).parameters.items():
+            default, value = parameter.default, options.get(name)
+            if name not in options or type(default) not in kinds or type(value) is type(default):
+                continue
+            if type(default) is not float or type(value) is not int:
+                raise ValueError(f"{name} must be {kinds[type(default)]}, not {value!r}")

@@ -11,6 +11,7 @@ from typing import Optional
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
+from fairseq_sparsemixer.locks import remove_if_free
 from fairseq_sparsemixer.runs.archives import Refusal, verify
 from fairseq_sparsemixer.runs.checkpoints import BEST_PATTERN, EPOCH_PATTERN, UPDATE_PATTERN
 
@@ -36,13 +37,14 @@ def mend_last(folder: Path) -> Optional[Path]:
     Raises:
         UserError: ``checkpoint_last.pt`` is damaged, and there is no other.
     """
-    for pattern in ("checkpoint*.pt.tmp", ".checkpoint*.pt.partial"):
-        for left_over in folder.glob(pattern):
-            left_over.unlink()
+    for left_over in folder.glob("checkpoint*.pt.tmp"):  # of fairseq alone
+        left_over.unlink()
+    for left_over in folder.glob(".checkpoint*.pt.partial"):
+        remove_if_free(left_over)
     last = folder / LAST
     if last.is_file() and is_intact(last):
         return None
-    written = [path for path in folder.glob("checkpoint*.pt") if _is_fairseqs(path.name)]
+    written = [path for path in folder.glob("checkpoint*.pt") if is_fairseqs(path.name)]
     for path in sorted(written, key=lambda path: path.stat().st_mtime, reverse=True):
         if is_intact(path):
             with atomic_path(last) as partial:
@@ -53,7 +55,7 @@ def mend_last(folder: Path) -> Optional[Path]:
     return None
 
 
-def _is_fairseqs(name: str) -> bool:
+def is_fairseqs(name: str) -> bool:
     """Whether fairseq wrote it in training: an average, for one, has no state of the optimiser."""
     patterns = (EPOCH_PATTERN, UPDATE_PATTERN, BEST_PATTERN)
     return name == BEST or any(pattern.fullmatch(name) for pattern in patterns)

@@ -14,7 +14,7 @@ import torch
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_json
-from fairseq_sparsemixer.runs.settings import DETERMINISTIC, WATCHDOGS
+from fairseq_sparsemixer.runs.settings import BY_MACHINE
 from fairseq_sparsemixer.version import __version__
 
 RECORD = "run.json"
@@ -22,15 +22,14 @@ _MAY_CHANGE = (
     "bmuf.distributed_world_size",  # fairseq's copy of that of distributed_training
     "checkpoint.save_dir",
     "common.user_dir",
-    *WATCHDOGS,
-    DETERMINISTIC,
+    *BY_MACHINE,
     "dataset.max_tokens",
     "dataset.max_tokens_valid",
     "distributed_training.",
     "optimization.update_freq",
 )
-"""Settings (or, with a dot, groups of them) that say where and on how many GPUs a run is trained,
-and what is warned of or refused; the tokens of an update, which are compared apart, stay."""
+"""Settings (or, with a dot, groups of them) that say where, how and on how many GPUs a run is
+trained, and what is warned of; the tokens of an update, which are compared apart, stay."""
 _KEPT = "dataset.update_epoch_batch_itr"
 """A setting that earlier configs did not make: a run goes on with the value that it has."""
 _STARTED = {
@@ -174,17 +173,26 @@ def versions(names: Sequence[str] = TAKE_PART) -> Dict[str, Optional[str]]:
 
 
 def git_state(checkout: Path) -> Optional[Dict[str, Any]]:
-    """The revision of a checkout, and whether files differ from it; None outside of git."""
+    """The revision of a checkout, and whether files differ from it; None outside of git.
+
+    And in a repository that another folder is the top of: one that the package is installed in.
+    """
     try:
-        revision, changes = (
+        top, revision, changes = (
             subprocess.run(
                 ["git", "-C", str(checkout), *command],
                 check=True,
                 capture_output=True,
                 text=True,
             ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            for command in (
+                ["rev-parse", "--show-toplevel"],
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain"],
+            )
         )
     except (OSError, subprocess.CalledProcessError):
+        return None
+    if Path(top).resolve() != checkout.resolve():
         return None
     return {"revision": revision, "dirty": bool(changes)}

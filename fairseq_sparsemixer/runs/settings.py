@@ -33,22 +33,24 @@ _PARTS = {
 """What else decides how a model trains. The rest says where files are, or what is logged."""
 SECTIONS = (*_WHOLE_SECTIONS, *_PARTS)
 """The groups of settings that are read."""
-WATCHDOGS = ("criterion.watchdogs", "criterion.watchdog_share", "criterion.watchdog_updates")
-"""What is warned of; training is the same."""
-DETERMINISTIC = "model.deterministic"
-"""Whether a GPU rounds the same way each time."""
+BY_MACHINE = (
+    "criterion.watchdogs",
+    "criterion.watchdog_share",
+    "criterion.watchdog_updates",
+    "model.moe_backend",
+    "model.moe_recompute",
+    "model.expert_parallel_size",
+    "model.moe_inference_dtype",
+    "model.deterministic",
+)
+"""How the same is computed, and what is warned of; a run may go on with others."""
 _WITHOUT_EFFECT = (
-    *WATCHDOGS,
+    *BY_MACHINE,
     "task.points_file",
     "task.points_text",
     "task.points_sentences",
     "task.points_beam",
     "optimization.stop_time_hours",
-    "model.moe_backend",
-    "model.moe_recompute",
-    "model.expert_parallel_size",
-    "model.moe_inference_dtype",
-    DETERMINISTIC,
 )
 
 

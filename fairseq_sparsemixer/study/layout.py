@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Tuple
 
 from fairseq import tasks
 from fairseq.models import ARCH_MODEL_REGISTRY
+from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.corpora.folder import CORPUS_RECORD, unchanged
 from fairseq_sparsemixer.corpora.one_side import INPUT, LABEL, lay_out_side
@@ -26,7 +27,7 @@ from fairseq_sparsemixer.study.engine import read_state
 from fairseq_sparsemixer.study.plan import CHECKPOINTS, Plan, read_plan
 from fairseq_sparsemixer.training import resources
 from fairseq_sparsemixer.training.resources import Parameters
-from fairseq_sparsemixer.training.settings import CONFIGS, compose, quoted
+from fairseq_sparsemixer.training.settings import CONFIGS, compose, overridden, quoted
 
 PLAN = "plan.yaml"
 STATE = "study.json"
@@ -42,6 +43,7 @@ _STATE = {
     "evaluate_every?": int,
     "score?": str,
     "beam?": int,
+    "finetune_from?": str,
     f"{KEY}?": [str],
 }
 
@@ -62,7 +64,8 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
     plan = read_plan(plan_file)
     own = folder / "configs"
     configs = own if (own / f"{plan.config}.yaml").is_file() else CONFIGS
-    plan = _without_missing_sides(plan, _config(configs, plan, plan_file))
+    cfg = _config(configs, plan, plan_file)
+    plan = _with_length_of_schedule(_without_missing_sides(plan, cfg), cfg)
     for run in plan.runs():
         refuse_other(
             folder / run.name,
@@ -75,7 +78,7 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
     if plan_file != folder / PLAN:
         _copy_corpus(plan, folder / "data", plan_file)
         _copy_configs(CONFIGS / f"{plan.config}.yaml", own)
-        _copy_models(plan, folder)
+    _copy_models(plan, folder)
     parameters = _count_parameters(folder, plan)
     if plan_file != folder / PLAN:
         _copy(plan_file, folder / PLAN)
@@ -106,6 +109,25 @@ def _without_missing_sides(plan: Plan, cfg: Any) -> Plan:
         name: [each for each in overrides if each not in missing]
         for name, overrides in plan.arms.items()
     }
+    return plan._replace(arms=arms)
+
+
+def _with_length_of_schedule(plan: Plan, cfg: Any) -> Plan:
+    """Arms that say for themselves what of the learning rate the config ties to the updates.
+
+    So a plan is refused that has grown by updates: the rate of what is trained would jump.
+    """
+    schedule: Any = OmegaConf.to_container(cfg.lr_scheduler, resolve=False)
+    tied = {
+        f"lr_scheduler.{key}"
+        for key, value in schedule.items()
+        if value == "${optimization.max_update}"
+    }
+    arms = {}
+    for name, overrides in plan.arms.items():
+        given = overridden(overrides)
+        left = set() if given & {"lr_scheduler", "lr_scheduler._name"} else tied - given
+        arms[name] = [*(f"{key}={plan.updates}" for key in sorted(left)), *overrides]
     return plan._replace(arms=arms)
 
 
@@ -225,6 +247,7 @@ def made_with(plan: Plan, run: Variant) -> Dict[str, Any]:
         "evaluate_every": plan.evaluate_every,
         "score": plan.score,
         "beam": plan.beam,
+        "finetune_from": "a study" if plan.finetune_from else "nothing",
     }
 
 

@@ -131,7 +131,7 @@ def read_plan(path: Path) -> Plan:
     for key in ("data", "config", "language", "finetune_from"):
         optional = values[key] is None and key not in ("data", "config")
         _check(optional or isinstance(values[key], str), path, f"{key} must be a name")
-    _check(values["score"] in CHECKPOINTS, path, f"score must be {' or '.join(CHECKPOINTS)}")
+    _check(values["score"] in [*CHECKPOINTS], path, f"score must be {' or '.join(CHECKPOINTS)}")
     _check(_NAME.fullmatch(values["config"]), path, "config must be the name of one of configs/")
     language = values["language"]
     _check(language is None or _NAME.fullmatch(language), path, "language must be one of the data")
@@ -195,7 +195,11 @@ def _options(name: str, arm: Dict[str, Any], overrides: List[str], path: Path) -
         path,
         f"arm {name}: model.router_options is not set here: use options",
     )
-    return [f"model.router_options={quoted(json.dumps(options))}"]
+    try:
+        text = json.dumps(options)
+    except (TypeError, ValueError) as error:  # dates, and what refers to itself
+        raise UserError(f"{path}: arm {name}: options are not JSON: {error}") from None
+    return [f"model.router_options={quoted(text)}"]
 
 
 def _overrides(values: Any, path: Path, what: str) -> List[str]:
@@ -211,6 +215,7 @@ def _overrides(values: Any, path: Path, what: str) -> List[str]:
 
 _MADE_HERE: Mapping[str, str] = {
     "common.seed": "seeds",
+    "common.user_dir": "fairseq-hydra-train, with a package that imports this one",
     "task.data": "data",
     "checkpoint.finetune_from_model": "finetune_from",
     "optimization": "updates, and optimization.lr=[...] for the rate",

@@ -14,7 +14,7 @@ from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs import points, record
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
-from fairseq_sparsemixer.runs.mending import LAST
+from fairseq_sparsemixer.runs.mending import LAST, is_fairseqs
 from fairseq_sparsemixer.runs.metrics import MAIN
 from fairseq_sparsemixer.study.engine import (
     Engine,
@@ -131,7 +131,8 @@ class _Study:
         self.lock = lock
         self.task = task_overrides(folder, plan)
         self.waiting = [run for run in plan.runs() if not self._finished(run)]
-        self.jobs = min(jobs, max(1, len(self.waiting)))
+        # Of all runs, not of those that are left: it decides the threads, and so how runs round.
+        self.jobs = min(jobs, len(plan.runs()))
         self.done = len(plan.runs()) - len(self.waiting)
         self.shown: Dict[str, int] = {}
         self.failures: List[_Failure] = []
@@ -242,7 +243,7 @@ class _Study:
     def _finish(self, run: Variant) -> None:
         folder = self.folder / run.name
         for path in folder.glob("checkpoint*.pt"):
-            if path.name not in {LAST, CHECKPOINTS[self.plan.score]}:
+            if is_fairseqs(path.name) and path.name != CHECKPOINTS[self.plan.score]:
                 path.unlink()  # a study of many runs would fill the disk
         state = read_run_state(folder)
         write_json(folder / STATE, {**state, "finished_updates": self.plan.updates})

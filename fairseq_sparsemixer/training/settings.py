@@ -23,10 +23,12 @@ PYTHON = (sys.executable, "-m")
 
 def quoted(value: Union[Path, str]) -> str:
     """A path or a text as a value that hydra takes as it is."""
-    if re.fullmatch(r"[\w./-]+", str(value)):
-        return str(value)
-    text = str(value).replace("'", "\\'")
-    return f"'{text}'"
+    text = str(value)
+    if re.fullmatch(r"[\w./-]+", text, re.ASCII):
+        return text
+    # Backslashes escape only before a quote, that at the end included.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
 
 
 def overridden(overrides: Iterable[str]) -> Set[str]:

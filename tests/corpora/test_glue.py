@@ -97,6 +97,24 @@ def test_another_vocabulary_cuts_anew(published, messages_corpus, tmp_path):
         prepare_glue(out, messages_corpus, tasks=["MRPC"])
 
 
+def test_what_was_made_before_an_interruption_is_remembered(
+    published, messages_corpus, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    before = prepare(published, messages_corpus, out, "--tasks", "RTE")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fairseq_sparsemixer.corpora.glue._build", interrupted)
+        prepare(published, messages_corpus, out, "--tasks", "MRPC")
+    assert not (out / "record.json").exists()
+    record = prepare(published, messages_corpus, out, "--tasks", "MRPC")
+    assert list(record["tasks"]) == ["RTE", "MRPC"]
+    assert record["tasks"]["RTE"] == before["tasks"]["RTE"]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def changed(task, name, content):
     files = {**glue.members(task), name: content}
     return glue.zipped({key: value for key, value in files.items() if value is not None})

@@ -99,6 +99,12 @@ def test_own_text_again_after_a_change(own_text, tmp_path, no_binary, capsys):
     command(*arguments)
     assert lines_of(tmp_path / "out", "test", "yy")[0].startswith("Ein neuer Satz.")
     assert "already done" not in capsys.readouterr().err
+    arguments[-3::2] = "yy", "xx"  # the other way: the nearest copies are others, too
+    command(*arguments)
+    arguments[3] = tmp_path / "new"
+    command(*arguments)
+    scores = [read_record(tmp_path / name)["copy_score"] for name in ("out", "new")]
+    assert scores[0] == scores[1] and (tmp_path / "out" / "copy" / "test.xx").is_file()
 
 
 @pytest.mark.parametrize(

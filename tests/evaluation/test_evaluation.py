@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -19,7 +20,8 @@ from support.small_run import MAX_POSITIONS, USER_DIR, python, sentences
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.commands.flags import add_translation_arguments, search_of
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.evaluation import precision, scored_text, scoring
+from fairseq_sparsemixer.evaluation import evaluate, precision, scored_text, scoring
+from fairseq_sparsemixer.evaluation.options import ModelChoice, Search
 from fairseq_sparsemixer.evaluation.translator import Translator
 from fairseq_sparsemixer.files import read_lines, write_lines
 from fairseq_sparsemixer.moe.backends import products
@@ -297,6 +299,30 @@ def test_model_files_are_found_in_the_run_and_in_data(corpus, moved, translator)
     (moved / "sentencepiece.bpe.model").unlink()
     with pytest.raises(UserError, match=r"found no sentencepiece.bpe.model .* --data"):
         Translator(str(moved), **languages)
+
+
+def test_text_of_another_corpus_is_read_with_the_dictionaries_of_training(
+    corpus, run_dir, translator, tmp_path
+):
+    """They have as many entries, in another order."""
+    for name in ("dict.en.txt", "dict.de.txt"):
+        write_lines(tmp_path / name, reversed(read_lines(corpus / "bin" / name)))
+    found = Translator(str(run_dir), data=tmp_path)
+    assert found.translate(LINES) == translator.translate(LINES)
+
+
+def test_a_baseline_translates_the_same_languages(monkeypatch):
+    pairs = [("en", "da"), ("en", "de")]
+    of_pair = {pair: f"of {pair}" for pair in pairs}
+    several = SimpleNamespace(pairs=pairs, of_pair=of_pair.get)
+    monkeypatch.setattr(evaluate, "load_translator", lambda *_: several)
+    model, search = ModelChoice("run", "x.pt", None, None, None), Search(5, 1.0, 10, "fp32")
+    for pair in pairs:
+        assert evaluate._load_baseline(model, search, pair) == of_pair[pair]
+    with pytest.raises(
+        UserError, match="--baseline run translates en-da, en-de, and RUN_DIR en-fr"
+    ):
+        evaluate._load_baseline(model, search, ("en", "fr"))
 
 
 def test_dictionaries_of_another_model_are_refused(corpus, moved):

@@ -36,6 +36,8 @@ def test_state_dictionaries_and_pieces_are_bit_for_bit_those_before(imported, ru
     assert tied[0].data_ptr() == tied[1].data_ptr()
     updates = [state["optimizer_history"][-1]["num_updates"] for state in (before, after)]
     assert updates[0] == updates[1] > 0
+    limits = [(state["cfg"]["task"], "max_source_positions") for state in (before, after)]
+    assert [task[name] for task, name in limits] == [30, 30]
     for name in ("dict.en.txt", "dict.de.txt", "sentencepiece.bpe.model"):
         assert (imported / name).read_bytes() == (corpus / "bin" / name).read_bytes()
 

@@ -14,6 +14,7 @@ from support.models import Task, batch, build
 from fairseq_sparsemixer.models import laid_out
 from fairseq_sparsemixer.models.beam_search import _largest
 from fairseq_sparsemixer.models.laid_out import lay_out, obstacle
+from fairseq_sparsemixer.models.watching import watch_routing
 from fairseq_sparsemixer.moe.backends import products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -152,6 +153,7 @@ def test_hypotheses_do_not_depend_on_their_batch():
     ("settings", "reason"),
     [
         ({"no_cross_attention": True}, "unusual layers"),
+        ({"no_cross_attention": True, "moe_every": 1}, "unusual layers"),
         ({"cross_self_attention": True}, "both sides at once"),
         ({"adaptive_softmax_cutoff": [6, 9]}, "adaptive softmax"),
     ],
@@ -163,6 +165,24 @@ def test_other_models_are_left_to_fairseq(settings, reason):
     steps = []
     translate([model], torch.float32, steps=steps)
     assert steps
+
+
+def test_hooks_are_called():
+    """Those that change what passes, too; the routing is watched without leaving this search."""
+    model = build(seed=2)
+    plain = translate([model], torch.float32)
+    with watch_routing(model):
+        assert obstacle(model) is None
+    layer = model.encoder.layers[1]
+    handle = layer.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    assert "hooks" in obstacle(model)
+    changed = translate([model], torch.float32)
+    assert_same(changed, translate([model], None))
+    handle.remove()
+    assert obstacle(model) is None
+    assert any(
+        not torch.equal(one[0]["tokens"], other[0]["tokens"]) for one, other in zip(plain, changed)
+    )
 
 
 def test_models_made_in_inference_mode_are_left_to_fairseq():

@@ -9,7 +9,7 @@ import torch
 from fairseq.models.transformer import TransformerModelBase
 from support.models import Task, batch, build
 
-from fairseq_sparsemixer.models.layers import routing_statistics
+from fairseq_sparsemixer.models.layers import routing_statistics, switch_layers
 from fairseq_sparsemixer.models.switch_transformer import SwitchTransformerEncoder
 from fairseq_sparsemixer.moe import MoEFeedForward
 
@@ -92,6 +92,29 @@ def test_two_forwards_before_one_backward_under_activation_checkpointing(router)
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     torch.testing.assert_close(gradients(checkpoint_activations=True), gradients())
+
+
+def test_under_amp_a_layer_computed_again_chooses_as_before():
+    """fairseq's trainer leaves autocast before the backward pass."""
+
+    def routings(model):
+        seen = []
+        for layer in switch_layers(model).values():
+            layer.moe.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+        sample = batch(seed=3)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**sample)[0].float().square().mean()
+        before = [routing.logits.clone() for routing in seen]
+        seen.clear()
+        loss.backward()
+        return before, [routing.logits for routing in seen]
+
+    model = build(checkpoint_activations=True)
+    for each in (model, copy.deepcopy(model)):
+        before, after = routings(each)
+        assert len(before) == len(after) > 0
+        # Backwards: the last layer is computed again first.
+        torch.testing.assert_close(after, before[::-1], rtol=0, atol=0)
 
 
 def test_encoder_puts_out_what_its_feed_forward_networks_do_where_it_is_asked_to():

@@ -404,6 +404,14 @@ def test_experts_are_laid_out_when_fairseq_prepares_to_translate(dtype, monkeypa
         ({"router_options": '{"x": 1e999}'}, "--router-options: x must be a number, not inf"),
         ({"router_options": "[" * 100_000}, "--router-options is not JSON"),
         ({"router_options": "{"}, "--router-options is not JSON"),
+        (
+            {"router_options": '{"omega": "false"}'},
+            "--router sparsemixer: omega must be true or false, not 'false'",
+        ),
+        (
+            {"router": "hash", "router_options": '{"seed": 1.5}'},
+            "--router hash: seed must be a whole number, not 1.5",
+        ),
         ({"router_options": "[]"}, "--router-options must be a JSON object"),
         ({"router_options": '{"x": 1}'}, "--router-options for --router sparsemixer: .*'x'"),
         ({"moe_backend": "fast"}, "--moe-backend: unknown backend 'fast'; choose from auto"),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq import tasks
+from fairseq.models.transformer import TransformerModel
 from omegaconf import OmegaConf
 from support import commands, hostile, one_text, several_languages
 from support.commands import command, load, parameters
@@ -191,6 +192,15 @@ def test_the_report_reads_each_line_in_its_language(scored, tmp_path):
     assert found["sentences"] == 24 and found["samples"]
     shares = [expert["domain_shares"] for expert in found["layers"]["encoder.0"]["experts"]]
     assert shares == [{"en-de": 1.0, "en-it": 0.0}, {"en-de": 0.0, "en-it": 1.0}]
+
+
+def test_a_dense_one_of_it_translates(trained, tmp_path):
+    output = tmp_path / "dense.pt"
+    few = ["--sentences", 4, "--beam", 1, "--target-lang", "it", "--output", output]
+    command("prune", trained / "checkpoint_last.pt", *few, "--to-dense", "keep")
+    translator = Translator(str(output), target_lang="it")
+    assert type(translator.model) is TransformerModel
+    assert [each.text for each in translator.translate(["a b", "c"], beam=1)]
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_what_is_not_of_such_models_is_told(trained, tmp_path, capsys):
     run = str(trained / "masked" / "checkpoint_last.pt")
     for more, message in (
         (["--tokenize", "char"], "--tokenize: such flags are for models that translate"),
+        (["--int8"], "--int8: such flags are for models that translate"),
+        (["--compound-split"], "--compound-split: such flags are for models that translate"),
         (["--subset", "tset"], "tset.idx: name another set with --subset, or with --data"),
         (["--data", str(tmp_path)], f"cannot read the dictionary {tmp_path}/dict.txt"),
     ):

@@ -59,6 +59,11 @@ def test_numbers_out_of_their_range(key, value, allowed):
     assert str(error.value).startswith(f"{key} (--{flag}) must be {allowed}")
 
 
+@pytest.mark.parametrize("betas", ["(0.9, 0.98)", "(.9, .98)", "(9E-1, 9.8e-1)", "[0, 1e-3]"])
+def test_numbers_in_a_text_are_read_as_python_does(betas):
+    check_numbers(settings("optimizer.adam_betas", betas))
+
+
 @pytest.mark.parametrize(
     ("metric", "most", "cure"),
     [

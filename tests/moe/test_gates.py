@@ -367,6 +367,13 @@ def test_a_gate_must_be_known(name):
         build_router(name, embed_dim=2, num_experts=4, gate="p")
 
 
+def test_hash_does_not_depend_on_the_type_of_the_ids():
+    router = build_router("hash", embed_dim=6, num_experts=4)
+    ids = torch.tensor([0, 5, 6, 7, 1000, 31999])
+    for kind in (torch.int32, torch.int16):
+        assert torch.equal(router.expert_of(ids.to(kind)), router.expert_of(ids))
+
+
 def test_hash_may_learn_its_gate():
     torch.manual_seed(0)
     tokens = torch.arange(40)

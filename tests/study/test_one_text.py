@@ -9,8 +9,8 @@ from support.small_study import DOMAINS, lines_of, study, write_plan
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.files import read_lines, write_lines
-from fairseq_sparsemixer.study.layout import lay_out, task_overrides
+from fairseq_sparsemixer.files import read_lines, write_json, write_lines
+from fairseq_sparsemixer.study.layout import STATE, lay_out, made_with, task_overrides
 from fairseq_sparsemixer.training.settings import compose
 
 TINY = ["+model.encoder_layers=1", "+model.encoder_embed_dim=16", "+model.encoder_ffn_embed_dim=32"]
@@ -44,6 +44,25 @@ def test_a_plan_says_language_and_the_config_the_task(with_domains, tmp_path):
     assert (cfg.task.data, cfg.task.num_classes) == ("data/de", 2)
     assert not any("decoder" in each for each in laid_out.arms["dense"])
     assert (tmp_path / "study" / "data" / "de" / "input0" / "train.idx").is_file()
+
+
+def test_a_rate_that_ends_with_the_updates_keeps_a_plan_from_growing(with_domains, tmp_path):
+    """And a run that began with random weights does not go on as a fine-tuned one."""
+    path, folder = tmp_path / "plan.yaml", tmp_path / "study"
+    plan, _ = lay_out(write_plan(path, with_domains, **PLAN, config="pretraining"), folder)
+    run = plan.runs()[0]
+    (folder / run.name).mkdir()
+    write_json(folder / run.name / STATE, made_with(plan, run))
+    for change, message in (
+        ({"updates": 8}, r"other overrides \(.*total_num_update=4.*, not .*total_num_update=8"),
+        ({"finetune_from": "x"}, r"other finetune_from \(nothing, not a study\)"),
+    ):
+        changed = write_plan(path, with_domains, **{**PLAN, "config": "pretraining", **change})
+        with pytest.raises(UserError, match=message):
+            lay_out(changed, folder)
+    own = {**PLAN, "overrides": [*TINY, "lr_scheduler.total_num_update=50"], "updates": 8}
+    grown, _ = lay_out(write_plan(path, with_domains, **own, config="pretraining"), tmp_path / "o")
+    assert [each for each in grown.arms["dense"] if "total" in each] == own["overrides"][-1:]
 
 
 def test_what_a_plan_of_one_text_lacks_is_told(prepared, tmp_path):

@@ -1,6 +1,7 @@
 """The YAML file of a study."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ WRONG_PLANS = [
     ({"seeds": 1}, "seeds must be a list"),
     ({"seeds": [1, 1]}, "a seed stands in seeds twice"),
     ({"score": "all"}, "score must be last or best"),
+    ({"score": ["last"]}, "score must be last or best"),
+    (
+        {"arms": {"a": {"router": "switch", "experts": 2, "options": {"a": date(2020, 1, 1)}}}},
+        "arm a: options are not JSON",
+    ),
+    ({"overrides": ["common.user_dir=mine"]}, "common.user_dir is not set here"),
     ({"jobs": 0}, "jobs must be a whole number of at least 1"),
     ({"epochs": 3}, "there is no key epochs; see docs/study.md"),
     ({"arms": ["dense"]}, "arms must be names"),

@@ -5,7 +5,7 @@ import pytest
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.training import resources
 from fairseq_sparsemixer.training.plan import make_task
-from fairseq_sparsemixer.training.settings import CONFIGS, compose
+from fairseq_sparsemixer.training.settings import CONFIGS, compose, quoted
 
 WHERE = "checkpoint.save_dir=."
 
@@ -18,6 +18,29 @@ WHERE = "checkpoint.save_dir=."
 def test_what_refers_to_nothing_is_told(override):
     with pytest.raises(UserError, match=r"^hydra: "):
         compose(CONFIGS, [WHERE, override], "wmt14")
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/x-1.pt", "jürgen/日本", "a b,c=(d)", "it's", "back\\", "a\\'b", "a\\b", '"x"']
+)
+def test_a_path_is_taken_as_it_is(text):
+    assert (
+        compose(CONFIGS, [f"checkpoint.save_dir={quoted(text)}"], "demo").checkpoint.save_dir
+        == text
+    )
+
+
+def test_two_precisions_at_once_are_refused():
+    """fairseq would take fp16, and no loss scale."""
+    with pytest.raises(UserError, match=r"common\.fp16 \(--fp16\) and common\.bf16 .* both set"):
+        compose(CONFIGS, [WHERE, "common.fp16=true", "common.bf16=true"], "demo")
+
+
+@pytest.mark.parametrize("name", ["demo", "finetuning", "iwslt14", "language_model", "pretraining"])
+def test_one_process_trains_unless_more_are_asked_for(name, monkeypatch):
+    """fairseq would start one for each GPU, with cpu: true as well."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert compose(CONFIGS, [WHERE], name).distributed_training.distributed_world_size == 1
 
 
 def test_a_model_that_cannot_be_built_is_told():

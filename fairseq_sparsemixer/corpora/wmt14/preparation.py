@@ -65,7 +65,7 @@ def prepare_wmt14(
         # Missing packages are told before an hour of downloading.
         bpe.check_installed()
     _check_pipeline(output, pipeline)
-    corpus = "wmt14" if raw_dir is None else "own text"
+    corpus = "wmt14" if raw_dir is None else "own text, as wmt14"
     with steps_in(output, MEGABYTES, corpus) as steps:
         raw = _raw_text(steps, news_commentary, raw_dir, archives)
         if pipeline == "moses":

@@ -87,7 +87,7 @@ class HashRouter(Router):
 
     def hash(self, token_ids: Tensor) -> Tensor:
         """A number of 31 bits for each id, the same on every machine."""
-        value = (token_ids + (1 + self.seed * 0x9E3779B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
+        value = (token_ids.long() + (1 + self.seed * 0x9E3779B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
         for _ in range(2):
             value = ((value ^ (value >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
         return (value ^ (value >> 16)) & 0x7FFFFFFF

@@ -149,7 +149,11 @@ def test_own_text(built, tmp_path, pipeline):
     for path in (folder / "bin").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / "bin" / path.name).read_bytes(), path
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["corpus"] == "own text" and record["test"] is None
+    assert record["corpus"] == "own text, as wmt14" and record["test"] is None
+    with pytest.raises(
+        UserError, match="holds the corpus own text, as wmt14, which the corpus own"
+    ):
+        commands.command("prepare", "--raw-dir", mine, "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
