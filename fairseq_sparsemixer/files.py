@@ -82,9 +82,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(
-    path: Path, replaces: Callable[[Path], bool] = lambda _: False, flag: str = "--output"
-) -> Iterator[Path]:
+def atomic_folder(path: Path, replaces: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; move it there when the block ends without error.
 
     Who writes the same folder meanwhile waits.
@@ -92,7 +90,6 @@ def atomic_folder(
     Args:
         path: new, an empty folder, or one that is replaced.
         replaces: whether a folder that is not empty may be.
-        flag: that names it.
 
     Raises:
         UserError: ``path`` is something else, or cannot be written to.
@@ -102,9 +99,9 @@ def atomic_folder(
     partial = target.with_name(f".{target.name}.partial")
     try:
         if os.path.lexists(target) and not target.is_dir():
-            raise UserError(f"{path} is no folder; give {flag} another")
+            raise UserError(f"{path} is no folder; give --output another")
         if target.is_dir() and any(target.iterdir()) and not replaces(target):
-            raise UserError(f"{path} holds something else; give {flag} a new folder")
+            raise UserError(f"{path} holds something else; give --output a new folder")
         with scratch_folder(partial):
             yield partial
             for each in partial.rglob("*"):

@@ -1,10 +1,11 @@
-"""What does not work with this package says so when it is imported, in one sentence."""
+"""What does not work with this package, or is not installed, is told in one sentence."""
 
+import importlib
 import importlib.metadata
 import platform
 import sys
 from types import TracebackType
-from typing import Optional, Tuple, Type
+from typing import Any, Optional, Tuple, Type
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.version import FAIRSEQ, MINIMUM_PYTHON, MINIMUM_TORCH, TOO_NEW_PYTHON
@@ -40,6 +41,20 @@ def check_fairseq() -> None:
             f"fairseq {found} is too old: pip uninstall fairseq, then pip install "
             f"ve-fairseq=={FAIRSEQ}"
         )
+
+
+def load(module: str, extra: str) -> Any:
+    """A module that only what an extra of this package installs has.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"this needs {error.name}: run `pip install 'fairseq-sparsemixer[{extra}]'`"
+        ) from error
 
 
 def version_of(distribution: str) -> Optional[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fairseq_sparsemixer.commands.flags import add_run_arguments, add_trust_argument
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.requirements import load
 
 HELP = "one HTML page: curves, scores, what each expert takes, translations"
 
@@ -45,13 +46,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a package is missing, or ``--output`` is no name of a page.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"a report needs {error.name}: run `pip install 'fairseq-sparsemixer[report]'`"
-        ) from error
+    for package in ("jinja2", "matplotlib"):
+        load(package, "report")
     if args.output.suffix != ".html":
         raise UserError(f"--output {args.output} is a page; give it a name ending in .html")
     from fairseq_sparsemixer.report.build import build_report

@@ -5,7 +5,6 @@ tokenises it) and ``bpe/`` (``codes`` and the same text in pieces).
 """
 
 import functools
-import importlib
 import io
 from collections import Counter
 from importlib.metadata import version
@@ -18,8 +17,8 @@ from fairseq_sparsemixer.corpora.folder import Languages, count_lines
 from fairseq_sparsemixer.corpora.pieces import describe_splits, write_pieces
 from fairseq_sparsemixer.corpora.resumable import StepResult
 from fairseq_sparsemixer.corpora.workers import map_chunks, useful_workers
-from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, iterate_lines
+from fairseq_sparsemixer.requirements import load
 from fairseq_sparsemixer.text import moses
 
 _SPECIAL_SYMBOLS = 4  # of fairseq's dictionary
@@ -28,7 +27,7 @@ _SPECIAL_SYMBOLS = 4  # of fairseq's dictionary
 def check_installed() -> None:
     """Raise a :class:`UserError` unless sacremoses and subword-nmt can be imported."""
     moses.tokenise("", "en")
-    _subword_nmt("learn_bpe")
+    load("subword_nmt.learn_bpe", "wmt")
 
 
 def token_path(folder: Path, split: str, language: str) -> Path:
@@ -75,7 +74,7 @@ def build_pieces(
 
 def _learn(texts: List[Path], merges: int, codes: Path) -> None:
     """Write ``merges`` merge operations, learnt from the words of all ``texts`` together."""
-    learn_bpe = _subword_nmt("learn_bpe")
+    learn_bpe = load("subword_nmt.learn_bpe", "wmt")
     words: Counter = Counter()
     for path in texts:
         # In this process: handing lines to others would take longer than counting.
@@ -98,13 +97,4 @@ def _apply(codes: str, lines: List[str]) -> List[str]:
 def _load(codes: str) -> Any:
     """The codes of a file, with the words that were cut so far."""
     with open(codes, encoding="utf-8") as file:
-        return _subword_nmt("apply_bpe").BPE(file)
-
-
-def _subword_nmt(module: str) -> Any:
-    try:
-        return importlib.import_module(f"subword_nmt.{module}")
-    except ImportError as error:
-        raise UserError(
-            "--pipeline moses needs the package subword-nmt: pip install subword-nmt sacremoses"
-        ) from error
+        return load("subword_nmt.apply_bpe", "wmt").BPE(file)

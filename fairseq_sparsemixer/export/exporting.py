@@ -16,8 +16,8 @@ from fairseq_sparsemixer.evaluation.options import ModelChoice
 from fairseq_sparsemixer.evaluation.translator import MAX_LEN_B, Translator, load_translator
 from fairseq_sparsemixer.export import graphs
 from fairseq_sparsemixer.export.description import describe, settings_of
-from fairseq_sparsemixer.export.requirements import load
 from fairseq_sparsemixer.files import atomic_folder
+from fairseq_sparsemixer.requirements import load
 from fairseq_sparsemixer.tasks.translation_with_routing import TranslationWithRoutingTask
 from fairseq_sparsemixer.text.subwords import SentencePiece
 
@@ -52,7 +52,7 @@ def export(choice: ModelChoice, to: str, beam: int, lenpen: float, output: Path)
     Raises:
         UserError: the model cannot be exported, or the folder is of something else.
     """
-    modeling = load(MODELING)
+    modeling = load(MODELING, "export")
     with atomic_folder(output, is_export) as partial:
         translator = load_translator(choice, "fp32")
         _check_kind(translator)
@@ -120,7 +120,7 @@ def _tokenizer(translator: Translator, folder: Path) -> Any:
             f"the model reads Moses tokens cut by {translator.subwords.path}, which transformers "
             "has nothing for: only models of SentencePiece can be exported"
         )
-    module = load(TOKENIZATION)
+    module = load(TOKENIZATION, "export")
     files = {name: folder / file for name, file in module.FILES.items()}
     shutil.copyfile(translator.subwords.path, files["vocab_file"])
     for side, language in (("source", translator.source_lang), ("target", translator.target_lang)):
@@ -144,7 +144,7 @@ def _generation(translator: Translator, beam: int, lenpen: float) -> Any:
     """What makes ``generate`` search as fairseq does."""
     dictionary = translator.target_dictionary
     longest = min(MAX_LEN_B + 1, translator.max_target_positions)
-    return load("transformers").GenerationConfig(
+    return load("transformers", "export").GenerationConfig(
         num_beams=beam,
         length_penalty=lenpen,
         early_stopping=True,  # where as many translations as beams have ended
@@ -161,7 +161,7 @@ def _generation(translator: Translator, beam: int, lenpen: float) -> Any:
 
 def _save(model: Any, folder: Path, state: Dict[str, Tensor]) -> None:
     """As transformers does, without a bar, and for whoever may read the other files."""
-    logging = load("transformers.utils.logging")
+    logging = load("transformers.utils.logging", "export")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

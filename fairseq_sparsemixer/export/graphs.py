@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.export.requirements import load
+from fairseq_sparsemixer.requirements import load
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 LARGEST_DIFFERENCE = 1e-4
@@ -160,7 +160,9 @@ def _write(
 @torch.no_grad()
 def _difference(graph: nn.Module, arguments: Any, path: Path, inputs: List[str]) -> float:
     """The median over tokens of how far what onnxruntime puts out is from what the model does."""
-    session = load("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = load("onnxruntime", "onnx").InferenceSession(
+        str(path), providers=["CPUExecutionProvider"]
+    )
     flat = [tensor for each in arguments for tensor in (each if isinstance(each, list) else [each])]
     found = session.run(None, {name: each.numpy() for name, each in zip(inputs, flat)})
     apart = [

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.export.exporting import MODEL_TYPE, MODELING
-from fairseq_sparsemixer.export.requirements import load
 from fairseq_sparsemixer.files import atomic_folder, read_json
 from fairseq_sparsemixer.models.config import SIDES
+from fairseq_sparsemixer.requirements import load
 from fairseq_sparsemixer.runs.archives import reason
 from fairseq_sparsemixer.runs.mending import BEST
 from fairseq_sparsemixer.runs.reading import CheckpointError
@@ -57,7 +57,9 @@ def import_folder(folder: Path, output: Path) -> None:
     """
     config = _config(folder)
     tensors = _tensors(folder)
-    only_training = load(MODELING).SparseMixerForSeq2SeqLM._keys_to_ignore_on_load_unexpected
+    only_training = load(
+        MODELING, "export"
+    ).SparseMixerForSeq2SeqLM._keys_to_ignore_on_load_unexpected
     with atomic_folder(output) as run:
         for there, here in FILES.items():
             try:
@@ -88,7 +90,7 @@ def _config(folder: Path) -> Dict[str, Any]:
 
 def _tensors(folder: Path) -> Dict[str, Tensor]:
     """The parameters by their names in fairseq, of one matrix all names."""
-    safetensors = load("safetensors.torch")
+    safetensors = load("safetensors.torch", "export")
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"{folder} has no model.safetensors; {_CURE}")

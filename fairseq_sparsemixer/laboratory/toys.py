@@ -2,6 +2,7 @@
 
 from typing import Callable, Dict, List, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ WIDTH = 16
 LOSSES = ("quadratic", "cubic", "network")
 
 
-def loss_function(kind: str, rows: int, generator: torch.Generator, width: int = WIDTH) -> Loss:
+def loss_function(kind: str, rows: int, generator: torch.Generator) -> Loss:
     """f_r(h) for each row r.
 
     Args:
@@ -20,23 +21,22 @@ def loss_function(kind: str, rows: int, generator: torch.Generator, width: int =
             layer of four times the width.
         rows: R.
         generator: of the coefficients.
-        width: D.
     """
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     if kind == "network":
-        residual_RD, inner_FD = normal(rows, width), normal(4 * width, width) / width**0.5
-        outer_F = normal(4 * width) / (4 * width) ** 0.5
+        residual_RD, inner_FD = normal(rows, WIDTH), normal(4 * WIDTH, WIDTH) / WIDTH**0.5
+        outer_F = normal(4 * WIDTH) / (4 * WIDTH) ** 0.5
 
         def network(h_MD: Tensor, row_M: Tensor) -> Tensor:
             stream_MD = residual_RD[row_M].to(h_MD.dtype) + h_MD
             return torch.tanh(stream_MD @ inner_FD.t().to(h_MD.dtype)) @ outer_F.to(h_MD.dtype)
 
         return _with_gradient(network)
-    linear_D, matrix_DD = normal(width), normal(width, width) / width**0.5
-    cubes_D = normal(width) / 3
+    linear_D, matrix_DD = normal(WIDTH), normal(WIDTH, WIDTH) / WIDTH**0.5
+    cubes_D = normal(WIDTH) / 3
 
     def polynomial(h_MD: Tensor, row_M: Tensor) -> Tensor:
         value_M = h_MD @ linear_D.to(h_MD.dtype)
@@ -103,9 +103,7 @@ METHODS: Dict[str, Points] = {
 """Evaluation points m with their probabilities, at factor 2 and without the override."""
 
 
-def order_of_accuracy(
-    scales: List[float], num_experts: int = 4, seed: int = 0
-) -> Dict[str, List[float]]:
+def order_of_accuracy(scales: List[float], seed: int = 0) -> Dict[str, List[float]]:
     """Relative bias of each method for outputs of each scale, f a small network.
 
     The mean over all draws is formed by their probabilities and in float64, so there is no noise:
@@ -114,7 +112,7 @@ def order_of_accuracy(
     """
     bias: Dict[str, List[float]] = {name: [] for name in METHODS}
     for scale in scales:
-        problem = toy_problem("network", num_experts, 1.0, seed=seed, rows=256, scale=scale)
+        problem = toy_problem("network", 4, 1.0, seed=seed, rows=256, scale=scale)
         problem.logits, problem.outputs = problem.logits.double(), problem.outputs.double()
         problem.predictions = {"mean": problem.predictions["mean"].double()}
         probs_RN = problem.logits.softmax(-1)
@@ -135,12 +133,7 @@ def _mean_estimate(problem: Problem, probs_RN: Tensor, points: Points) -> Tensor
 
 def slopes(scales: List[float], bias: Dict[str, List[float]]) -> Dict[str, float]:
     """The order of each method: slope of log bias against log scale, by least squares."""
-    log_scale = torch.tensor(scales, dtype=torch.float64).log()
-    centred = log_scale - log_scale.mean()
     return {
-        name: (
-            (torch.tensor(values, dtype=torch.float64).log() * centred).sum()
-            / centred.square().sum()
-        ).item()
+        name: float(np.polyfit(np.log(scales), np.log(values), 1)[0])
         for name, values in bias.items()
     }

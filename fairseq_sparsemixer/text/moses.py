@@ -25,7 +25,7 @@ from typing import Any, List, Pattern, Tuple
 
 import regex
 
-from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.requirements import load
 
 # A pattern of `re` or of `regex`, and what stands for each match.
 Rule = Tuple[Any, str]
@@ -126,20 +126,12 @@ def _guard_contractions(words: List[str]) -> List[str]:
     ]
 
 
-def _sacremoses() -> Any:
-    try:
-        import sacremoses
-    except ImportError as error:
-        raise UserError(
-            "the tokens of Moses need sacremoses: run `pip install 'fairseq-sparsemixer[wmt]'`"
-        ) from error
-    return sacremoses
-
-
 @functools.cache
 def _punctuation_rules(language: str) -> List[Tuple[Pattern[str], str]]:
     # `penn` means the contrary of the script's flag `-penn`, which the recipe does not give.
-    normaliser = _sacremoses().MosesPunctNormalizer(language, penn=True, perl_parity=True)
+    normaliser = load("sacremoses", "wmt").MosesPunctNormalizer(
+        language, penn=True, perl_parity=True
+    )
     # Its own method would strip the line and let `\d` match every digit of Unicode; the script
     # works on bytes.
     return [(re.compile(rule, re.ASCII), mark) for rule, mark in normaliser.substitutions]
@@ -147,7 +139,7 @@ def _punctuation_rules(language: str) -> List[Tuple[Pattern[str], str]]:
 
 @functools.cache
 def _tokeniser(language: str) -> Any:
-    tokeniser = _sacremoses().MosesTokenizer(language)
+    tokeniser = load("sacremoses", "wmt").MosesTokenizer(language)
     for name in _RULES_WITH_CLASSES:
         setattr(tokeniser, name, _by_property(getattr(tokeniser, name), tokeniser))
     tokeniser.ENGLISH_SPECIFIC_APOSTROPHE = [
@@ -177,7 +169,7 @@ def _by_property(rule: Rule, tokeniser: Any) -> Rule:
 
 @functools.cache
 def _detokeniser(language: str) -> Any:
-    detokeniser = _sacremoses().MosesDetokenizer(language)
+    detokeniser = load("sacremoses", "wmt").MosesDetokenizer(language)
     # Its own list lacks the signs of bitcoin and lari.
     detokeniser.IS_CURRENCY_SYMBOL = _CURRENCY_OR_OPENING
     return detokeniser

@@ -12,6 +12,7 @@ from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_json
+from fairseq_sparsemixer.requirements import load
 from fairseq_sparsemixer.text import BPE_CODES, MOSES_TOKENS, SENTENCEPIECE_MODEL, moses
 
 _TOKENS = ({"split_hyphens": bool, "lowercase": bool}, None)
@@ -106,12 +107,7 @@ class _SubwordNMT(SubwordNMTBPE):
     """fairseq's ``subword_nmt``, which alone would read the codes in the locale's encoding."""
 
     def __init__(self, codes: Path):
-        try:
-            from subword_nmt import apply_bpe
-        except ImportError as error:
-            raise UserError(
-                f"{codes} needs subword-nmt: run `pip install 'fairseq-sparsemixer[wmt]'`"
-            ) from error
+        apply_bpe = load("subword_nmt.apply_bpe", "wmt")
         try:
             with codes.open(encoding="utf-8") as file:
                 self.bpe = apply_bpe.BPE(file)
