@@ -10,12 +10,11 @@ import functools
 import logging
 import os
 import shlex
-import sys
 import tarfile
 from collections import OrderedDict
 from collections.abc import MutableMapping
-from types import SimpleNamespace, TracebackType
-from typing import Any, Optional, Type
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ from fairseq_sparsemixer import (
     watchdogs,
     workers,
 )
-from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.errors import UserError, end_with_one_line
 from fairseq_sparsemixer.models import beam_search
 from fairseq_sparsemixer.models.config import ConfigError
 from fairseq_sparsemixer.models.ranges import check_numbers
@@ -517,22 +516,14 @@ def _compare_data_and_dictionaries() -> None:
 def _print_user_errors_alone() -> None:
     """Print a :class:`UserError` that ends the program as one line, and end with status 2.
 
-    Of an error that was raised while a UserError was handled, Python prints both. And hydra, which
-    prints what ends its jobs itself, has a class of errors that explain themselves.
+    hydra, which prints what ends its jobs itself, has a class of errors that explain themselves.
     """
-    previous = sys.excepthook
 
-    def hook(
-        kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]
-    ) -> None:
-        if _is_of_trainer(error) and isinstance(error.__context__, UserError):
-            error = error.__context__
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        previous(kind, error, traceback)
+    def reason(error: BaseException) -> BaseException:
+        hidden = error.__context__ if _is_of_trainer(error) else None
+        return hidden if isinstance(hidden, UserError) else error
 
-    sys.excepthook = hook
+    end_with_one_line(reason)
     alone = (hydra_utils.CompactHydraException, UserError)
     hydra_utils.CompactHydraException = alone  # type: ignore[misc, assignment]
 

@@ -1,6 +1,9 @@
 """The one exception for mistakes that the user can mend."""
 
+import sys
 import unicodedata
+from types import TracebackType
+from typing import Callable, Optional, Type
 
 
 class UserError(ValueError):
@@ -23,3 +26,28 @@ def _shown(character: str) -> str:
     if unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
         return character
     return character.encode("unicode_escape").decode()
+
+
+def end_with_one_line(
+    reason: Callable[[BaseException], BaseException] = lambda error: error,
+) -> None:
+    """Print a :class:`UserError` that ends the program alone, and end with status 2.
+
+    Of an error that was raised while a UserError was handled, Python prints both.
+
+    Args:
+        reason: what is to be told of an error; that itself by default.
+    """
+    previous = sys.excepthook
+
+    def hook(
+        kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]
+    ) -> None:
+        told = reason(error)
+        if not isinstance(told, UserError):
+            return previous(kind, error, traceback)
+        print(f"error: {told}", file=sys.stderr)
+        if not (hasattr(sys, "ps1") or sys.flags.interactive):  # where it ends nothing
+            sys.exit(2)
+
+    sys.excepthook = hook

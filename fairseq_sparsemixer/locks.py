@@ -111,14 +111,15 @@ def locked(
 
 def remove_if_free(lock: Path) -> None:
     """Remove a file that :func:`locked` made, unless someone has it still."""
-    with contextlib.suppress(FileNotFoundError), lock.open("r+b") as file:
+    with contextlib.suppress(FileNotFoundError, PermissionError), lock.open("r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
         except OSError:
             pass  # a file system without locks
-        lock.unlink()
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):  # not another's by now
+            lock.unlink()
 
 
 def _wait_for(descriptor: int, lock: Path, place: Path, flag: Optional[str]) -> None:

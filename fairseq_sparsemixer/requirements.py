@@ -3,11 +3,9 @@
 import importlib
 import importlib.metadata
 import platform
-import sys
-from types import TracebackType
-from typing import Any, Optional, Tuple, Type
+from typing import Any, Optional, Tuple
 
-from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.errors import UserError, end_with_one_line
 from fairseq_sparsemixer.version import FAIRSEQ, MINIMUM_PYTHON, MINIMUM_TORCH, TOO_NEW_PYTHON
 
 
@@ -75,16 +73,6 @@ def _numbers(version: str, parts: int = 2) -> Tuple[int, ...]:
 
 
 def _refuse(message: str) -> None:
-    previous = sys.excepthook
-
-    def hook(
-        kind: Type[BaseException], error: BaseException, traceback: Optional[TracebackType]
-    ) -> None:
-        """One line, and the exit status of our commands, which are not there yet."""
-        if not isinstance(error, UserError):
-            return previous(kind, error, traceback)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-    sys.excepthook = hook
+    """End with it, though nothing else of this package is there yet."""
+    end_with_one_line()
     raise UserError(message)

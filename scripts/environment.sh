@@ -15,14 +15,15 @@ fail() {
     exit 1
 }
 
-# A path as a value that hydra takes as it is.
+# A path as a value that hydra takes as it is: backslashes escape only before a quote.
 quoted() {
-    echo "'${1//\'/\\\'}'"
+    printf "'%s'\n" "$(sed -E "s/(\\\\*)'/\\1\\1\\\\'/g; s/(\\\\+)\$/\\1\\1/" <<<"$1")"
 }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
+    local candidate candidates=(python3.11 python3.12 python3)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
             2>/dev/null; then
             command -v "$candidate"
@@ -40,9 +41,23 @@ make_environment() {
     local python wanted stamp=.venv/fairseq-sparsemixer.stamp
     python="$(find_python)" || exit 1
     wanted="$("$python" --version) $(cat setup.py scripts/constraints.txt | cksum) $CHECKOUT"
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-        return
+    ! is_made || return 0
+    # One at a time: what another that is at it makes need not be made again.
+    exec 9<"$CHECKOUT"
+    if command -v flock >/dev/null && ! flock --nonblock 9; then
+        echo "== Waiting for another script that installs into .venv"
+        flock 9 || true
     fi
+    is_made || install_all
+    exec 9<&-
+}
+
+# The environment is that which is wanted.
+is_made() {
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]
+}
+
+install_all() {
     echo "== Installing into .venv, a minute or more (once)"
     rm -f "$stamp"
     local clear=""
@@ -58,13 +73,5 @@ make_environment() {
     echo "$wanted" >"$stamp"
 }
 
-# One at a time: another that was started meanwhile finds it made.
-if command -v flock >/dev/null; then
-    exec 9<"$CHECKOUT"
-    flock --nonblock 9 || { echo "== Waiting for another that installs into .venv" && flock 9; }
-    make_environment
-    exec 9<&-
-else
-    make_environment
-fi
+make_environment
 export PATH="$CHECKOUT/.venv/bin:$PATH"

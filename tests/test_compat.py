@@ -1,5 +1,6 @@
 """What is changed in fairseq and in the process, and what is not."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -81,7 +82,8 @@ def printed(capsys, program, module="__main__"):
     try:
         exec(compile(program, "program", "exec"), {"__name__": module, "UserError": UserError})
     except Exception:
-        sys.excepthook(*sys.exc_info())
+        with contextlib.suppress(SystemExit):
+            sys.excepthook(*sys.exc_info())
     return capsys.readouterr().err
 
 

@@ -169,7 +169,7 @@ def test_the_others_end_with_a_worker_of_fairseqs(number, toy_corpus, tmp_path):
     flags = commands.train_command(data, folder, **WORKERS, distributed_world_size=2)
     result = kill_a_worker(commands.start("fairseq_cli.train", *flags), folder, number)
     if number is not None:
-        assert result.returncode == 1
+        assert result.returncode == 2
         (error,) = [line for line in result.stderr.splitlines() if "error: " in line]
         assert error.startswith(f"error: worker {number} was ended by SIGKILL")
         assert "Traceback" not in result.stderr

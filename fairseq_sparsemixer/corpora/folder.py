@@ -87,7 +87,10 @@ def _held(output: Path) -> Optional[str]:
     """The corpus of a folder where steps are done; None where that is not known."""
     name, record = output / STEPS / _NAME, output / CORPUS_RECORD
     if name.is_file():
-        return "".join(read_lines(name))
+        held = "".join(read_lines(name))
+        # Earlier versions called it as text that is only cut.
+        cleaned = any((output / STEPS / f"{each}.json").exists() for each in ("clean", "tokenise"))
+        return "own text, as wmt14" if held == "own text" and cleaned else held
     with contextlib.suppress(UserError):  # one that is damaged is made anew
         if record.is_file():  # of an earlier version
             return str(read_json(record, {"corpus": str}, "")["corpus"])

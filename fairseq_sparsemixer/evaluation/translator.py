@@ -552,7 +552,8 @@ def _build_model(path: Path, state: Dict[str, Any], task: Any, folder: Path) -> 
         if embedding is not None and len(embedding) != len(dictionary):
             raise UserError(
                 f"the checkpoint {path} was trained with dictionaries of {len(embedding)} entries "
-                f"and those in {folder} have {len(dictionary)}; give the right ones with --data"
+                f"and those in {folder} have {len(dictionary)}; copy the right ones into "
+                f"{path.parent}"
             )
     with building(path):
         return checkpoint_utils.load_model_ensemble([str(path)], task=task, state=state)[0][0]

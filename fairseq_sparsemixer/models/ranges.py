@@ -65,12 +65,10 @@ def check_numbers(cfg: Any) -> None:
                 flag = name.replace("_", "-")
                 allowed = f"{least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
                 raise ConfigError(f"{key} (--{flag}) must be {allowed}, not {value:g}")
-    common = _entry(cfg, "common")
-    if _entry(common, "fp16") and _entry(common, "bf16"):
-        raise ConfigError(
-            "common.fp16 (--fp16) and common.bf16 (--bf16) are both set, which is fp16 without a "
-            "loss scale to fairseq: set one of them to false"
-        )
+    given = [name for name in ("fp16", "bf16", "amp") if _entry(_entry(cfg, "common"), name)]
+    if len(given) > 1:
+        one, other = (f"common.{name} (--{name})" for name in given[:2])
+        raise ConfigError(f"{one} and {other} are both set: set one of them to false")
 
 
 def _entry(section: Any, name: str) -> Any:

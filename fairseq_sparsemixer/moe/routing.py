@@ -412,8 +412,7 @@ def build_router(
         options: ``bias``, ``init_scale``, and what the router's own constructor takes.
 
     Raises:
-        ValueError: for an unknown name (the message gives the nearest), or a value of another kind
-            or out of range.
+        ValueError: for an unknown name (the message gives the nearest) or a value out of range.
         TypeError: for an option that the router does not have.
     """
     router = find_router(name)
@@ -428,13 +427,10 @@ def build_router(
 
 
 def _check_kinds(router: Type[Router], options: Mapping[str, Any]) -> None:
-    """Refuse what is no yes or no, or no number, where the default is: "false" would be a yes."""
-    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
-    for kind in router.__mro__[:-1]:
-        constructor = vars(kind).get("__init__", object.__init__)
-        for name, parameter in inspect.signature(constructor).parameters.items():
-            default, value = parameter.default, options.get(name)
-            if name not in options or type(default) not in kinds or type(value) is type(default):
-                continue
-            if type(default) is not float or type(value) is not int:
-                raise ValueError(f"{name} must be {kinds[type(default)]}, not {value!r}")
+    """Refuse what is no yes or no where the default is one: "false" would be a yes."""
+    constructors = [vars(kind)["__init__"] for kind in router.__mro__ if "__init__" in vars(kind)]
+    for name, value in options.items():
+        found = (inspect.signature(each).parameters.get(name) for each in constructors)
+        option = next(filter(None, found), None)
+        if option and isinstance(option.default, bool) and value not in (True, False):
+            raise ValueError(f"{name} must be true or false, not {value!r}")

@@ -10,7 +10,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, FrozenSet, List, Tuple
 
 from fairseq import tasks
 from fairseq.models import ARCH_MODEL_REGISTRY
@@ -44,6 +44,7 @@ _STATE = {
     "score?": str,
     "beam?": int,
     "finetune_from?": str,
+    "updates?": int,
     f"{KEY}?": [str],
 }
 
@@ -65,7 +66,7 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
     own = folder / "configs"
     configs = own if (own / f"{plan.config}.yaml").is_file() else CONFIGS
     cfg = _config(configs, plan, plan_file)
-    plan = _with_length_of_schedule(_without_missing_sides(plan, cfg), cfg)
+    plan = _without_missing_sides(plan, cfg)._replace(until_the_end=_until_the_end(cfg))
     for run in plan.runs():
         refuse_other(
             folder / run.name,
@@ -78,7 +79,7 @@ def lay_out(plan_file: Path, folder: Path) -> Tuple[Plan, Dict[str, Parameters]]
     if plan_file != folder / PLAN:
         _copy_corpus(plan, folder / "data", plan_file)
         _copy_configs(CONFIGS / f"{plan.config}.yaml", own)
-    _copy_models(plan, folder)
+    _copy_models(plan, folder, known=plan_file == folder / PLAN)
     parameters = _count_parameters(folder, plan)
     if plan_file != folder / PLAN:
         _copy(plan_file, folder / PLAN)
@@ -112,23 +113,11 @@ def _without_missing_sides(plan: Plan, cfg: Any) -> Plan:
     return plan._replace(arms=arms)
 
 
-def _with_length_of_schedule(plan: Plan, cfg: Any) -> Plan:
-    """Arms that say for themselves what of the learning rate the config ties to the updates.
-
-    So a plan is refused that has grown by updates: the rate of what is trained would jump.
-    """
+def _until_the_end(cfg: Any) -> FrozenSet[str]:
+    """The settings of the learning rate that a config ties to the last update."""
     schedule: Any = OmegaConf.to_container(cfg.lr_scheduler, resolve=False)
-    tied = {
-        f"lr_scheduler.{key}"
-        for key, value in schedule.items()
-        if value == "${optimization.max_update}"
-    }
-    arms = {}
-    for name, overrides in plan.arms.items():
-        given = overridden(overrides)
-        left = set() if given & {"lr_scheduler", "lr_scheduler._name"} else tied - given
-        arms[name] = [*(f"{key}={plan.updates}" for key in sorted(left)), *overrides]
-    return plan._replace(arms=arms)
+    tied = "${optimization.max_update}"
+    return frozenset(f"lr_scheduler.{key}" for key, value in schedule.items() if value == tied)
 
 
 def task_overrides(folder: Path, plan: Plan, seen: Path = Path()) -> List[str]:
@@ -204,8 +193,10 @@ def _copy_configs(config: Path, target: Path) -> None:
             _copy(path, target / path.relative_to(CONFIGS))
 
 
-def _copy_models(plan: Plan, folder: Path) -> None:
+def _copy_models(plan: Plan, folder: Path, known: bool) -> None:
     """Those that the runs begin with, of the study that ``finetune_from`` names.
+
+    What is there stays, and is only compared with that study's where the plan is not ``known``.
 
     Raises:
         UserError: a run of that study is not finished, or is not the one that this study began
@@ -215,7 +206,10 @@ def _copy_models(plan: Plan, folder: Path) -> None:
     if before is None:
         return
     for run in plan.runs():
-        state, copy = read_run_state(before / run.name), folder / run.name / PRETRAINED
+        copy = folder / run.name / PRETRAINED
+        if known and copy.is_file():
+            continue
+        state = read_run_state(before / run.name)
         source = before / run.name / CHECKPOINTS[state.get("score", "last")]
         if not state.get("finished_updates") or not source.is_file():
             if copy.is_file():
@@ -240,8 +234,11 @@ def _copy(source: Path, target: Path) -> None:
 
 def made_with(plan: Plan, run: Variant) -> Dict[str, Any]:
     """What may not change once a run is trained."""
+    given = overridden(run.overrides)
+    tied = plan.until_the_end - given if "lr_scheduler" not in given else ()
     return {
         "overrides": run.overrides,
+        **({"updates": plan.updates} if tied else {}),
         "config": plan.config,
         **({"language": plan.language} if plan.language else {}),
         "evaluate_every": plan.evaluate_every,

@@ -20,7 +20,7 @@ translation), ``overrides: []`` (hydra's, of every arm).
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Optional
 
 import yaml
 
@@ -51,6 +51,8 @@ class Plan(NamedTuple):
         score: the checkpoint that is scored on the test set, one of :data:`CHECKPOINTS`.
         beam: of the final translation of the test set.
         arms: the overrides of each, common ones first.
+        until_the_end: settings of the learning rate that the config ties to the last update, found
+            when the study is laid out.
     """
 
     data: Path
@@ -64,6 +66,7 @@ class Plan(NamedTuple):
     score: str
     beam: int
     arms: Dict[str, List[str]]
+    until_the_end: FrozenSet[str] = frozenset()
 
     def runs(self) -> List[Variant]:
         """All of them, seed by seed: however early a study is stopped, arms can be compared."""
@@ -123,7 +126,7 @@ def read_plan(path: Path) -> Plan:
     for key in ("data", "updates", "evaluate_every", "seeds", "arms"):
         if not values.get(key):
             raise UserError(f"{path}: {key} is missing")
-    unknown = sorted(values.keys() - {*Plan._fields, "overrides"})
+    unknown = sorted(values.keys() - ({*Plan._fields, "overrides"} - {"until_the_end"}))
     if unknown:
         raise UserError(f"{path}: there is no key {unknown[0]}; see docs/study.md")
     for key in ("updates", "evaluate_every", "jobs", "beam"):

@@ -177,10 +177,12 @@ def test_flags_that_do_not_go_together(messages_corpus, tmp_path, arguments, mes
     assert not (tmp_path / "out").exists()
 
 
-ENVIRONMENT = """
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-fail() { echo "error: $*" >&2; exit 1; }
+ENVIRONMENT = f"""
+cd "$(dirname "${{BASH_SOURCE[0]}}")/.."
+environment="{commands.PACKAGE.parent}/scripts/environment.sh"
+source <(sed -n '/^\\(fail\\|quoted\\)()/,/^}}/p' "$environment")
 """
+"""Without what installs."""
 
 
 def script(place, name, *arguments, **environment):
@@ -206,7 +208,10 @@ def test_from_pre_training_to_scores(server, messages_corpus, tmp_path):
         (tmp_path / "scripts" / name).symlink_to(root / "scripts" / name)
     for name in ("configs", "fairseq_sparsemixer"):
         (tmp_path / name).symlink_to(root / name)
-    data, short = tmp_path / "data", ["optimization.max_update=3", "lr_scheduler.warmup_updates=1"]
+    data, short = (
+        tmp_path / "data of jürgen's",
+        ["optimization.max_update=3", "lr_scheduler.warmup_updates=1"],
+    )
     shutil.copytree(messages_corpus, data)
     script(tmp_path, "pretrain.sh", data, "en", "run", *short, OBJECTIVE="electra")
     server.files.update(glue.published())

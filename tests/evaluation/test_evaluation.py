@@ -331,7 +331,9 @@ def test_dictionaries_of_another_model_are_refused(corpus, moved):
         lines = read_lines(moved / name)
         (moved / name).unlink()
         write_lines(moved / name, lines[:-5])
-    with pytest.raises(UserError, match=r"dictionaries of 48 entries and .* have 43; .*--data"):
+    with pytest.raises(
+        UserError, match=r"dictionaries of 48 entries and .* have 43; copy the right ones into"
+    ):
         Translator(str(moved), data=corpus)
 
 

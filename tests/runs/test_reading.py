@@ -157,7 +157,7 @@ def test_the_variable_of_torch_that_trusts_every_pickle_changes_nothing(run_dir,
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: cannot read the checkpoint")
     assert not (tmp_path / hostile.CANARY).exists()
 

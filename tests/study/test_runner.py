@@ -1,10 +1,8 @@
 """Studies that are stopped, moved, changed and gone on with. Real runs on a toy corpus."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -15,6 +13,8 @@ from fairseq_sparsemixer.files import write_json
 from fairseq_sparsemixer.runs.folder import find_runs, read_run
 from fairseq_sparsemixer.runs.grouping import group_runs
 from fairseq_sparsemixer.study import runner
+from fairseq_sparsemixer.study.layout import lay_out
+from fairseq_sparsemixer.study.machine import Choice
 
 
 def told(capsys, *arguments):
@@ -84,6 +84,17 @@ def test_a_time_budget_ends_it_in_order(prepared, tmp_path):
     assert "nothing was gained" not in output
     assert all(len(lines_of(folder / f"{arm}-seed1")) >= 1 for arm in ("switch-2", "dense"))
     assert not list(folder.rglob("*.partial"))
+
+
+def test_a_run_that_is_left_alone_is_trained_with_as_many_threads(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    (folder / "dense-seed1" / "study.json").unlink()
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plan, _ = lay_out(folder / "plan.yaml", folder)
+    left = runner._Study(folder, plan, Choice([], ""), {}, 3, [])
+    assert [run.name for run in left.waiting] == ["dense-seed1"]
+    assert left._environment(0)["OMP_NUM_THREADS"] == "4"  # of two runs in all
 
 
 @pytest.mark.slow
@@ -173,17 +184,6 @@ def test_a_folder_that_was_only_prepared_needs_nothing_else(prepared, tmp_path):
     assert scored["path"] == "d-seed1/checkpoint_best.pt"
     names = {path.name for path in carried.glob("d-seed1/*.pt")}
     assert names == {"checkpoint_best.pt", "checkpoint_last.pt"}
-
-
-def test_two_studies_do_not_share_a_folder(finished, prepared):
-    process = subprocess.Popen(["flock", finished / ".lock", "sleep", "30"], start_new_session=True)
-    try:
-        time.sleep(0.3)
-        errors = study(finished, status=2)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert "another process is at work in" in errors and "--output" in errors
 
 
 def test_wrong_use_is_told(prepared, tmp_path, capsys):

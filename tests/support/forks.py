@@ -11,12 +11,15 @@ def status_of(call, hook=None):
         hook: prints an exception, in place of sys.excepthook.
     """
     try:
-        return call() or 0
+        try:
+            return call() or 0
+        except SystemExit:
+            raise
+        except BaseException as error:
+            (hook or sys.excepthook)(type(error), error, error.__traceback__)
+            return 1
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException as error:
-        (hook or sys.excepthook)(type(error), error, error.__traceback__)
-        return 1
 
 
 def stream(number):

@@ -30,10 +30,12 @@ def test_a_path_is_taken_as_it_is(text):
     )
 
 
-def test_two_precisions_at_once_are_refused():
-    """fairseq would take fp16, and no loss scale."""
-    with pytest.raises(UserError, match=r"common\.fp16 \(--fp16\) and common\.bf16 .* both set"):
-        compose(CONFIGS, [WHERE, "common.fp16=true", "common.bf16=true"], "demo")
+@pytest.mark.parametrize(("one", "other"), [("fp16", "bf16"), ("fp16", "amp"), ("bf16", "amp")])
+def test_two_precisions_at_once_are_refused(one, other):
+    """fairseq would take fp16 without a loss scale, end at an assertion, and leave out amp."""
+    message = rf"common\.{one} \(--{one}\) and common\.{other} \(--{other}\) are both set"
+    with pytest.raises(UserError, match=message):
+        compose(CONFIGS, [WHERE, f"common.{one}=true", f"common.{other}=true"], "demo")
 
 
 @pytest.mark.parametrize("name", ["demo", "finetuning", "iwslt14", "language_model", "pretraining"])
@@ -41,6 +43,8 @@ def test_one_process_trains_unless_more_are_asked_for(name, monkeypatch):
     """fairseq would start one for each GPU, with cpu: true as well."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert compose(CONFIGS, [WHERE], name).distributed_training.distributed_world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of torchrun
+    assert compose(CONFIGS, [WHERE], name).distributed_training.distributed_world_size == 4
 
 
 def test_a_model_that_cannot_be_built_is_told():

@@ -55,6 +55,8 @@ class HashRouter(Router):
         super().__init__(**options)
         if gate not in ("one", "full"):
             raise ValueError(f"gate must be one or full, not {gate!r}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be a whole number, not {seed!r}")
         self.seed = seed
         self.gate = gate
         if gate == "one":
