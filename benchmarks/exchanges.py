@@ -256,6 +256,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure, print, write."""
+    torch.set_num_threads(1)  # each worker has one
     measuring.run(build_parser(), measure, table)
 
 

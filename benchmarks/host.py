@@ -80,7 +80,6 @@ class WithLosses(Arm):
 
 def measure(args: argparse.Namespace) -> Iterator[Record]:
     """Seconds and launches of each arm."""
-    torch.set_num_threads(1)
     rows: List[Record] = []
     gc.disable()  # it would be counted where it happens to come
     with no_launches() as launched:
@@ -138,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure, print, write."""
+    torch.set_num_threads(1)
     measuring.run(build_parser(), measure, table)
 
 

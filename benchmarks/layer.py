@@ -298,7 +298,7 @@ def _measure_case(case: Case, args: argparse.Namespace, bandwidth: float) -> Lis
         shape = (case.tokens, case.embed_dim)
         x = torch.randn(shape, dtype=dtype, requires_grad=case.mode == BACKWARD)
         upstream = torch.randn(shape, dtype=dtype)
-    one_expert = x.element_size() * sum(weight.numel() for weight in arms[DENSE].weights)
+    of_one_expert = sum(weight.numel() for weight in arms[DENSE].weights)
     rows: Dict[str, Record] = {}
     for name, arm in arms.items():
         arm.module.to(dtype)
@@ -318,7 +318,8 @@ def _measure_case(case: Case, args: argparse.Namespace, bandwidth: float) -> Lis
         if case.mode == BACKWARD and not arm.about.get("graph"):
             row["peak_bytes"] = measuring.peak_bytes(arm.step, arm.weights, device)
         elif case.mode == FORWARD and name != LOOP:
-            row["weight_bytes"] = experts_read * one_expert
+            kept = getattr(torch, arm.about.get("inference_dtype") or case.dtype)
+            row["weight_bytes"] = experts_read * of_one_expert * kept.itemsize
             row["weight_seconds"] = row["weight_bytes"] / bandwidth
         rows[name] = row
     samples = {

@@ -258,7 +258,7 @@ def run(
     parser: argparse.ArgumentParser,
     measure: Callable[[argparse.Namespace], Iterator[Record]],
     table: Callable[[List[Record]], str],
-) -> None:
+) -> List[Record]:
     """Measure, print and write; or print what was written before.
 
     What was measured until then is written each time that there is more of it.
@@ -267,6 +267,9 @@ def run(
         parser: with the command's own flags and those of :func:`add_arguments`.
         measure: yields the results so far, "rows" among them; all of them at last.
         table: makes Markdown of rows.
+
+    Returns:
+        The rows.
     """
     parser.add_argument(
         "--table",
@@ -286,6 +289,7 @@ def run(
         left_out = ("output", "table")
         settings = {key: value for key, value in vars(args).items() if key not in left_out}
         about = {"settings": settings, "machine": machine(args.device)}
+        results = []  # where nothing can be measured
         for measured in measure(args):
             results = [{**about, **measured}]
             if args.output is not None:
@@ -296,3 +300,4 @@ def run(
             where = in_words(result["machine"])
             print(f"{where}\n")
         print(f"{table(result['rows'])}\n")
+    return [row for result in results for row in result["rows"]]

@@ -34,8 +34,7 @@ from fairseq_sparsemixer.training.resources import count_parameters
 
 SENTENCE_WORDS = (10, 40)
 BATCHES = 4
-"""About so many different ones take turns."""
-WARM_UP_STEPS = 2
+"""So many different ones take turns."""
 DETERMINISTIC = ", deterministic"
 """The end of an arm's name."""
 
@@ -85,9 +84,9 @@ def _trainer(args: argparse.Namespace, router: str, data: Path) -> Trainer:
 
 
 def _batches(trainer: Trainer, max_tokens: int) -> List[Dict[str, Any]]:
-    """The batches of the corpus; the last one is what was left over."""
+    """The first batches of the corpus that are not what was left over."""
     batches = trainer.get_train_iterator(epoch=1).next_epoch_itr(shuffle=False)
-    return [batch for batch in batches if batch["ntokens"] > max_tokens / 2]
+    return [batch for batch in batches if batch["ntokens"] > max_tokens / 2][:BATCHES]
 
 
 def measure(args: argparse.Namespace) -> Iterator[Record]:
@@ -103,8 +102,8 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
     kinds = {"": False, DETERMINISTIC: True} if args.deterministic else {"": False}
     for (router, trainer), (ending, on) in itertools.product(trainers.items(), kinds.items()):
         determinism.switch(on)
-        for _ in range(WARM_UP_STEPS):
-            trainer.train_step(batches[:1])
+        for batch in batches:  # each shape is slower the first time
+            trainer.train_step([batch])
         parameters = count_parameters(trainer.model)
         arm = f"{router}{ending}"
         rows[arm] = {

@@ -279,15 +279,21 @@ def run_tests(arguments, log, seconds, plugin=None, then=None):
         finally:
             sys.stdout.flush()
             os._exit(int(code))
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    end, pid = time.monotonic() + seconds, 0
+    try:
+        while time.monotonic() < end:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                if code == 70:
+                    raise SystemExit(f"the tests could not be started; see {log}")
+                return code
+            time.sleep(0.05)
+        return None
+    finally:
+        if not pid:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def copy_checkout(tree):

@@ -26,7 +26,7 @@ fairseq-hydra-train --config-dir configs --config-name "$objective" \
 [ -d "$data/label" ] || exit 0
 shared=()
 for override in "$@"; do
-    case "$override" in
+    case "$(sed 's/^+*//' <<<"$override")" in
     model.generator_*) ;; # of which nothing is fine-tuned
     model.* | common.*) shared+=("$override") ;;
     esac

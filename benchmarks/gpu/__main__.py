@@ -116,10 +116,18 @@ def _run(args: argparse.Namespace) -> None:
             text = table.summary(found)
             write_lines(args.output / results.SUMMARY, [text])
         print(f"\n{text}")
+    failed = [name for name, step in found.steps.items() if step["status"] == results.FAILED]
+    if failed:
+        print(f"failed: {', '.join(failed)}; after a repair the same command does them again")
+    return bool(failed)
 
 
 def main() -> int:
-    """Run, or print the table; the exit status is 2 for a mistake and 130 when interrupted."""
+    """Run, or print the table.
+
+    Returns:
+        1 where a step failed, 2 for a mistake, 130 when interrupted.
+    """
     args = build_parser().parse_args()
 
     def interrupt(number: int, frame: Any) -> None:
@@ -131,7 +139,7 @@ def main() -> int:
         if args.table is not None:
             _print_summary(args.table)
         else:
-            _run(args)
+            return int(_run(args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

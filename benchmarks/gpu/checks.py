@@ -10,6 +10,8 @@ gives the same bits again, as ``--deterministic`` says.
 """
 
 import argparse
+import math
+import sys
 import traceback
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -155,7 +157,9 @@ def _results(layer: MoEFeedForward, x: Tensor, forward: Any = _forward) -> Resul
 
 
 def _differences(actual: Results, wanted: Results, most: float) -> Record:
-    errors = {name: exact.error(value, wanted[name].double()) for name, value in actual.items()}
+    both = actual.keys() & wanted.keys()
+    errors = {name: exact.error(actual[name], wanted[name].double()) for name in both}
+    errors.update(dict.fromkeys(actual.keys() ^ wanted.keys(), math.inf))
     return {"passed": all(value <= most for value in errors.values()), "errors": errors}
 
 
@@ -274,7 +278,7 @@ def table(rows: List[Record]) -> str:
 
 
 def main() -> None:
-    """Check, print, write."""
+    """Check, print, write; 1 where a check failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -289,7 +293,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--compiled", action="store_true", help="torch.compile, nothing else")
     measuring.add_arguments(parser)
-    measuring.run(parser, measure, table)
+    if not all(row["passed"] for row in measuring.run(parser, measure, table)):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -86,10 +86,13 @@ def test_yardsticks_compute_what_the_layer_computes():
 
 
 def test_a_layer_laid_out_for_inference(tmp_path):
-    settings = ("--mode", "forward", "--tokens", 4, "--num-experts", 2, "--size", "256,512")
+    settings = ("--mode", "forward", "--tokens", 64, "--num-experts", 2, "--size", "256,512")
     results, _ = run("layer", tmp_path / "layer.json", *settings, "--laid-out")
-    arms = [row["arm"] for row in results["rows"] if row.get("router") == "switch"]
+    rows = [row for row in results["rows"] if row.get("router") == "switch"]
+    arms = [row["arm"] for row in rows]
     assert arms == ["switch", "switch, laid out, float32", "switch, laid out, bfloat16"]
+    of_experts = 2 * (2 * 256 * 512 + 256 + 512)
+    assert [row["weight_bytes"] / of_experts for row in rows] == [4, 4, 2]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
