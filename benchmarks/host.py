@@ -13,8 +13,9 @@ formed too, and have a gradient.
 
 import argparse
 import contextlib
+import functools
 import gc
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
@@ -35,24 +36,26 @@ CALLS = 4
 
 
 @contextlib.contextmanager
-def no_launches() -> Iterator[List[str]]:
-    """Kernels serve the CPU and are not launched; their names are listed instead.
+def no_launches() -> Iterator[List[Tuple[str, Dict[str, Any]]]]:
+    """Kernels serve the CPU and are not launched; their names and constants are listed instead.
 
     Of what kernels write, the slots alone are looked at: all are 0.
     """
     from triton.runtime.jit import JITFunction
 
-    launched: List[str] = []
+    launched: List[Tuple[str, Dict[str, Any]]] = []
 
     def launch(kernel: Any, grid: Any) -> Callable[..., Any]:
-        launched.append(kernel.__name__)
-        return place if kernel.__name__ == "place_kernel" else ignore
+        return functools.partial(place if kernel.__name__ == "place_kernel" else note, kernel)
 
-    def place(expert: Tensor, count: Tensor, slot: Tensor, *_: Any, **constants: Any) -> None:
+    def place(
+        kernel: Any, expert: Tensor, count: Tensor, slot: Tensor, *_: Any, **own: Any
+    ) -> None:
         slot.zero_()
+        note(kernel, **own)
 
-    def ignore(*_: Any, **constants: Any) -> None:
-        pass
+    def note(kernel: Any, *_: Any, **constants: Any) -> None:
+        launched.append((kernel.__name__, constants))
 
     before = JITFunction.__getitem__, fused_router.DEVICES, fused_router.obstacle
     of_experts = OBSTACLES["triton"]

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 """What a program may take, by compute capability (CUDA C++ programming guide)."""
@@ -38,6 +40,39 @@ def test_kernels_compile_for_a_gpu(tmp_path, capability):
         expected = ["wgmma"] if capability == 90 else []
         expected.append("bulk" if "descriptors" in name else "async")
         assert rows[name]["uses"] == expected, name
+
+
+LAUNCHED = """
+import json, torch
+from benchmarks import host, kernels
+from benchmarks.layer import Case, build
+
+case = Case("forward+backward", 16384, 8, 512, 1024, "bfloat16")
+with host.no_launches() as launched:
+    arm = host.WithLosses(build(case, "sparsemixer", "triton").bfloat16())
+    x = torch.randn(case.tokens, case.embed_dim).bfloat16()
+    arm.prepare(case, x.requires_grad_(), torch.randn_like(x))
+    arm.step()
+known = [
+    (each.kernel.__name__, {**each.constants, "num_warps": each.warps, "num_stages": each.stages})
+    for each in kernels.launches(80)
+]
+print(json.dumps([launched, known]))
+"""
+
+
+def test_what_is_compiled_is_what_a_layer_launches():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCHED], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    launched, known = json.loads(result.stdout)
+    assert len(launched) == 18
+    for name, constants in launched:
+        constants = {"num_warps": 4, "num_stages": 3, **constants}  # Triton's own
+        alike = [each for kernel, each in known if kernel == name]
+        assert any(constants.items() <= each.items() for each in alike), (name, constants)
 
 
 def test_the_hosts_time_is_counted_without_launching(tmp_path):
