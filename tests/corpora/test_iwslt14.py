@@ -1,6 +1,7 @@
 """The corpus ``iwslt14``, from a miniature of its archive."""
 
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -8,7 +9,6 @@ import sacremoses
 from support import commands, iwslt14, statmt
 from support.corpora import SPLITS
 
-from fairseq_sparsemixer.corpora import bpe
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines
 from fairseq_sparsemixer.text.subwords import find_subwords
@@ -115,7 +115,7 @@ def test_another_archive(archive, tmp_path, change, message):
 
 
 def test_missing_package_is_told_before_the_download(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(bpe, "_subword_nmt", lambda _: (_ for _ in ()).throw(UserError("pip")))
-    with pytest.raises(UserError, match="pip"):
+    monkeypatch.setitem(sys.modules, "subword_nmt.learn_bpe", None)
+    with pytest.raises(UserError, match=r"needs subword_nmt.*: run `pip install .*\[wmt\]"):
         prepare(archive, tmp_path / "out")
     assert archive.requests == []

@@ -2,12 +2,12 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 from support import commands
 
 from fairseq_sparsemixer.commands.demo import variants
-from fairseq_sparsemixer.corpora.homeassistant import preparation
 from fairseq_sparsemixer.corpora.own_text import prepare_raw_text
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import write_json
@@ -39,7 +39,9 @@ def corpus(monkeypatch, tmp_path, shared):
     def prepare_toy(output):
         prepare_raw_text(output, raw, vocab_size=35)
 
-    monkeypatch.setattr(preparation, "prepare_homeassistant", prepare_toy)
+    # Not on the module itself: another that is imported meanwhile would keep it.
+    toy = SimpleNamespace(prepare_homeassistant=prepare_toy)
+    monkeypatch.setattr(demo, "preparation", toy)
     return tmp_path / "data"
 
 

@@ -183,6 +183,6 @@ def test_own_text_problems(built, tmp_path, name, content, message):
 
 def test_missing_package_is_told_before_the_download(tmp_path, monkeypatch, quick):
     monkeypatch.setitem(sys.modules, "subword_nmt.learn_bpe", None)
-    with pytest.raises(UserError, match="pip install subword-nmt"):
+    with pytest.raises(UserError, match=r"needs subword_nmt.*: run `pip install .*\[wmt\]"):
         statmt.prepare(quick, tmp_path / "out", "--pipeline", "moses")
     assert quick.requests == []
