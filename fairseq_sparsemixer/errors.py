@@ -33,7 +33,8 @@ def end_with_one_line(
 ) -> None:
     """Print a :class:`UserError` that ends the program alone, and end with status 2.
 
-    Of an error that was raised while a UserError was handled, Python prints both.
+    With Python's 1 in one of several processes that train together. Of an error that was raised
+    while a UserError was handled, Python prints both.
 
     Args:
         reason: what is to be told of an error; that itself by default.
@@ -47,7 +48,8 @@ def end_with_one_line(
         if not isinstance(told, UserError):
             return previous(kind, error, traceback)
         print(f"error: {told}", file=sys.stderr)
-        if not (hasattr(sys, "ps1") or sys.flags.interactive):  # where it ends nothing
+        # At a prompt it ends nothing; and torch.distributed's hook prints when this one is done.
+        if sys.excepthook is hook and not (hasattr(sys, "ps1") or sys.flags.interactive):
             sys.exit(2)
 
     sys.excepthook = hook

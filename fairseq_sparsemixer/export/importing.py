@@ -35,6 +35,7 @@ _CONFIG = {
         "updates": int,
     },
 }
+_LIMITS = ("max_source_positions", "max_target_positions")
 _LANGUAGE = re.compile(r"\w[\w.-]*")
 FILES = {
     SENTENCEPIECE_MODEL: SENTENCEPIECE_MODEL,
@@ -125,8 +126,7 @@ def _write(path: Path, config: Dict[str, Any], output: Path, model: Dict[str, Te
         data=str(output.resolve()),
         source_lang=fairseq["source_lang"],
         target_lang=fairseq["target_lang"],
-        max_source_positions=made["max_source_positions"],
-        max_target_positions=made["max_target_positions"],
+        **{name: made[name] for name in _LIMITS if name in made},
     )
     cfg = OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True)
     assert isinstance(cfg, dict)

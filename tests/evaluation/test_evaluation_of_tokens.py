@@ -326,7 +326,7 @@ def test_missing_packages_are_named_before_the_search(run_dir, trained, tmp_path
     monkeypatch.setitem(sys.modules, "sacremoses", None)
     with pytest.raises(UserError, match=r"needs sacremoses: run .*\[wmt\]"):
         command(run_dir, "--compound-split", "--output", tmp_path / "report.json")
-    monkeypatch.setitem(sys.modules, "subword_nmt", None)
+    monkeypatch.setitem(sys.modules, "subword_nmt.apply_bpe", None)
     with pytest.raises(UserError, match=r"needs subword_nmt.*: run .*\[wmt\]"):
         command(trained, "--output", tmp_path / "report.json")
     assert not list(tmp_path.iterdir())

@@ -338,7 +338,7 @@ def test_a_pre_trained_model_of_another_vocabulary(trained, one_text_data, tmp_p
     with (other / "input0" / "dict.txt").open("a") as file:
         file.writelines(f"new{number} 1\n" for number in range(8))
     settings = {**CLASSES, "restore_file": trained / "masked" / "checkpoint_last.pt"}
-    text = one_text.train(server, other, tmp_path / "run", status=1, max_update=1, **settings)
+    text = one_text.train(server, other, tmp_path / "run", status=2, max_update=1, **settings)
     assert re.fullmatch(r"error: .*embed_tokens.* \(33, 32\) there .* --srcdict.*", last_line(text))
 
 
@@ -374,6 +374,6 @@ WRONG = {
 def test_a_task_or_criterion_of_another_model(case, one_text_data, tmp_path, server):
     settings, message = WRONG[case]
     data = one_text_data / ("." if "num_classes" in settings else "input0")
-    text = one_text.train(server, data, tmp_path / "run", status=1, max_update=1, **settings)
+    text = one_text.train(server, data, tmp_path / "run", status=2, max_update=1, **settings)
     assert re.match(message, last_line(text)), text[-2000:]
     assert "Traceback" not in text

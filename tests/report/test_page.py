@@ -185,4 +185,4 @@ def test_mistakes_are_told_in_one_sentence(study, capsys, tmp_path, monkeypatch)
     assert not (tmp_path / "x.html").exists()
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     needed = error(run, "--output", tmp_path / "y.html")
-    assert "a report needs jinja2: run `pip install 'fairseq-sparsemixer[report]'`" in needed
+    assert "this needs jinja2: run `pip install 'fairseq-sparsemixer[report]'`" in needed
