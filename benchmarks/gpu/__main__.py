@@ -94,8 +94,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} is not a folder")
 
 
-def _run(args: argparse.Namespace) -> None:
-    """Run what is missing, and leave a summary in any case.
+def _run(args: argparse.Namespace) -> bool:
+    """Run what is missing, and leave a summary in any case; whether a step failed.
 
     Raises:
         UserError: the flags do not fit, or the folder holds results of another machine.

@@ -83,8 +83,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
         "--data",
         type=Path,
         metavar="DIR",
-        help="prepared corpus: where dictionaries and sentencepiece.bpe.model or bpecodes are, if "
-        "RUN_DIR has none (default: where the model was trained)",
+        help="prepared corpus (default: that of training); dictionaries and "
+        "sentencepiece.bpe.model or bpecodes are looked for in RUN_DIR, where the model was "
+        "trained, and here, in this order",
     )
     for side in ("source", "target"):
         parser.add_argument(

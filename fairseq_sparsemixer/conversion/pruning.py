@@ -33,7 +33,7 @@ from fairseq_sparsemixer.evaluation.translator import Translator, load_translato
 from fairseq_sparsemixer.files import check_writable, write_json
 from fairseq_sparsemixer.models.config import flat_settings
 from fairseq_sparsemixer.models.layers import SwitchLayer, switch_layers
-from fairseq_sparsemixer.moe import MoEFeedForward
+from fairseq_sparsemixer.moe import MoEFeedForward, Router
 from fairseq_sparsemixer.runs.checkpoints import load_state
 from fairseq_sparsemixer.runs.settings import expert_fields
 from fairseq_sparsemixer.tables import format_table
@@ -90,7 +90,7 @@ def prune(
     bench = _Bench(translator, text, search)
     usage = bench.loss.usage()
     base = bench.measure(translator, "as it is", _count(layers))
-    chosen = not next(iter(layers.values())).moe.router.needs_token_ids
+    chosen = not _router(layers).needs_token_ids
     needs = {name: bench.needs(layer) for name, layer in layers.items()} if chosen else {}
     print(_table_of_experts(usage, needs, base["bits"]))
     steps = [base]
@@ -142,7 +142,7 @@ def _check(path: Path, model: Any, layers: Dict[str, SwitchLayer], goal: Goal) -
         raise UserError(f"{path} has no experts to drop; give a model with experts")
     if model.cfg.encoder.layers_to_keep or model.cfg.decoder.layers_to_keep:
         raise UserError(f"{path} has left out layers (--*-layers-to-keep): prune the whole model")
-    router = next(iter(layers.values())).moe.router
+    router = _router(layers)
     if router.needs_token_ids and goal.dense is None:
         raise UserError(
             f"{path} has router {router.name}, which knows one expert for each word and no next "
@@ -157,9 +157,13 @@ def _check(path: Path, model: Any, layers: Dict[str, SwitchLayer], goal: Goal) -
         )
 
 
+def _router(layers: Dict[str, SwitchLayer]) -> Router:
+    """Of the first layer: kind and number of experts are the same in each."""
+    return next(iter(layers.values())).moe.router
+
+
 def _count(layers: Dict[str, SwitchLayer]) -> int:
-    """The number of experts, which is the same in each layer."""
-    return next(iter(layers.values())).moe.router.num_experts
+    return _router(layers).num_experts
 
 
 class _Bench:
