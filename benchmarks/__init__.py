@@ -1,1 +1,1 @@
-"""Measurements that are run on demand: ``python -m benchmarks.routers``."""
+"""Measurements that are run on demand: ``python -m benchmarks.layer``."""

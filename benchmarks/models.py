@@ -14,6 +14,9 @@ from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
 from fairseq_sparsemixer.runs.arms import DENSE
 
+ALL = "all"
+OF_ANY_TEXT = [name for name, router in ROUTERS.items() if not router.needs_languages]
+
 
 class RandomWords:
     """What a model and a criterion read of a task: one dictionary for both languages."""
@@ -36,16 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
         nargs="+",
-        choices=list(ROUTERS),
+        choices=[*OF_ANY_TEXT, ALL],
         default=["switch", "sparsemixer"],
         metavar="NAME",
-        help="beside the dense model (default: switch sparsemixer)",
+        help=f"beside the dense model, {ALL!r} for every one (default: switch sparsemixer)",
+    )
+    parser.add_argument(
+        "--router-options", default="{}", metavar="JSON", help="of these routers (default: none)"
     )
 
 
 def arms(args: argparse.Namespace) -> List[str]:
     """The dense model and the routers."""
-    return [DENSE, *args.router]
+    return [DENSE, *(OF_ANY_TEXT if ALL in args.router else args.router)]
 
 
 def configuration(args: argparse.Namespace, router: str, data: str, **more: Any) -> DictConfig:
@@ -80,6 +86,7 @@ def configuration(args: argparse.Namespace, router: str, data: str, **more: Any)
             criterion="label_smoothed_cross_entropy_with_routing",
             router=router,
             num_experts=args.num_experts,
+            router_options=args.router_options,
             top_k=kind.min_top_k,
             decoder_moe_layers=None if kind.causal else "none",
         )

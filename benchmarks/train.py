@@ -1,6 +1,7 @@
 """Words per second of fairseq's training: the dense transformer beside routers with experts.
 
   python -m benchmarks.train --output train.json      # Transformer base, the dense one and two more
+  python -m benchmarks.train --router all             # every router
   python -m benchmarks.train --deterministic          # each of them with that flag, too
   python -m benchmarks.train --table train.json       # the table again
 
@@ -8,7 +9,8 @@ One update of fairseq's Trainer on one batch: forward, loss, backward, clipping,
 logs. The batches are those that fairseq makes of random sentences of 10 to 40 words, padding
 included; words are target tokens. The dense model computes as much for a token as those with
 experts do: these take the place of every other feed-forward network, one for each token, and are
-about equally used.
+about equally used. The peak of memory is that of one update, its activations above all: weights,
+gradients and what the optimiser remembers are not counted.
 """
 
 import argparse
@@ -104,12 +106,14 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
         determinism.switch(on)
         for batch in batches:  # each shape is slower the first time
             trainer.train_step([batch])
+        update = functools.partial(trainer.train_step, batches[:1])
         parameters = count_parameters(trainer.model)
         arm = f"{router}{ending}"
         rows[arm] = {
             "arm": arm,
             "parameters": parameters.total,
             "active_parameters": parameters.active,
+            "peak_bytes": measuring.peak_bytes(update, trainer.model.parameters(), args.device),
         }
         each = itertools.cycle(batches)
         steps[arm] = functools.partial(_seconds, trainer, each, args.device, on)
@@ -131,8 +135,10 @@ def _seconds(
 
 def table(rows: List[Record]) -> str:
     """Medians over the updates; ratios are medians of the rounds' ratios, with quartiles."""
-    cells = [["model", "parameters (M)", "active (M)", "words/s", "step (ms)", "speed / dense"]]
-    dense = rows[0]["seconds"]
+    head = ["model", "parameters (M)", "active (M)", "words/s", "step (ms)", "speed / dense"]
+    with_peak = "peak_bytes" in rows[0]
+    cells = [head + ["peak (MB)", "peak / dense"] * with_peak]
+    dense = rows[0]
     for row in rows:
         speeds = [words / seconds for words, seconds in zip(row["words"], row["seconds"])]
         cells.append(
@@ -142,9 +148,12 @@ def table(rows: List[Record]) -> str:
                 f"{row['active_parameters'] / 1e6:.1f}",
                 f"{measuring.quartiles(speeds)[1]:.0f}",
                 measuring.milliseconds(row["seconds"]),
-                measuring.ratio(dense, row["seconds"]),
+                measuring.ratio(dense["seconds"], row["seconds"]),
             ]
         )
+        if with_peak:
+            cells[-1].append(f"{row['peak_bytes'] / 1e6:.0f}")
+            cells[-1].append(f"{row['peak_bytes'] / dense['peak_bytes']:.2f}")
     return markdown(cells)
 
 

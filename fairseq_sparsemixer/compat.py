@@ -12,7 +12,6 @@ import os
 import shlex
 import tarfile
 from collections import OrderedDict
-from collections.abc import MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +30,7 @@ from fairseq.data import (
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import meters
-from fairseq.tasks import FairseqTask
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks.translation import TranslationTask
 from fairseq.trainer import Trainer
 from hydra._internal import utils as hydra_utils
@@ -71,7 +70,7 @@ def apply() -> None:
     _keep_archives_in_their_folder()
     _give_numpy_its_long()
     _warn_of_dropped_sentences()
-    _mark_dummy_batches()
+    _unscale_once()
     _end_updates()
     watchdogs.apply()
     _train_deterministically()
@@ -241,36 +240,18 @@ def _warn_of_dropped_sentences() -> None:
     data_utils.batch_by_size = batch_by_size
 
 
-def _mark_dummy_batches() -> None:
-    """Tell criterion and experts which batches do not count.
+def _unscale_once() -> None:
+    """Let --amp divide the gradient by the loss scale once.
 
-    At the end of an epoch fairseq gives a worker without a batch an old one, whose gradient and
-    sample size it sets to 0 only after the criterion has run.
+    fairseq names two optimisers to torch's scaler, the wrapped one where it clips and the wrapper
+    where it steps, which each have their turn.
     """
-    original = FairseqTask.train_step
 
-    @functools.wraps(original)
-    def train_step(
-        self: Any,
-        sample: Any,
-        model: Any,
-        criterion: Any,
-        optimizer: Any,
-        update_num: int,
-        ignore_grad: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        # Criteria and tasks of others may have samples of any kind.
-        if ignore_grad and isinstance(sample, MutableMapping):
-            sample = copy.copy(sample)
-            sample["is_dummy"] = True
-        for layer in moe_layers(model):
-            layer.observing = not ignore_grad
-        return original(
-            self, sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
-        )
+    def step(self: Any) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
-    FairseqTask.train_step = train_step
+    AMPOptimizer.step = step
 
 
 def _end_updates() -> None:
@@ -292,7 +273,11 @@ def _end_updates() -> None:
             name = f"{self.cfg.criterion._name}_with_routing"
             if name not in CRITERION_REGISTRY:
                 name = "label_smoothed_cross_entropy_with_routing"
-            _warn_of_missing_balance(next(moe_layers(self.model), None) is not None, name)
+            unbalanced = any(
+                layer.router.needs_balance and layer.router.balance_bias is None
+                for layer in moe_layers(self.model)
+            )
+            _warn_of_missing_balance(unbalanced, name)
         self.in_train_step = True
         try:
             return train_step(self, *args, **kwargs)
@@ -374,9 +359,9 @@ _BEST_IS_LEAST = ("loss", "nll_loss", "ppl")
 
 
 @functools.cache
-def _warn_of_missing_balance(has_experts: bool, criterion: str) -> None:
+def _warn_of_missing_balance(unbalanced: bool, criterion: str) -> None:
     """Once: a criterion that does not know of experts leaves them without a balance loss."""
-    if has_experts:
+    if unbalanced:
         logger.warning(
             "the criterion ignores the routing losses, so nothing balances the experts; "
             "use --criterion %s",

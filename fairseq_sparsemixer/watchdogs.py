@@ -44,12 +44,14 @@ class Layer(NamedTuple):
         gradient: norm of that of the router's weight at the last update, as fairseq's ``gnorm``;
             None where it is not known (:func:`router_gradients`).
         part: the same over the norm of the whole model's.
+        balancing: what balances its experts, to begin an enumeration.
     """
 
     shares: List[float]
     entropy: Optional[float]
     gradient: Optional[float]
     part: Optional[float]
+    balancing: str = "a larger --balance-weight, --balance-bias-rate 0.001 or "
 
 
 Symptom = Tuple[str, Optional[int]]
@@ -58,8 +60,8 @@ Symptom = Tuple[str, Optional[int]]
 ADVICE = {
     "share": (
         "{who} got less than {share:g} % of the tokens ({least:g} of an even share): hardly "
-        "trained, they are capacity that the model does not have; try a larger --balance-weight, "
-        "--balance-bias-rate 0.001 or fewer --num-experts"
+        "trained, they are capacity that the model does not have; try {balancing}fewer "
+        "--num-experts"
     ),
     "entropy": (
         f"the router's entropy is below {LEAST_ENTROPY:g} of its most (now {{entropy:.2g}} nats): "
@@ -209,10 +211,16 @@ def _layers(model: nn.Module, meters: Mapping[str, Any]) -> Dict[str, Layer]:
         if meter is not None and meter.count:
             statistics = RoutingStatistics.unpack(meter.sum)
             if statistics.tokens:
-                learns = layer.moe.router.weight is not None
+                router = layer.moe.router
+                learns = router.weight is not None
+                balancing = "a larger --balance-weight" if router.needs_balance else ""
+                balancing += ", --balance-bias-rate 0.001" if router.takes_balance_bias else ""
+                balancing += " or " if balancing else ""
                 entropy = statistics.mean_entropy.item() if learns else None
                 shares = statistics.expert_share.tolist()
-                layers[name] = Layer(shares, entropy, gradients.get(name), parts.get(name))
+                layers[name] = Layer(
+                    shares, entropy, gradients.get(name), parts.get(name), balancing
+                )
     return layers
 
 

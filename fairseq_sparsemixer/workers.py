@@ -6,6 +6,7 @@ extension has this, ``fairseq-train --user-dir`` too. ``fairseq-hydra-train`` lo
 workers are there: it finds them by settings (:mod:`.training.machine`).
 """
 
+import copy
 import ctypes
 import functools
 import importlib.util
@@ -14,21 +15,24 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import MutableMapping
 from typing import Any, Dict, List
 
 import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
+from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_sparsemixer.errors import UserError
+from fairseq_sparsemixer.moe.feed_forward import moe_layers
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """In the environment of what torchrun started."""
-_ERRORS = f"{__package__}."
-"""Begins the names of this package's errors in a traceback."""
+_OWN = f"{__package__}."
+"""Begins the names of this package's modules, and so of its errors in a traceback."""
 
 
 def apply() -> None:
@@ -36,6 +40,7 @@ def apply() -> None:
     _start()
     _reduce_on_a_cpu()
     _gather_on_a_cpu()
+    _leave_out_dummy_batches()
     _end_together()
 
 
@@ -112,20 +117,90 @@ def _in_one_line(error: ProcessException) -> Exception:
     if isinstance(error, ProcessExitedException) and error.exit_code < 0:
         return UserError(ended_by(error.error_index, -error.exit_code))
     kind, _, text = str(error).rstrip().rpartition("\n")[2].partition(": ")
-    return UserError(text) if kind.startswith(_ERRORS) else error
+    return UserError(text) if kind.startswith(_OWN) else error
 
 
 def ended_by(worker: int, number: int) -> str:
     """What a user can do where a signal of this number ended a worker."""
-    name = signal.Signals(number).name
-    why = ", as the system does where memory runs out" if number == signal.SIGKILL else ""
     return (
-        f"worker {worker} was ended by {name}{why}; the others are stopped: start the same command "
+        f"worker {worker} was {by_signal(number)}; the others are stopped: start the same command "
         "again to go on from the last checkpoint"
     )
 
 
+def by_signal(number: int) -> str:
+    """How a signal of this number ends a process, in words."""
+    why = ", as the system does where memory runs out" if number == signal.SIGKILL else ""
+    return f"ended by {signal.Signals(number).name}{why}"
+
+
 # Training
+
+
+def _leave_out_dummy_batches() -> None:
+    """Tell criterion and experts which batches do not count, and count the others.
+
+    At the end of an epoch fairseq gives a worker without a batch an old one, whose gradient it sets
+    to 0 only after the criterion has run. Where that is the last of an update (--update-freq), it
+    takes the worker to have had none at all: it drops the sizes and logs of those before, too.
+    """
+    step, prepare, update = FairseqTask.train_step, Trainer._prepare_sample, Trainer.train_step
+
+    @functools.wraps(step)
+    def train_step(
+        self: Any,
+        sample: Any,
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        # Criteria and tasks of others may have samples of any kind.
+        if isinstance(sample, MutableMapping):
+            ignore_grad |= sample.get("is_dummy", False)
+            if ignore_grad:
+                sample = copy.copy(sample)
+                sample["is_dummy"] = True
+        for layer in moe_layers(model):
+            layer.observing = not ignore_grad
+        loss, size, logged = step(
+            self, sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+        )
+        if ignore_grad:
+            size, logged = 0 * size, {key: _nothing(value) for key, value in logged.items()}
+        return loss, size, logged
+
+    @functools.wraps(prepare)
+    def _prepare_sample(self: Any, sample: Any, is_dummy: bool = False) -> Any:
+        sample, empty = prepare(self, sample, is_dummy)
+        if empty and getattr(self, "has_batches", False) and _steps_as_usual(self.task):
+            return {**sample, "is_dummy": True}, False
+        return sample, empty
+
+    @functools.wraps(update)
+    def train_update(self: Any, samples: Any, *args: Any, **kwargs: Any) -> Any:
+        self.has_batches = any(sample is not None and len(sample) > 0 for sample in samples)
+        try:
+            return update(self, samples, *args, **kwargs)
+        finally:
+            self.has_batches = False
+
+    FairseqTask.train_step, Trainer._prepare_sample = train_step, _prepare_sample
+    Trainer.train_step = train_update
+
+
+def _nothing(value: Any) -> Any:
+    """A sum over no batch, in place of one that was logged."""
+    return 0 * value if isinstance(value, (int, float, torch.Tensor)) else value
+
+
+def _steps_as_usual(task: Any) -> bool:
+    """Whether a task has fairseq's common step, apart from what this package adds."""
+    defining = [kind for kind in type(task).__mro__ if "train_step" in vars(kind)]
+    others = [kind for kind in defining if not kind.__module__.startswith(_OWN)]
+    return others[:1] == [FairseqTask]
 
 
 class _OnAnyDevice(DistributedDataParallel):

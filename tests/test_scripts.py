@@ -2,8 +2,10 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 
+import pytest
 from support import commands
 
 ROOT = commands.PACKAGE.parent
@@ -35,6 +37,25 @@ def test_on_a_gpu_without_network(tmp_path):
         assert any(line.startswith(f"== Left out: {each}") for line in left_out)
     assert command.startswith("pytest got: -m pytest -m not slow and gpu --maxfail=1 tests/")
     assert "tests/moe/test_gpu.py" in command and "tests/test_cli.py" not in command
+
+
+@pytest.mark.parametrize(
+    ("model", "average"), [("run", " --last 5"), ("run/a.pt", ""), ("run/a.pt:run/b.pt", "")]
+)
+def test_the_mean_of_checkpoints_is_that_of_a_folder(model, average, tmp_path):
+    for part in ("scripts", "run", "bin"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "run" / "a.pt").touch()
+    (tmp_path / "scripts" / "environment.sh").touch()
+    script = shutil.copy(ROOT / "scripts" / "evaluate_wmt14.sh", tmp_path / "scripts")
+    command = tmp_path / "bin" / "fairseq-sparsemixer"
+    command.write_text('#!/bin/sh\necho "$*"\n')
+    command.chmod(0o755)
+    environment = {"PATH": f"{command.parent}:/usr/bin:/bin"}
+    result = subprocess.run(
+        [script, model], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout == f"evaluate --beam 4 --lenpen 0.6{average} {model}\n"
 
 
 def test_results_of_a_script_that_was_killed_in_the_middle_of_a_line(tmp_path):

@@ -41,6 +41,11 @@ def test_a_warning_says_where_since_when_and_what_to_try():
     assert "--balance-weight" in warning
 
 
+def test_what_does_not_help_is_not_advised():
+    (warning,) = look(Watchdogs(0.02, 10), *[STARVED._replace(balancing="")] * 2)[20]
+    assert "--balance" not in warning and "try fewer --num-experts" in warning
+
+
 def test_it_has_to_last():
     watchdogs = Watchdogs(0.02, 20)
     assert not look(watchdogs, STARVED, STARVED, HEALTHY, STARVED, STARVED, HEALTHY)

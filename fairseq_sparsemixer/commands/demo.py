@@ -11,12 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, List
 
 from fairseq_sparsemixer.commands.flags import refuse_without_effect, whole_number
-from fairseq_sparsemixer.errors import UserError
 
 if TYPE_CHECKING:
     from fairseq_sparsemixer.runs.arms import Variant
 
 HELP = "train, translate and score a small model on real text, in minutes on a CPU"
+
+
+_DECIDED = {
+    "experts": "--num-experts, or --router dense",
+    "model.router": "--router",
+    "model.num_experts": "--num-experts",
+    "task.data": "--data",
+    "common.user_dir": "fairseq-hydra-train, with a package that imports this one",
+    "checkpoint.save_dir": "--runs",
+    "hydra.run.dir": "--runs",
+}
+"""Settings that the command makes itself, and what decides them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +77,9 @@ def run(args: argparse.Namespace) -> None:
         UserError: see :meth:`.study.demo.Demo.do`; or there is no such router.
     """
     from fairseq_sparsemixer.study.demo import Demo
-    from fairseq_sparsemixer.training.settings import overridden
+    from fairseq_sparsemixer.training.settings import refuse_decided
 
-    if "experts" in overridden(args.overrides):
-        raise UserError("experts=... is not set here: use --num-experts, or --router dense")
+    refuse_decided(args.overrides, _DECIDED)
     updates = [] if args.max_update is None else [f"optimization.max_update={args.max_update}"]
     overrides = [f"common.seed={args.seed}", *updates, *args.overrides]
     Demo(variants(args), args.data, args.runs, overrides).do()

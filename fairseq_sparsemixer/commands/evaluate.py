@@ -25,6 +25,7 @@ from pathlib import Path
 
 from fairseq_sparsemixer.commands.flags import (
     PRECISIONS,
+    SEARCH,
     add_translation_arguments,
     model_of,
     refuse_without_effect,
@@ -130,5 +131,8 @@ def run(args: argparse.Namespace) -> None:
     except NoTranslationError:
         why = "are for models that translate, which this is none of"
         scored = ("source", "reference", "baseline", "tokenize", "compound_split", "comet")
-        refuse_without_effect(args, [*scored, *PRECISIONS], why)
+        languages = ("source_lang", "target_lang")
+        refuse_without_effect(args, [*scored, *languages, *PRECISIONS], why)
+        other = [name for name, usual in SEARCH.items() if getattr(args, name) != usual]
+        refuse_without_effect(args, other, why)
         evaluate_losses(model, subset, args.output)

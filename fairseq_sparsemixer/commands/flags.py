@@ -10,6 +10,8 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import LARGEST, ModelChoice, Search
 
 BEST_CHECKPOINT = "checkpoint_best.pt"
+SEARCH = {"beam": 5, "lenpen": 1.0, "max_tokens": 4096}
+"""The defaults of the flags of a search."""
 PRECISIONS = {
     "fp16": "half precision, on a GPU",
     "bf16": "bfloat16, on a GPU",
@@ -100,12 +102,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
 def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--beam`` and ``--lenpen``."""
     parser.add_argument(
-        "--beam", type=whole_number, default=5, help="beam size (default: %(default)s)"
+        "--beam", type=whole_number, default=SEARCH["beam"], help="beam size (default: %(default)s)"
     )
     parser.add_argument(
         "--lenpen",
         type=number,
-        default=1.0,
+        default=SEARCH["lenpen"],
         help="length penalty: below 1 favours short output, above 1 long (default: %(default)s)",
     )
 
@@ -116,7 +118,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens",
         type=whole_number,
-        default=4096,
+        default=SEARCH["max_tokens"],
         help="source tokens in a batch, padding included (default: %(default)s)",
     )
 

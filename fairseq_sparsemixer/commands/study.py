@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     for flag, value in (("--jobs", args.jobs), ("--minutes", args.minutes)):
         if value is not None and not value > 0:
             raise UserError(f"{flag} {value} does nothing; give more than 0")
+    if not args.plan.exists():
+        raise UserError(f"there is no plan and no study {args.plan}")
     if args.plan.is_dir() and args.output is not None:
         raise UserError("--output goes with a plan; leave it out to go on with a study")
     if not args.plan.is_dir() and args.output is None:

@@ -16,11 +16,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairseq_sparsemixer.commands.flags import add_trust_argument, whole_number
+from fairseq_sparsemixer.commands.flags import (
+    add_trust_argument,
+    refuse_without_effect,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from fairseq_sparsemixer.training.plan import Request
 
+EXPERTS = 4
 HELP = "train on WMT14 English-German, on whatever GPUs there are"
 
 
@@ -49,9 +54,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts",
         type=whole_number,
-        default=4,
         metavar="N",
-        help="in each layer (default: %(default)s)",
+        help=f"in each layer that has them (default: {EXPERTS})",
     )
     parser.add_argument(
         "--model", choices=["base", "big"], default="base", help="default: %(default)s"
@@ -127,6 +131,11 @@ def run(args: argparse.Namespace) -> None:
 
 def request(args: argparse.Namespace) -> "Request":
     """What the flags ask for."""
+    from fairseq_sparsemixer.runs.arms import DENSE
     from fairseq_sparsemixer.training.plan import Request
 
+    if args.router == DENSE:
+        refuse_without_effect(args, ["experts"], "are for a router, and dense has none")
+    if args.experts is None:
+        args.experts = EXPERTS
     return Request(**{name: getattr(args, name) for name in Request._fields})

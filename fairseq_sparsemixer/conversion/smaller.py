@@ -41,6 +41,8 @@ def scale_outputs(mixture: MoEFeedForward, factor: float) -> None:
     with torch.no_grad():
         mixture.experts.w2.mul_(factor)
         mixture.experts.b2.mul_(factor)
+    if mixture.router.expert_means is not None:
+        mixture.router.expert_means.scale_outputs(factor)
 
 
 def as_dense(mixture: MoEFeedForward, usage: Usage, weights_N: Tensor) -> MoEFeedForward:

@@ -104,8 +104,8 @@ class WithRoutingLosses(FairseqCriterion):
     reproduced.
 
     The balance loss is ``switch``, N sum F_i P_i, or ``importance``, the squared coefficients of
-    variation of the summed gates and of the smooth load (arXiv 1701.06538). ``balance_scope``
-    ``worker`` takes each worker's own sums.
+    variation of importance and smooth load (:attr:`RoutingStatistics.importance_loss`).
+    ``balance_scope`` ``worker`` takes each worker's own sums.
 
     A model without experts gets the plain loss. Either way that is logged as ``nll_loss``, and the
     whole as ``loss``.

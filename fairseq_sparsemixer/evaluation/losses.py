@@ -86,6 +86,12 @@ def _measured_task(cfg: Any, data: Optional[Path]) -> Any:
         cfg.task._name = name
         if data is not None:
             cfg.task.data = str(data)
+    folder = Path(utils.split_paths(cfg.task.data)[0])
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}: name with --data what the model was trained on, or work "
+            "in the folder that it was trained in"
+        )
     return tasks.setup_task(cfg.task)
 
 

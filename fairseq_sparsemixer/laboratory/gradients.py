@@ -29,6 +29,7 @@ from fairseq_sparsemixer.locks import in_turn
 from fairseq_sparsemixer.models.layers import switch_layers
 from fairseq_sparsemixer.models.teacher_forcing import EncodedPair
 from fairseq_sparsemixer.moe import Router
+from fairseq_sparsemixer.moe.routers.sparsemixer import LEAST_JITTER
 
 RESULTS = "gradients.json"
 TOY_EXPERTS = (2, 4, 8)
@@ -254,10 +255,15 @@ def _gates_one_expert(router: Router) -> bool:
     return one and gated and not router.adds_means
 
 
+def masks(jitter_eps: float) -> List[float]:
+    """Those that a model is measured with: none, and its own if it has one."""
+    return [NO_MASK, *([jitter_eps] if LEAST_JITTER <= jitter_eps < NO_MASK else [])]
+
+
 def _measure_layer(
     sentences_and_fit: List[Sentences], layer_name: str, about: Dict[str, Any], sample: Sample
 ) -> List[Record]:
-    """Without the mask, and with the one that the model was trained with."""
+    """With each of the :func:`masks`."""
     sentences, fit = sentences_and_fit
     layer = switch_layers(sentences.model)[layer_name]
     generator = torch.Generator().manual_seed(sample.seed)
@@ -273,7 +279,7 @@ def _measure_layer(
         },
     }
     records = []
-    for jitter_eps in (NO_MASK, layer.moe.router.jitter_eps):
+    for jitter_eps in masks(layer.moe.router.jitter_eps):
         masked = jitter_eps != NO_MASK
         probs = target_probs(problem, ESTIMATORS["sparsemixer"], jitter_eps)
         choice = round((probs > 0).sum(-1).gt(1).float().mean().item(), 4)

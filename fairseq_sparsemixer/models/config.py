@@ -172,7 +172,8 @@ class ExpertConfig(FairseqDataclass):
         default=False,
         metadata={
             "help": "compute the experts' inner layers again in the backward pass instead of "
-            "keeping them: less memory, about a sixth more products in these layers"
+            "keeping them: less memory, about a sixth more products in these layers (not with "
+            "--moe-backend loop)"
         },
     )
     expert_parallel_size: int = dataclasses.field(
@@ -315,6 +316,12 @@ def expert_settings(args: argparse.Namespace, sides: Sequence[str] = SIDES) -> E
             f"not {args.moe_inference_dtype!r}"
         )
     layers = {side: _moe_layers(args, side) for side in sides}
+    by_offset = [side for side in sides if getattr(args, f"{side}_moe_layers") is None]
+    if args.moe_offset and by_offset and not any(layers.values()):
+        raise ConfigError(
+            f"--moe-offset {args.moe_offset} leaves no layer with experts: give a smaller one, or "
+            "none with --encoder-moe-layers and --decoder-moe-layers for a dense model"
+        )
     kept = {side: _kept_layers(args, side) for side in sides}
     settings = ExpertSettings(
         num_experts=args.num_experts,
@@ -364,7 +371,9 @@ beside which losses are weighted, is about 10."""
 def _check_numbers(args: argparse.Namespace) -> None:
     for flag in ("num_experts", "top_k", "moe_every", "expert_parallel_size"):
         if not 1 <= getattr(args, flag) < 1 << 31:
-            raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
+            raise ConfigError(
+                f"{_flag(flag)} must be at least 1 and below 2**31, not {getattr(args, flag)}"
+            )
     if args.moe_offset < 0:
         raise ConfigError(f"--moe-offset must be at least 0, not {args.moe_offset}")
     if args.num_experts % args.expert_parallel_size:
@@ -400,7 +409,9 @@ def _check_sizes(args: argparse.Namespace, sides: Sequence[str]) -> None:
     for side in sides:
         for flag in (f"{side}_embed_dim", f"{side}_ffn_embed_dim", f"{side}_attention_heads"):
             if not 1 <= getattr(args, flag) < 1 << 31:
-                raise ConfigError(f"{_flag(flag)} must be at least 1, not {getattr(args, flag)}")
+                raise ConfigError(
+                    f"{_flag(flag)} must be at least 1 and below 2**31, not {getattr(args, flag)}"
+                )
         width, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
         if width % heads:
             raise ConfigError(
@@ -419,8 +430,9 @@ _OPTION_FLAGS = {
     "balance_bias_rate": "--balance-bias-rate",
     "top_k": "--top-k",
     "jitter_eps": "--jitter-eps",
+    "num_languages": "--langs, by which the task knows them",
 }
-"""Options of a router that have flags of their own."""
+"""Options of a router, and the flags that give them."""
 
 
 def _router_options(args: argparse.Namespace) -> Dict[str, Any]:
@@ -432,7 +444,9 @@ def _router_options(args: argparse.Namespace) -> Dict[str, Any]:
         raise ConfigError(f"--router-options must be a JSON object, not {args.router_options}")
     for key, value in options.items():
         if isinstance(value, (int, float)) and not abs(value) < 1 << 31:
-            raise ConfigError(f"--router-options: {key} must be a number, not {value}")
+            raise ConfigError(
+                f"--router-options: {key} must be a number below 2**31 in size, not {value}"
+            )
     for key, flag in _OPTION_FLAGS.items():
         if key in options:
             raise ConfigError(f"--router-options must not hold {key}: pass {flag}")

@@ -42,6 +42,7 @@ class SwitchTransformerLanguageModel(SwitchModel, TransformerLanguageModel):
             ConfigError: for a setting that is unknown, out of range or not supported.
         """
         args = cls._read(settings, task)
+        args.checkpoint_activations |= args.offload_activations
         without_layers = argparse.Namespace(**vars(args))
         without_layers.decoder_layers, without_layers.decoder_layers_to_keep = 0, None
         with naming_conflicts():

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 
+def count_slots(expert_index: Tensor, num_experts: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """(1 + N,): how often -1 and each expert occur in ``expert_index``."""
+    # Scattered rather than counted by bincount, which has no deterministic CUDA form and waits
+    # for the device.
+    slots = expert_index.reshape(-1) + 1
+    counts = torch.zeros(num_experts + 1, dtype=dtype, device=slots.device)
+    return counts.scatter_add(0, slots, counts.new_ones(slots.shape))
+
+
 def count_tokens(expert_index: Tensor, num_experts: int) -> Tensor:
     """(N,) float32: how often each expert occurs in ``expert_index``, -1 not counted."""
-    # Scattered rather than counted by bincount, which has no deterministic CUDA form and waits
-    # for the device; -1 lands in the extra first cell.
-    slots = expert_index.reshape(-1) + 1
-    counts = torch.zeros(num_experts + 1, dtype=torch.float32, device=slots.device)
-    return counts.scatter_add(0, slots, counts.new_ones(slots.shape))[1:]
+    return count_slots(expert_index, num_experts, torch.float32)[1:]
 
 
 AllReduce = Callable[[Tensor], Any]
@@ -185,6 +190,10 @@ class ExpertMeans(_Adaptation):
         with torch.autocast(device_type=y_TD.device.type, enabled=False):
             return y_TD + (gate_TN @ self.mean).to(y_TD.dtype)
 
+    def scale_outputs(self, factor: float) -> None:
+        """Follow experts whose outputs are multiplied by a factor."""
+        self.mean.mul_(factor)
+
     def predict(self, x_TD: Tensor) -> Tensor:
         """(T, N, D): m_i for each token."""
         return self.mean.expand(len(x_TD), -1, -1)
@@ -200,7 +209,7 @@ class ExpertLines(_Adaptation):
     Args:
         num_experts: N.
         embed_dim: D.
-        decay: factor on older tokens at each update, 0 to below 1.
+        decay: factor on an expert's older tokens at each update with new ones, 0 to below 1.
 
     Raises:
         ValueError: for a decay out of range.
@@ -238,7 +247,9 @@ class ExpertLines(_Adaptation):
         """Add rows to the sums: inputs, their experts (-1 for none), and these experts' outputs."""
         self.stay_float32()
         x_SD, out_SD = _with_one(x_SD.float()), out_SD.float()
-        for i in range(len(self.gram)):
+        for i in expert_S.unique().tolist():
+            if i < 0:
+                continue
             own = expert_S == i
             x_i = x_SD[own]
             self.gram_sum[i].addmm_(x_i.t(), x_i)
@@ -250,8 +261,11 @@ class ExpertLines(_Adaptation):
 
     def adapt(self) -> None:
         """Take the sums in, and solve if it is time."""
-        self.gram.mul_(self.decay).add_(self.gram_sum)
-        self.cross.mul_(self.decay).add_(self.cross_sum)
+        # Of an expert without tokens nothing fades, down to where it can be no more solved.
+        used_N = self.gram_sum[:, -1, -1] > 0
+        decay_N11 = torch.where(used_N, self.decay, 1.0)[:, None, None]
+        self.gram.mul_(decay_N11).add_(self.gram_sum)
+        self.cross.mul_(decay_N11).add_(self.cross_sum)
         self.updates += 1
         if self.updates % self.SOLVE_EVERY == 0:
             self.solve()
@@ -265,6 +279,11 @@ class ExpertLines(_Adaptation):
         self.weight.copy_(
             torch.linalg.solve(self.gram + ridge_N[:, None, None] * identity, self.cross)
         )
+
+    def scale_outputs(self, factor: float) -> None:
+        """Follow experts whose outputs are multiplied by a factor."""
+        self.weight.mul_(factor)
+        self.cross.mul_(factor)
 
     def predict(self, x_TD: Tensor) -> Tensor:
         """(T, N, D): m_i(x) for each token."""

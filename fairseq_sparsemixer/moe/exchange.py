@@ -11,6 +11,7 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.adaptation import count_slots
 from fairseq_sparsemixer.moe.parallel import ExpertParallel
 from fairseq_sparsemixer.moe.routing import Routing
 from fairseq_sparsemixer.moe.slots import Observer, tokens_of
@@ -41,7 +42,7 @@ def exchanged(
     """
     expert_S = routing.expert_index.reshape(-1)
     # Padding and empty slots have index -1: they sort to the front and are cut off there.
-    counts = torch.bincount(expert_S + 1, minlength=routing.logits.shape[1] + 1)
+    counts = count_slots(expert_S, routing.logits.shape[1])
     sent, received, counts_WN = parallel.exchange_counts(counts[1:].contiguous())
     # The experts of a worker follow each other, so what is sorted by expert is so by worker.
     slot_S = expert_S.argsort(stable=True)[len(expert_S) - sum(sent) :]
@@ -53,8 +54,9 @@ def exchanged(
     if observe is not None:
         observe(x_SD.detach(), expert_S.index_select(0, slot_S), out_SD.detach())
     gate_S1 = routing.gate.reshape(-1, 1).index_select(0, slot_S)
-    y_TD = torch.zeros(x_TD.shape, dtype=gate_S1.dtype, device=x_TD.device)
-    y_TD = y_TD.index_add(0, token_S, out_SD.to(gate_S1.dtype) * gate_S1)
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    y_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
+    y_TD = y_TD.index_add(0, token_S, out_SD.to(dtype) * gate_S1)
     return y_TD if scale_D is None else y_TD * scale_D
 
 

@@ -61,8 +61,10 @@ class Experts(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        if ffn_dim < 1:
-            raise ValueError(f"ffn_dim must be at least 1, not {ffn_dim}")
+        sizes = {"embed_dim": embed_dim, "ffn_dim": ffn_dim, "num_experts": num_experts}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
         if isinstance(activation_fn, str) and activation_fn not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activation_fn {activation_fn!r}; choose from {', '.join(ACTIVATIONS)}"

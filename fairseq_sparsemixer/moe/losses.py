@@ -101,9 +101,11 @@ class RoutingStatistics:
 
     @property
     def importance_loss(self) -> Tensor:
-        """(...): CV^2 of the summed gates plus CV^2 of the load (arXiv 1701.06538); 0 when even.
+        """(...): CV^2 of the importance plus CV^2 of the load (arXiv 1701.06538); 0 when even.
 
-        CV is the coefficient of variation over experts, standard deviation over mean.
+        CV is the coefficient of variation over experts, standard deviation over mean. The
+        importance sums what experts are drawn from, which for ``noisy-topk`` are its gates. Routers
+        without a smooth load of their own have the importance for it.
         """
         return _squared_variation(self.sampling_probs) + _squared_variation(self.load)
 

@@ -44,9 +44,10 @@ class Routing:
     gate: Tensor
     """(T, K) float32: differentiable multiplier of the expert's output, 0 where there is none."""
     logits: Tensor
-    """(T, N) float32: router logits z, jitter included."""
+    """(T, N) float32: router logits z, jitter included, and the balance bias where the router
+    samples."""
     probs: Tensor
-    """(T, N) float32: p = softmax(z)."""
+    """(T, N) float32: p, the softmax of the logits."""
     sampling_probs: Tensor
     """(T, N) float32: the distribution that the expert is drawn from, and a masked gate read from:
     the masked softmax p~ for SparseMixer, ``probs`` for routers that mask nothing."""
@@ -134,6 +135,8 @@ class Router(nn.Module):
     """Whether :meth:`forward` must be given ``token_ids``."""
     needs_languages = False
     """Whether these tell the language of the token's sentence as well."""
+    needs_balance = True
+    """Whether its experts starve unless a loss or a bias balances them."""
     takes_balance_bias = True
     """Whether the choice is by logits that a bias can shift."""
     computes_all_experts = False

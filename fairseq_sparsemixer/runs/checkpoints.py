@@ -27,7 +27,8 @@ def last_checkpoints(folder: Path, count: int) -> List[Path]:
         UserError: there are fewer.
     """
     found = in_order(folder)
-    _check_count(len(found), count, "--last", f"checkpointE.pt or checkpoint_E_U.pt in {folder}")
+    what = f"checkpointE.pt or checkpoint_E_U.pt in {folder}"
+    _check_count(len(found), count, "--last", what, "train with checkpoint.save_interval_updates")
     return found[-count:]
 
 
@@ -54,7 +55,9 @@ def best_checkpoints(folder: Path, count: int) -> List[Path]:
     """
     matches = [(path, BEST_PATTERN.fullmatch(path.name)) for path in sorted(folder.iterdir())]
     found = [(float(match[2]), path) for path, match in matches if match]
-    _check_count(len(found), count, "--best", f"checkpoint.best_METRIC_VALUE.pt in {folder}")
+    what = f"checkpoint.best_METRIC_VALUE.pt in {folder}"
+    keep = f"train with checkpoint.keep_best_checkpoints={count}"
+    _check_count(len(found), count, "--best", what, keep)
     metrics = sorted({match[1] for _, match in matches if match})
     if len(metrics) > 1:
         raise UserError(
@@ -73,10 +76,12 @@ def _higher_is_better(state: Dict[str, Any]) -> bool:
     return isinstance(settings, dict) and bool(settings.get("maximize_best_checkpoint_metric"))
 
 
-def _check_count(found: int, wanted: int, flag: str, what: str) -> None:
+def _check_count(found: int, wanted: int, flag: str, what: str, to_have_them: str) -> None:
     """Raise UserError unless 1 <= ``wanted`` <= ``found``."""
     if wanted < 1:
         raise UserError(f"{flag} {wanted} averages nothing; give 1 or more")
+    if not found:
+        raise UserError(f"found no {what} for {flag} {wanted}: {to_have_them}")
     if found < wanted:
         raise UserError(f"found {found} of {what} for {flag} {wanted}; lower {flag}")
 

@@ -7,6 +7,8 @@ A run folder is what ``fairseq-hydra-train`` and ``fairseq-sparsemixer evaluate`
 
 import dataclasses
 import math
+import os
+import shlex
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional
 
@@ -22,6 +24,8 @@ from fairseq_sparsemixer.runs.settings import SECTIONS, read_settings
 
 CONFIG = Path(".hydra", "config.yaml")
 LOG = "hydra_train.log"
+STUDY_STATE = "study.json"
+"""In the folder of a run of a study: how it is made, and for how many updates it is finished."""
 ROUTING = Path("evaluation", "routing.json")
 """Kept by ``fairseq-sparsemixer report`` beside evaluations; it is none."""
 _CONFIG = {
@@ -130,10 +134,7 @@ def find_runs(paths: Iterable[Path]) -> List[Path]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; give RUN a folder of runs")
-        if (path / CONFIG).is_file():
-            found = [path]
-        else:
-            found = sorted(config.parents[1] for config in path.rglob(str(CONFIG)))
+        found = _runs_below(path)
         if not found:
             raise UserError(
                 f"{path} holds no run of fairseq-hydra-train (a folder with {CONFIG}); give RUN "
@@ -142,6 +143,20 @@ def find_runs(paths: Iterable[Path]) -> List[Path]:
         for folder in found:
             folders.setdefault(folder.resolve(), folder)
     return list(folders.values())
+
+
+def _runs_below(path: Path) -> List[Path]:
+    """With the folder itself, those below it, and those that links lead to."""
+    found, seen = [], set()
+    for name, below, _ in os.walk(path, followlinks=True):
+        folder = Path(name)
+        if folder.resolve() in seen:  # a link back
+            below.clear()
+            continue
+        seen.add(folder.resolve())
+        if (folder / CONFIG).is_file():
+            found.append(folder)
+    return sorted(found)
 
 
 def read_run(folder: Path, scores: Optional[str] = None) -> Run:
@@ -182,7 +197,10 @@ def _why_it_does_not_count(run: Run, scores: Optional[str]) -> str:
         return f"its validation nll is {run.scored.nll_loss}"
     if not run.evaluation:
         named = "" if scores is None else f" as {scores}"
-        return f"not scored{named}; fairseq-sparsemixer evaluate {run.folder} does it"
+        of_study = scores is None and (run.folder / STUDY_STATE).is_file()
+        what = "study" if of_study else "evaluate"
+        where = shlex.quote(str(run.folder.parent if of_study else run.folder))
+        return f"not scored{named}; fairseq-sparsemixer {what} {where} does it"
     for checkpoint in run.evaluation["checkpoints"]:
         # The one name that says how far training was.
         if checkpoint["name"] == "checkpoint_last.pt" and checkpoint["updates"] < last.updates:

@@ -223,6 +223,9 @@ class _LogReader:
             warned = WARNING.match(text)
             if warned:
                 self.warnings.append(Warned(int(warned[1]), warned[2]))
+        elif logger == "fairseq_sparsemixer.restarts":
+            # A start after the time was over, which trains nothing.
+            self.out_of_time |= "(--stop-time-hours)" in text
         elif logger == "fairseq_cli.train":
             if text.startswith("Stopping training due to cumulative_training_time"):
                 self.out_of_time = True

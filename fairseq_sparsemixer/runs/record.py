@@ -26,10 +26,11 @@ _MAY_CHANGE = (
     "dataset.max_tokens",
     "dataset.max_tokens_valid",
     "distributed_training.",
+    "optimization.stop_time_hours",
     "optimization.update_freq",
 )
 """Settings (or, with a dot, groups of them) that say where, how and on how many GPUs a run is
-trained, and what is warned of; the tokens of an update, which are compared apart, stay."""
+trained, for how long, and what is warned of; the tokens of an update are compared apart."""
 _KEPT = "dataset.update_epoch_batch_itr"
 """A setting that earlier configs did not make: a run goes on with the value that it has."""
 _STARTED = {

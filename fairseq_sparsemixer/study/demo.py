@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import shlex
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Dict, Generator, List, NamedTuple, Optional
 
@@ -42,11 +42,7 @@ from fairseq_sparsemixer.training.settings import (
 CONFIG = "demo"
 STATE = "demo.json"
 """In the folder of a run: how it is made, and whether its training is finished."""
-_STATE = {
-    "settings": {"overrides": [str], "configs": {str: str}},
-    "finished": bool,
-    "minutes": float,
-}
+_STATE = {"settings": {"overrides": [str], "configs": {str: str}}, "finished": bool}
 LOG = "train.log"
 SCORES = "test.json"
 _SCORES = {
@@ -103,7 +99,8 @@ class Demo(NamedTuple):
         for folder in folders:
             _print_places(folder)
         print(f"table      {self.runs / 'results.json'}")
-        print(f"report     fairseq-sparsemixer report {self.runs} --output {self.runs}/report.html")
+        runs, page = (shlex.quote(str(path)) for path in (self.runs, self.runs / "report.html"))
+        print(f"report     fairseq-sparsemixer report {runs} --output {page}")
 
     def _work(self, job: Job) -> Generator[Stage, None, None]:
         """Train a variant, then average and score it; what is finished is left alone."""
@@ -118,9 +115,9 @@ class Demo(NamedTuple):
             kept = _check_same(folder, state["settings"], settings)
             settings = state["settings"]
         if state.get("finished"):
-            print(f"   finished before, {state['minutes']:.1f} minutes of training")
+            print("   finished before")
         else:
-            yield from _training(folder, self.data, settings, kept, state.get("minutes", 0.0))
+            yield from _training(folder, self.data, settings, kept)
         print(f"== Scoring {name} on the test set", flush=True)
         if not (folder / SCORES).is_file():
             # A short one has written fewer, or only the last.
@@ -146,21 +143,15 @@ def _check_vocabulary(data: Path) -> None:
 
 
 def _training(
-    folder: Path, data: Path, settings: Dict[str, Any], kept: List[str], minutes: float
+    folder: Path, data: Path, settings: Dict[str, Any], kept: List[str]
 ) -> Generator[Stage, None, None]:
-    """Train in a process of its own, and keep the time that it took."""
+    """Train in a process of its own."""
     prepare_folder(folder, data / "bin")
-    state = {"settings": settings, "finished": False, "minutes": minutes}
-    write_json(folder / STATE, state)
+    write_json(folder / STATE, {"settings": settings, "finished": False})
     overrides = [f"common.user_dir={quoted(PACKAGE)}", *kept, *settings["overrides"]]
     command = training_command(CONFIGS, CONFIG, folder, overrides)
-    started = time.monotonic()
-    try:
-        yield Stage("train", command, folder / LOG, training_environment(os.environ))
-        state["finished"] = True
-    finally:
-        state["minutes"] = minutes + (time.monotonic() - started) / 60
-        write_json(folder / STATE, state)
+    yield Stage("train", command, folder / LOG, training_environment(os.environ))
+    write_json(folder / STATE, {"settings": settings, "finished": True})
     print(flush=True)
 
 
@@ -175,7 +166,7 @@ def _fail(job: Job, reason: Optional[str]) -> None:
     if job.stage == "train":
         print(flush=True)
         raise job.process.failure()
-    raise UserError(f"failed: fairseq-sparsemixer {' '.join(job.process.command[3:])}")
+    raise UserError(f"failed: fairseq-sparsemixer {shlex.join(job.process.command[3:])}")
 
 
 def _read_configs() -> Dict[str, str]:
@@ -225,11 +216,11 @@ def _result(folder: Path) -> Dict[str, Any]:
     validations = read_log(folder / LOG).validations
     if not validations:
         raise UserError(f"{folder / LOG} holds no validation: remove {folder} to train it anew")
-    last = validations[-1].stats
+    last, seconds = validations[-1].stats, validations[-1].seconds
     return {
         "model": folder.name,
         "updates": int(last["num_updates"]),
-        "minutes": read_state(folder / STATE, _STATE)["minutes"],
+        "minutes": None if seconds is None else seconds / 60,
         "valid_nll_loss": validations[-1].nll_loss,
         "bleu": scores["scores"]["bleu"]["score"],
         "chrf": scores["scores"]["chrf"]["score"],
@@ -258,7 +249,7 @@ def _table(results: List[Dict[str, Any]]) -> str:
                 "" if result["entropy"] is None else f"{result['entropy']:.2f}",
                 shares,
                 str(result["updates"]),
-                f"{result['minutes']:.1f}",
+                "" if result["minutes"] is None else f"{result['minutes']:.1f}",
             ]
         )
     rows.append(["nearest copy", f"{results[0]['copy_bleu']:.2f}"] + 6 * [""])
@@ -292,4 +283,5 @@ def _print_places(folder: Path) -> None:
     print(f"checkpoint {folder / AVERAGE}")
     print(f"log        {folder / LOG}")
     print(f"scores     {folder / SCORES}")
-    print(f"translate  fairseq-sparsemixer translate {folder} --checkpoint {AVERAGE}")
+    run = shlex.quote(str(folder))
+    print(f"translate  fairseq-sparsemixer translate {run} --checkpoint {AVERAGE}")

@@ -22,6 +22,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path, read_json, sha256_of
 from fairseq_sparsemixer.models.config import SIDES
 from fairseq_sparsemixer.runs.arms import Variant
+from fairseq_sparsemixer.runs.folder import STUDY_STATE
 from fairseq_sparsemixer.runs.record import refuse_other
 from fairseq_sparsemixer.study.engine import read_state
 from fairseq_sparsemixer.study.plan import CHECKPOINTS, Plan, read_plan
@@ -30,8 +31,6 @@ from fairseq_sparsemixer.training.resources import Parameters
 from fairseq_sparsemixer.training.settings import CONFIGS, compose, overridden, quoted
 
 PLAN = "plan.yaml"
-STATE = "study.json"
-"""In the folder of a run: how it is made, and for how many updates it is finished."""
 PRETRAINED = "pretrained.pt"
 KEY = "by_machine"
 """In the state of a run: what the machine chose that began it."""
@@ -148,8 +147,8 @@ def task_overrides(folder: Path, plan: Plan, seen: Path = Path()) -> List[str]:
 
 
 def read_run_state(folder: Path) -> Dict[str, Any]:
-    """What :data:`STATE` says in the folder of a run; see :func:`.engine.read_state`."""
-    state = read_state(folder / STATE, _STATE)
+    """What :data:`.STUDY_STATE` says in the folder of a run; see :func:`.engine.read_state`."""
+    state = read_state(folder / STUDY_STATE, _STATE)
     return {"score": "last", **state} if state else {}  # all did, before there was a choice
 
 

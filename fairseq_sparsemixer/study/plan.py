@@ -28,7 +28,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.options import LARGEST
 from fairseq_sparsemixer.runs.arms import DENSE, Variant, build_variant
 from fairseq_sparsemixer.runs.mending import BEST, LAST
-from fairseq_sparsemixer.training.settings import overridden, quoted
+from fairseq_sparsemixer.training.settings import overridden, quoted, refuse_decided
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")  # a folder, and a value for hydra
 _ARM_KEYS = {"router", "experts", "options", "overrides"}
@@ -133,7 +133,8 @@ def read_plan(path: Path) -> Plan:
         _check(_is_count(values[key]), path, f"{key} must be a whole number of at least 1{_MOST}")
     for key in ("data", "config", "language", "finetune_from"):
         optional = values[key] is None and key not in ("data", "config")
-        _check(optional or isinstance(values[key], str), path, f"{key} must be a name")
+        named = isinstance(values[key], str) and values[key]
+        _check(optional or named, path, f"{key} must be a name")
     _check(values["score"] in [*CHECKPOINTS], path, f"score must be {' or '.join(CHECKPOINTS)}")
     _check(_NAME.fullmatch(values["config"]), path, "config must be the name of one of configs/")
     language = values["language"]
@@ -211,8 +212,7 @@ def _overrides(values: Any, path: Path, what: str) -> List[str]:
         path,
         f"{what} must be a list of KEY=VALUE, such as [model.jitter_eps=0.2]",
     )
-    for key in sorted(_MADE_HERE.keys() & overridden(values)):
-        raise UserError(f"{path}: {what}: {key} is not set here: use {_MADE_HERE[key]}")
+    refuse_decided(values, _MADE_HERE, f"{path}: {what}: ")
     return list(values)
 
 
@@ -221,9 +221,9 @@ _MADE_HERE: Mapping[str, str] = {
     "common.user_dir": "fairseq-hydra-train, with a package that imports this one",
     "task.data": "data",
     "checkpoint.finetune_from_model": "finetune_from",
-    "optimization": "updates, and optimization.lr=[...] for the rate",
     "optimization.max_update": "updates",
     "optimization.max_epoch": "updates",
+    "optimization.stop_time_hours": "--minutes",
     "distributed_training.distributed_world_size": "jobs: a run takes one GPU",
     "dataset.validate_interval_updates": "evaluate_every",
     "checkpoint.save_interval_updates": "evaluate_every",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Dict, Generator, List, NamedTuple, Optional
@@ -14,6 +15,7 @@ from fairseq_sparsemixer.locks import sole_user
 from fairseq_sparsemixer.runs import points, record
 from fairseq_sparsemixer.runs.arms import Variant
 from fairseq_sparsemixer.runs.checkpoints import load_state, num_updates
+from fairseq_sparsemixer.runs.folder import STUDY_STATE
 from fairseq_sparsemixer.runs.mending import LAST, is_fairseqs
 from fairseq_sparsemixer.runs.metrics import MAIN
 from fairseq_sparsemixer.study.engine import (
@@ -27,7 +29,6 @@ from fairseq_sparsemixer.study.layout import (
     KEY,
     PLAN,
     PRETRAINED,
-    STATE,
     lay_out,
     made_with,
     read_run_state,
@@ -171,7 +172,8 @@ class _Study:
                 print("nothing was gained: give more --minutes, or a smaller evaluate_every")
         else:
             print(f"all {total} runs are finished: {self.folder}")
-            print(f"report     fairseq-sparsemixer report {self.folder} --output report.html")
+            folder = shlex.quote(str(self.folder))
+            print(f"report     fairseq-sparsemixer report {folder} --output report.html")
 
     def _work(self, job: Job) -> Generator[Stage, None, None]:
         """Train a run, unless it is trained, then score it."""
@@ -180,9 +182,9 @@ class _Study:
         prepare_folder(folder, self.folder / "data" / "bin")
         # A process that finds nothing left to train takes its time to find that out.
         last = folder / LAST
-        trained = last.is_file() and num_updates(load_state(last)) >= self.plan.updates
-        taken = {"overrides": [*self.choice.of(run), *run.overrides]}
-        write_json(folder / record.RECORD, {**self.records[run.name], **taken})
+        trained = self._updates_finished(run) >= self.plan.updates or (
+            last.is_file() and num_updates(load_state(last)) >= self.plan.updates
+        )
         state = {
             "finished_updates": 0,
             **read_run_state(folder),
@@ -191,16 +193,21 @@ class _Study:
         }
         if not trained:  # whoever goes on from it waits for the updates of a plan that has grown
             state["finished_updates"] = 0
-        write_json(folder / STATE, state)
+        write_json(folder / STUDY_STATE, state)
         environment = self._environment(job.slot)
         if not trained:
+            taken = [*self.choice.of(run), *run.overrides]
+            about = {**self.records[run.name], "overrides": taken}
+            if "common.cpu=true" in taken:
+                about["gpus"] = []
+            write_json(folder / record.RECORD, about)
             print(f"{run.name}: training", flush=True)
             command = self._training_command(run)
             yield Stage("train", command, folder / "train.log", environment)
-        what, beam = CHECKPOINTS[self.plan.score], ("--beam", str(self.plan.beam))
+        what = CHECKPOINTS[self.plan.score]
         # A corpus for its text; else what the task reads, which is what the run was trained on.
-        data = () if self.plan.language else ("--data=data",)
-        command = scoring_command(run.name, what, Path(run.name, SCORES), *data, *beam)
+        more = () if self.plan.language else ("--data=data", "--beam", str(self.plan.beam))
+        command = scoring_command(run.name, what, Path(run.name, SCORES), *more)
         yield Stage("evaluate", command, folder / "evaluate.log", environment)
         self._finish(run)
 
@@ -236,7 +243,8 @@ class _Study:
 
     def _fail(self, job: Job, reason: Optional[str]) -> None:
         name, stage = job.run.name, job.stage
-        reason = reason or f"see {self.folder / name / stage}.log"
+        killed = "" if reason else job.process.killed_by()
+        reason = reason or f"{killed}{'; ' if killed else ''}see {self.folder / name / stage}.log"
         print(f"{name}: {stage} failed: {reason}", flush=True)
         self.failures.append(_Failure(name, stage, reason))
 
@@ -246,7 +254,7 @@ class _Study:
             if is_fairseqs(path.name) and path.name != CHECKPOINTS[self.plan.score]:
                 path.unlink()  # a study of many runs would fill the disk
         state = read_run_state(folder)
-        write_json(folder / STATE, {**state, "finished_updates": self.plan.updates})
+        write_json(folder / STUDY_STATE, {**state, "finished_updates": self.plan.updates})
         self.done += 1
         self.gains += 1
         scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))["scores"]
@@ -277,6 +285,9 @@ class _Study:
             self.gains += 1
         self.shown[name] = len(found)
 
+    def _updates_finished(self, run: Variant) -> int:
+        return int(read_run_state(self.folder / run.name).get("finished_updates", 0))
+
     def _finished(self, run: Variant) -> bool:
-        state = read_run_state(self.folder / run.name)
-        return state.get("finished_updates", 0) >= self.plan.updates
+        scored = (self.folder / run.name / SCORES).is_file()
+        return scored and self._updates_finished(run) >= self.plan.updates

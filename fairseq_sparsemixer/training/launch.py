@@ -1,5 +1,6 @@
 """Start or resume a run of WMT14 English-German, or say what it would need."""
 
+import shlex
 from pathlib import Path
 from typing import Any, Dict
 
@@ -81,7 +82,7 @@ def _train(launch: Launch) -> None:
     print(f"checkpoint {folder / LAST}")
     print(f"log        {folder / LOG}")
     print(f"settings   {folder / record.RECORD}")
-    print(f"score      scripts/evaluate_wmt14.sh {folder}")
+    print(f"score      scripts/evaluate_wmt14.sh {shlex.quote(str(folder))}")
 
 
 def _help_to_train(launch: Launch) -> None:

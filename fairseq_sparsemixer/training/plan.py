@@ -1,5 +1,6 @@
 """What a request to train comes to on a machine."""
 
+import itertools
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
@@ -25,6 +26,7 @@ from fairseq_sparsemixer.training.settings import (
     compose,
     overridden,
     quoted,
+    refuse_decided,
     resolved,
     training_command,
 )
@@ -131,8 +133,7 @@ def plan_launch(request: Request) -> Launch:
     """
     if not (CONFIGS / f"{CONFIG}.yaml").is_file():
         raise UserError("training runs from a checkout of the repository: configs/ is missing")
-    for key in sorted(overridden(request.overrides) & _FLAGS.keys()):
-        raise UserError(f"{key}=... is not set here: use {_FLAGS[key]}")
+    refuse_decided(request.overrides, _FLAGS)
     variant = build_variant(request.router, request.experts)
     machine = find_machine(request.nodes, request.workers, request.cpu)
     folder = request.runs / name_of(request, variant.name)
@@ -217,8 +218,9 @@ def spread(
             if possible
             else f"{trouble}: give another --max-tokens"
         )
-    smaller = [tokens // (workers * n) for n in range(1, 1025) if tokens % (workers * n) == 0]
-    possible = [str(size) for size in smaller if size < each][:4]
+    sizes = range(min(each, tokens // workers), 0, -1)
+    fitting = (size for size in sizes if tokens % (workers * size) == 0)
+    possible = list(map(str, itertools.islice(fitting, 4)))
     raise UserError(f"{trouble}: give --max-tokens {_either(possible)}")
 
 

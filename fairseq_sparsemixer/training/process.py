@@ -15,7 +15,7 @@ from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import atomic_path
 from fairseq_sparsemixer.runs.logs import line_stats
 from fairseq_sparsemixer.text import BPE_CODES, MOSES_TOKENS, SENTENCEPIECE_MODEL
-from fairseq_sparsemixer.workers import end_with_parent, ended_by
+from fairseq_sparsemixer.workers import by_signal, end_with_parent, ended_by
 
 STOP_SECONDS = 10
 """How long an interrupted training may take to end by itself."""
@@ -180,9 +180,15 @@ class Process:
             raise FullDiskError(cannot_write(reason, self.log.parent))
         check_room(self.log.parent)
 
+    def killed_by(self) -> str:
+        """What ended it, where that is a signal; else empty."""
+        status = self._process.returncode
+        return f"the process was {by_signal(-status)}" if status is not None and status < 0 else ""
+
     def failure(self) -> UserError:
-        """Why training ended early: the last line, and where the others are."""
-        return UserError(f"training failed: {self.last} (all its output: {self.log})")
+        """Why training ended early: a signal or the last line, and where the others are."""
+        reason = self.killed_by() or self.last
+        return UserError(f"training failed: {reason} (all its output: {self.log})")
 
 
 def run_with_progress(

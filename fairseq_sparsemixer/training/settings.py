@@ -4,7 +4,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Set, Union
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Union
 
 import hydra
 from fairseq.dataclass.configs import FairseqConfig
@@ -34,6 +34,29 @@ def quoted(value: Union[Path, str]) -> str:
 def overridden(overrides: Iterable[str]) -> Set[str]:
     """The keys that hydra's overrides set."""
     return {override.lstrip("+~").partition("=")[0] for override in overrides}
+
+
+def refuse_decided(overrides: Iterable[str], decided: Mapping[str, str], where: str = "") -> None:
+    """Refuse overrides of what a command decides itself.
+
+    Args:
+        overrides: of hydra, as a user gave them.
+        decided: settings, and what decides each.
+        where: begins the message.
+
+    Raises:
+        UserError: one is set, alone or in a group that is set as a whole.
+    """
+    for override in sorted(overrides):
+        (key,) = overridden([override])
+        if key in decided:
+            raise UserError(f"{where}{key} is not set here: use {decided[key]}")
+        whole = override.partition("=")[2].lstrip().startswith(("{", "$"))
+        for inside in (each for each in decided if whole and each.startswith(f"{key}.")):
+            raise UserError(
+                f"{where}{key} is not set as a whole, since {inside} is decided by "
+                f"{decided[inside]}: set {key}.NAME=VALUE one by one"
+            )
 
 
 def training_command(

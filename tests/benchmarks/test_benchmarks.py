@@ -1,13 +1,14 @@
 """The benchmarks run; what they measure is nobody's test."""
 
+import argparse
 import json
 
 import pytest
 import torch
 from support import commands
 
-from benchmarks import layer, measuring
-from fairseq_sparsemixer.moe import MoEFeedForward
+from benchmarks import layer, measuring, models
+from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 
 TINY_MODEL = {"embed-dim": 16, "ffn-dim": 32, "heads": 2, "layers": 2, "vocabulary": 100}
 KIB = 1 << 10
@@ -23,22 +24,6 @@ def run(name, output, *arguments, **settings):
         assert results["machine"]["device"] and results["machine"]["torch"] == torch.__version__
         assert measuring.in_words(results["machine"]) in result.stdout
     return results, result.stdout
-
-
-def test_cost_of_routers(tmp_path):
-    results, printed = run(
-        "routers",
-        tmp_path / "routers.json",
-        **{"tokens": 40, "length": 5, "routers": "reinmax,gshard,expert-choice"},
-    )
-    rows = results["routers"]
-    assert list(rows) == ["switch", "reinmax", "gshard", "expert-choice"]
-    assert rows["gshard"]["top_k"] == 2
-    # Every expert's inner layer is kept, not one expert's.
-    assert rows["reinmax"]["kept_bytes"] > rows["switch"]["kept_bytes"]
-    assert all(len(row["seconds"]) == 2 for row in rows.values())
-    assert results["device"] and results["threads"] and results["torch"] and results["python"]
-    assert printed.count("\n| `") == 4
 
 
 def test_cost_of_a_layer(tmp_path):
@@ -156,6 +141,25 @@ def test_words_per_second_of_training(tmp_path):
     for row in rows.values():
         assert len(row["seconds"]) == 2 and all(50 < words <= 100 for words in row["words"])
     assert printed.count("\n| ") == 5
+
+
+def test_what_every_router_costs_in_training(tmp_path):
+    settings = {**TINY_MODEL, "ffn-dim": 256, "num-experts": 8, "max-tokens": 100}
+    results, _ = run("train", tmp_path / "train.json", **settings, router="all", repetitions=1)
+    rows = {row["arm"]: row for row in results["rows"]}
+    assert rows.keys() == {"dense", *ROUTERS} - {"language"}
+    # Every expert's inner layer is held, not one expert's.
+    assert rows["reinmax"]["peak_bytes"] > 1.5 * rows["switch"]["peak_bytes"]
+
+
+def test_options_of_the_routers_that_are_measured():
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    parser.set_defaults(device="cpu")
+    options = '{"prediction": "linear"}'
+    args = parser.parse_args(["--router", "sparsemixer-cv", "--router-options", options])
+    _, router = models.arms(args)
+    assert models.configuration(args, router, data="").model.router_options == options
 
 
 def test_tokens_per_second_of_generation(tmp_path):

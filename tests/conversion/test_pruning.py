@@ -10,7 +10,7 @@ from support.commands import PACKAGE, command, hypotheses, load
 from support.models import build
 
 from fairseq_sparsemixer import cli
-from fairseq_sparsemixer.conversion.smaller import as_dense, keep_experts
+from fairseq_sparsemixer.conversion.smaller import as_dense, keep_experts, scale_outputs
 from fairseq_sparsemixer.conversion.usage import TextLoss, Usage
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.evaluation.translator import Translator
@@ -33,6 +33,25 @@ def layer(router, **options):
     if made.router.output_scale is not None:
         torch.nn.init.normal_(made.router.output_scale)
     return made
+
+
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [("default-moe", {}), ("sparsemixer-cv", {}), ("sparsemixer-cv", {"prediction": "linear"})],
+)
+def test_predicted_outputs_are_scaled_with_the_experts(router, options):
+    one, other, x = layer(router, **options), layer(router, **options), torch.randn(60, 8)
+    scale_outputs(other, 0.5)
+    for made in (one, other):
+        made.train()
+        for _ in range(10):
+            torch.manual_seed(1)
+            made(x)
+            made.router.end_update()
+    scale_outputs(one, 0.5)
+    expected, actual = (made.router.expert_means.predict(x) for made in (one, other))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(

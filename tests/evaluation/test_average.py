@@ -128,6 +128,11 @@ def test_average_says_which_flag_to_change(run_dir, tmp_path, flags, message):
         command("average", "--inputs", run_dir, *flags, "--output", tmp_path / "out.pt")
 
 
+def test_who_kept_no_best_checkpoints_is_told_how(tmp_path):
+    with pytest.raises(UserError, match=r"found no .* with checkpoint\.keep_best_checkpoints=5"):
+        checkpoints.best_checkpoints(tmp_path, 5)
+
+
 def test_average_of_files_takes_no_choice_and_reads_no_junk(tmp_path):
     junk = tmp_path / "junk.pt"
     junk.write_bytes(b"not a checkpoint")

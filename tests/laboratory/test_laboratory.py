@@ -274,6 +274,13 @@ def test_which_layers_put_out_one_gated_expert(router, options, measured):
     assert gradients._gates_one_expert(built) == measured
 
 
+@pytest.mark.parametrize(
+    ("jitter_eps", "masks"), [(0.1, [NO_MASK, 0.1]), (0.0, [NO_MASK]), (NO_MASK, [NO_MASK])]
+)
+def test_a_mask_is_measured_where_there_is_one(jitter_eps, masks):
+    assert gradients.masks(jitter_eps) == masks
+
+
 def test_predictions_are_fitted_on_the_tokens_of_each_expert(corpus, run_dir):
     translator = Translator(str(run_dir))
     sentences = sentences_of(translator, corpus, count=20)

@@ -114,6 +114,9 @@ def test_what_is_not_of_such_models_is_told(trained, tmp_path, capsys):
         (["--tokenize", "char"], "--tokenize: such flags are for models that translate"),
         (["--int8"], "--int8: such flags are for models that translate"),
         (["--compound-split"], "--compound-split: such flags are for models that translate"),
+        (["--beam", "4"], "--beam: such flags are for models that translate"),
+        (["--source-lang", "en"], "--source-lang: such flags are for models that translate"),
+        (["--data", "gone"], "there is no folder gone: name with --data what the model was"),
         (["--subset", "tset"], "tset.idx: name another set with --subset, or with --data"),
         (["--data", str(tmp_path)], f"cannot read the dictionary {tmp_path}/dict.txt"),
     ):

@@ -1,6 +1,7 @@
 """The language model with experts, and that it is fairseq's where it has one."""
 
 import argparse
+import functools
 
 import pytest
 import torch
@@ -18,6 +19,11 @@ OWN = {"tokens_per_sample": 64, "max_target_positions": 64, "add_bos_token": Fal
 
 def language_model(**settings):
     return build("switch_transformer_lm", **OWN, **settings)
+
+
+def test_offloading_activations_is_checkpointing():
+    layers = language_model(offload_activations=True).decoder.layers
+    assert isinstance(layers[0].forward, functools.partial)
 
 
 def dense_of(model, **settings):

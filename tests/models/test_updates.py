@@ -94,13 +94,34 @@ def test_a_moving_average_holds_the_bias_of_its_update(build_trainer):
     torch.testing.assert_close(average, 0.75 * found[0] + 0.25 * found[1])
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+def test_amp_divides_by_the_loss_scale_once(build_trainer):
+    trainer, _ = build_trainer(amp=True)
+    optimiser = trainer.optimizer
+    optimiser._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128)
+    (weight, *_) = optimiser.params
+    found = []
+
+    def step(**_):
+        found.append(weight.grad.clone())
+
+    optimiser.optimizer.step = step
+    optimiser.zero_grad()
+    optimiser.backward((weight * torch.arange(weight.numel()).view_as(weight)).sum())
+    optimiser.clip_grad_norm(0.0)
+    optimiser.step()
+    (gradient,) = found
+    assert gradient.flatten().tolist() == list(range(weight.numel()))
+
+
 PLAIN = {"criterion": "label_smoothed_cross_entropy", "label-smoothing": 0.1}
 
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_criterion_that_ignores_the_routing_losses_is_reported_once(plain, build_trainer, caplog):
     compat._warn_of_missing_balance.cache_clear()
-    trainer, batches = build_trainer(**({"criterion": PLAIN} if plain else {}))
+    settings = {"criterion": PLAIN} if plain else {}
+    trainer, batches = build_trainer(balance_bias_rate=0.0, **settings)
     with caplog.at_level(logging.WARNING):
         for batch in batches:
             trainer.model.eval()
@@ -109,6 +130,15 @@ def test_a_criterion_that_ignores_the_routing_losses_is_reported_once(plain, bui
     messages = [r.message for r in caplog.records if "ignores the routing losses" in r.message]
     assert len(messages) == plain
     assert all("--criterion label_smoothed_cross_entropy_with_routing" in m for m in messages)
+
+
+@pytest.mark.parametrize(("router", "rate"), [("hash", 0.0), ("switch", 0.001)])
+def test_nothing_is_reported_where_experts_are_balanced(router, rate, build_trainer, caplog):
+    compat._warn_of_missing_balance.cache_clear()
+    trainer, (batch, *_) = build_trainer(router, criterion=PLAIN, balance_bias_rate=rate)
+    with caplog.at_level(logging.WARNING):
+        step(trainer, batch)
+    assert "ignores the routing losses" not in caplog.text
 
 
 @pytest.mark.parametrize("router", ["sparsemixer", "default-moe"])

@@ -162,6 +162,18 @@ def test_workers_accumulate_gradients_as_one(toy_corpus, tmp_path, server):
     assert_accumulates(server, toy_corpus / "joined", tmp_path, "pytorch_ddp", 2)
 
 
+def test_a_batch_counts_though_the_next_is_missing(toy_corpus, tmp_path, server):
+    """Of 3 batches, two gradients of two workers each: the last of the second is a dummy."""
+    settings = {**ACCUMULATED, "max_update": 1}
+    for name, *by, batch in (("one", 8), ("several", "legacy_ddp", 2, 4)):
+        data = toy_corpus / "joined"
+        train_on_workers(server, data, tmp_path / name, *by, batch_size=batch, **settings)
+    one, several = (tmp_path / name / "checkpoint_last.pt" for name in ("one", "several"))
+    before = rebuild(one)[-1].state_dict()
+    assert_same_step(parameters(several), parameters(one), before)
+    assert last_norm(several) == pytest.approx(last_norm(one), rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 def test_four_workers_accumulate_gradients_as_one(backend, toy_corpus, tmp_path, server):

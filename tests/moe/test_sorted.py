@@ -82,6 +82,21 @@ def test_rows_of_an_expert_stay_in_the_order_of_the_tokens():
         assert torch.equal(rows[experts == expert], x[slots])
 
 
+def test_equals_the_loop_in_float64():
+    torch.manual_seed(1)
+    layer = MoEFeedForward(8, 16, 3, router="switch").double().eval()
+    x, outputs = torch.randn(40, 8, dtype=torch.float64), []
+    for layer.backend in ("sorted", "loop"):
+        outputs.append(layer(x)[0])
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (4, 0, 4), (4, 4, 0)])
+def test_experts_have_a_size(sizes):
+    with pytest.raises(ValueError, match="must be at least 1, not 0"):
+        Experts(*sizes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_experts,embed_dim,ffn_dim", [(3, 17, 29), (5, 32, 64), (1, 8, 8)])
 @pytest.mark.parametrize("top_k", [1, 2, 3])

@@ -4,7 +4,7 @@ import pytest
 from support.run_folders import evaluation, translations
 
 from fairseq_sparsemixer.files import write_json
-from fairseq_sparsemixer.runs.folder import ROUTING
+from fairseq_sparsemixer.runs.folder import ROUTING, STUDY_STATE, find_runs, read_run
 
 
 def test_an_end_before_max_update_is_an_end(place):
@@ -19,6 +19,23 @@ def test_a_folder_counts_once_however_it_is_named(place):
     folder = place.run("model=big,schedule=short/switch-4-seed1")
     report, _, _ = place.table(place.runs, folder, folder / "..")
     assert [run["folder"] for run in report["runs"]] == [str(folder)]
+
+
+def test_runs_below_a_run_and_behind_links_count_too(place, tmp_path):
+    folder = place.run("a")
+    place.run("elsewhere/b", router="hash").rename(tmp_path / "b")
+    (folder / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "back").symlink_to(place.runs)
+    nested = place.run("a/nested", router="random")
+    assert find_runs([place.runs]) == [folder, folder / "linked", nested]
+
+
+def test_who_scores_a_run_is_told(place):
+    folder = place.run("a", scored=False)
+    assert read_run(folder).note == f"not scored; fairseq-sparsemixer evaluate {folder} does it"
+    (folder / STUDY_STATE).write_text("{}")
+    note = f"not scored; fairseq-sparsemixer study {folder.parent} does it"
+    assert read_run(folder).note == note
 
 
 def test_what_the_report_keeps_is_no_evaluation(place):

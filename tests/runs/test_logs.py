@@ -80,6 +80,12 @@ def test_the_end_of_training(tmp_path):
     log.done()
     log.write(tmp_path / "log")
     assert not read_log(tmp_path / "log").ended
+    log.begin(300)  # a start that finds the time over
+    over = "nothing is left to train: the 2.0 hours (--stop-time-hours) are over"
+    log.add("fairseq_sparsemixer.restarts", over)
+    log.done()
+    log.write(tmp_path / "log")
+    assert not read_log(tmp_path / "log").ended
 
 
 def test_lines_that_are_cut_off_or_of_other_kinds(tmp_path):

@@ -32,3 +32,15 @@ def test_how_the_same_is_computed_may_change(tmp_path):
     record.check_same(tmp_path, begun, now)
     with pytest.raises(UserError, match=r"trained with model\.dropout=0\.1, not 0\.2"):
         record.check_same(tmp_path, begun, started(dropout=0.2))
+
+
+def test_a_run_may_be_given_more_hours(tmp_path):
+    one, more = (
+        {
+            "settings": {"optimization": {"stop_time_hours": hours}},
+            "tokens_per_update": 1,
+            "data": {},
+        }
+        for hours in (1.0, 2.0)
+    )
+    record.check_same(tmp_path, one, more)

@@ -129,8 +129,14 @@ def test_a_wrong_router_is_told_before_the_first_is_trained():
 
 
 def test_the_number_of_experts_is_a_flag():
-    with pytest.raises(UserError, match=r"experts=\.\.\. is not set here: use --num-experts"):
+    with pytest.raises(UserError, match=r"^experts is not set here: use --num-experts"):
         commands.command("demo", "experts=eight")
+
+
+@pytest.mark.parametrize("override", ["model.router=switch", "model={router: switch}"])
+def test_the_router_is_a_flag(override):
+    with pytest.raises(UserError, match=r"model.* --router"):
+        commands.command("demo", override)
 
 
 def test_compare_names_the_models():

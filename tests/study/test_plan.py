@@ -35,6 +35,12 @@ WRONG_PLANS = [
     ({"arms": {1: {"router": "dense"}, "1": {"router": "dense"}}}, "1 stands there twice"),
     ({"config": "../x"}, "config must be the name of one of configs/"),
     ({"overrides": ["optimization.max_epoch=1"]}, "max_epoch is not set here: use updates"),
+    ({"overrides": ["optimization.stop_time_hours=1"]}, "is not set here: use --minutes"),
+    (
+        {"overrides": ["+checkpoint={save_dir: x}"]},
+        "checkpoint is not set as a whole, since checkpoint.finetune_from_model is decided by",
+    ),
+    ({"finetune_from": ""}, "finetune_from must be a name"),
     ({"arms": {"a": {"experts": 4}}}, "arm a needs router"),
     ({"arms": {"a": {"router": "switch"}}}, "arm a: experts must be a whole number"),
     ({"arms": {"a": {"router": "dense", "experts": 2}}}, "is left out for dense"),

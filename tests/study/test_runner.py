@@ -9,9 +9,10 @@ import pytest
 from support.small_study import PLAN, TINY, lines_of, start, study, write_plan
 
 from fairseq_sparsemixer import cli
-from fairseq_sparsemixer.files import write_json
+from fairseq_sparsemixer.files import read_json, write_json
 from fairseq_sparsemixer.runs.folder import find_runs, read_run
 from fairseq_sparsemixer.runs.grouping import group_runs
+from fairseq_sparsemixer.runs.record import RECORD
 from fairseq_sparsemixer.study import runner
 from fairseq_sparsemixer.study.layout import lay_out
 from fairseq_sparsemixer.study.machine import Choice
@@ -98,15 +99,20 @@ def test_a_run_that_is_left_alone_is_trained_with_as_many_threads(finished, tmp_
 
 
 @pytest.mark.slow
-def test_killed_in_scoring_it_trains_no_further(finished, tmp_path):
+@pytest.mark.parametrize("updates", [0, 90])
+def test_without_scores_it_trains_no_further(updates, finished, tmp_path):
+    """Killed in scoring, or where the scores were removed."""
     folder = shutil.copytree(finished, tmp_path / "study")
     state = json.loads((folder / "dense-seed1" / "study.json").read_text())
-    write_json(folder / "dense-seed1" / "study.json", {**state, "finished_updates": 0})
+    write_json(folder / "dense-seed1" / "study.json", {**state, "finished_updates": updates})
+    record = {"gpus": ["another machine's"]}
+    write_json(folder / "dense-seed1" / RECORD, record)
     (folder / "dense-seed1" / runner.SCORES).unlink()
     output = study(folder)
     assert "training" not in output and "dense-seed1: finished" in output
     scores = json.loads((folder / "dense-seed1" / runner.SCORES).read_text())
     assert scores["checkpoints"][0]["updates"] == 90
+    assert read_json(folder / "dense-seed1" / RECORD, dict, "") == record  # of who trained
 
 
 def test_a_plan_may_grow_but_not_change(finished, prepared, tmp_path, capsys):
@@ -196,6 +202,7 @@ def test_wrong_use_is_told(prepared, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert "is not a folder" in told(capsys, plan, "--output", tmp_path / "file")
     assert "holds no plan.yaml" in told(capsys, tmp_path / "s")
+    assert f"there is no plan and no study {tmp_path / 'tyop'}" in told(capsys, tmp_path / "tyop")
     assert "--minutes 0.0 does nothing" in told(capsys, plan, "--minutes", 0)
     typo = write_plan(tmp_path / "typo.yaml", prepared, overrides=["model.droput=0.2"])
     errors = told(capsys, typo, "--output", tmp_path / "t")

@@ -45,6 +45,7 @@ def test_an_update_has_the_same_tokens_on_any_number_of_gpus(machine, wanted, up
         (3, 5000, "give another --max-tokens"),
         (32, None, "give --max-tokens 4096, 2048, 1024 or 512"),
         (2, 5000, "give --max-tokens 4096, 2048, 1024 or 512"),
+        (1, 100, "give --max-tokens 64, 32, 16 or 8"),
         (1, 0, "--max-tokens must be at least 1"),
     ],
 )
@@ -62,8 +63,10 @@ def test_a_batch_by_sentences_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpus=two"], "gpus=... is not set here: use CUDA_VISIBLE_DEVICES, --workers and --nodes"),
+        (["gpus=two"], "gpus is not set here: use CUDA_VISIBLE_DEVICES, --workers and --nodes"),
         (["model.router=switch"], "use --router"),
+        (["common={seed: 3}"], "common.seed is decided by --seed: set common.NAME=VALUE one by"),
+        (["--router", "dense", "--experts", "8"], "--experts: such flags are for a router"),
         (["model.dropot=0.1"], "hydra: Could not override 'model.dropot'"),
         (["+modle.dropout=0.3"], "modle: fairseq has no such group of settings"),
         (["--router", "swtch"], "did you mean 'switch'"),

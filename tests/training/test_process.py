@@ -65,6 +65,12 @@ def test_why_workers_of_torchrun_failed_is_told(tmp_path):
             process.run_with_progress([sys.executable, "-c", code], tmp_path / "log")
 
 
+def test_a_process_that_is_killed(tmp_path):
+    code = "import os; print('update 3', flush=True); os.kill(os.getpid(), 9)"
+    with pytest.raises(UserError, match="was ended by SIGKILL, as the system does where memory"):
+        process.run_with_progress([sys.executable, "-c", code], tmp_path / "log")
+
+
 TOLD = "open('checkpoint', 'wb').write(bytes(200_000))"
 UNTOLD = "for _ in range(20): print('update ' * 1000)"
 """Its log has no room left to tell of it."""

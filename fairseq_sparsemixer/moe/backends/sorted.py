@@ -14,6 +14,7 @@ from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.adaptation import count_slots
 from fairseq_sparsemixer.moe.backends.memory import GRADIENTS
 from fairseq_sparsemixer.moe.backends.products import linear, rows_to_compute
 from fairseq_sparsemixer.moe.experts import Experts
@@ -74,7 +75,7 @@ class _Order:
         top_k = index_TK.shape[1]
         expert_S = index_TK.reshape(-1)
         # Padding and empty slots have index -1: they sort to the front and are cut off there.
-        empty, *all_counts = torch.bincount(expert_S + 1, minlength=num_experts + 1).tolist()
+        empty, *all_counts = count_slots(expert_S, num_experts).tolist()
         used = [expert for expert, count in enumerate(all_counts) if count]
         counts = [all_counts[expert] for expert in used]
         slot_S = expert_S.argsort(stable=True)[empty:]

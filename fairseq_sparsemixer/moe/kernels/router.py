@@ -178,7 +178,7 @@ def route(
         *(logits.contiguous(), noise, uniform, *results[:3]),
         None if jitter_eps is None else results[3],
         results[-1] if slopes else None,
-        *(num_tokens, num_experts, 2 * (jitter_eps or 0.0), temperature, chance, point),
+        *(num_tokens, num_experts, min(2 * (jitter_eps or 0.0), 1e30), temperature, chance, point),
         *(slopes or 6 * (0.0,)),
         GATE=gate,
         FULL_ON_BEST=full_on_best,

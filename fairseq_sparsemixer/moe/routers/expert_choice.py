@@ -32,6 +32,7 @@ class ExpertChoiceRouter(Router):
 
     max_top_k = None
     causal = False
+    needs_balance = False
     takes_balance_bias = False
 
     def __init__(self, *, renormalise: bool = False, **options: Any) -> None:

@@ -49,6 +49,7 @@ class HashRouter(Router):
     """
 
     needs_token_ids = True
+    needs_balance = False
     takes_balance_bias = False
 
     def __init__(self, *, seed: int = 0, gate: str = "one", **options: Any) -> None:
@@ -150,6 +151,7 @@ class RandomRouter(Router):
     projection: Tensor
     """(N, D), drawn once and never trained."""
 
+    needs_balance = False
     takes_balance_bias = False
 
     def __init__(self, **options: Any) -> None:

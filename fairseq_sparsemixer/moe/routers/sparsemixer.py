@@ -58,7 +58,7 @@ def unreachable(logits_TN: Tensor, max_T1: Tensor, jitter_eps: float) -> Tensor:
         jitter_eps: eps.
     """
     scale_TN = torch.maximum(logits_TN.abs(), max_T1)
-    return logits_TN < torch.sub(max_T1, scale_TN, alpha=2 * jitter_eps)
+    return logits_TN < torch.sub(max_T1, scale_TN, alpha=min(2 * jitter_eps, 1e30))
 
 
 def sample(logits_TN: Tensor) -> Tensor:
@@ -342,14 +342,16 @@ class SparseMixerControlVariateRouter(SparseMixerRouter):
     """SparseMixer with a control variate: of this project, see docs/routers.md.
 
     SparseMixer's gradient for a token is one sample c_D dp~_D of sum_i p~_i c_i dp~_i, with
-    c_i = 2 u E_i and u the gradient at the layer's output. With m_i the running mean of expert i's
+    c_i = 2 u E_i and u the gradient at the layer's output. With m_i a prediction of expert i's
     output, c^_i = 2 u m_i predicts c_i for the experts that were not computed, and
     c_D dp~_D + sum_i p~_i c^_i dp~_i - c^_D dp~_D has the same mean wherever u does not depend on
     D, and less variance wherever m_i tells something about E_i. The forward pass is untouched.
     With the full gate dp_i + p_i dlog p~_i takes the place of 2 dp~_i.
 
     Args:
-        mean_decay: weight of the old mean in each update.
+        prediction: ``"mean"``, the running mean of its outputs, or ``"linear"``, a regression on
+            the token (:class:`~fairseq_sparsemixer.moe.adaptation.ExpertLines`).
+        mean_decay: weight of the old mean, or of older tokens, in each update.
         **options: see :class:`SparseMixerRouter`.
     """
 
