@@ -175,7 +175,8 @@ def _leave_out_dummy_batches() -> None:
     @functools.wraps(prepare)
     def _prepare_sample(self: Any, sample: Any, is_dummy: bool = False) -> Any:
         sample, empty = prepare(self, sample, is_dummy)
-        if empty and getattr(self, "has_batches", False) and _steps_as_usual(self.task):
+        among_others = empty and getattr(self, "has_batches", False)
+        if among_others and isinstance(sample, MutableMapping) and _steps_as_usual(self.task):
             return {**sample, "is_dummy": True}, False
         return sample, empty
 
