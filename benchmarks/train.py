@@ -1,7 +1,7 @@
 """Words per second of fairseq's training: the dense transformer beside routers with experts.
 
   python -m benchmarks.train --output train.json      # Transformer base, the dense one and two more
-  python -m benchmarks.train --router all             # every router
+  python -m benchmarks.train --router all --embed-dim 192 --ffn-dim 768 --heads 4 --layers 3
   python -m benchmarks.train --deterministic          # each of them with that flag, too
   python -m benchmarks.train --table train.json       # the table again
 
@@ -10,7 +10,8 @@ logs. The batches are those that fairseq makes of random sentences of 10 to 40 w
 included; words are target tokens. The dense model computes as much for a token as those with
 experts do: these take the place of every other feed-forward network, one for each token, and are
 about equally used. The peak of memory is that of one update, its activations above all: weights,
-gradients and what the optimiser remembers are not counted.
+gradients and what the optimiser remembers are not counted. All models are held at once, so that
+with every router they should be small ones.
 """
 
 import argparse

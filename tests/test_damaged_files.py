@@ -16,7 +16,7 @@ from fairseq_sparsemixer.runs.logs import read_log
 from fairseq_sparsemixer.study import demo, engine, layout
 
 CASE = [{"kind": "order", "estimator": "topk", "scales": [1], "bias": [0.5], "slope": 1.5}]
-DEMO = {"settings": {"overrides": [], "configs": {}}, "finished": True, "minutes": 2}
+DEMO = {"settings": {"overrides": [], "configs": {}}, "finished": True}
 RUN = {"settings": {"dataset": {}}, "tokens_per_update": 9, "data": {}, "starts": []}
 STATE = {"finished_updates": 30, "overrides": ["a=1"], "beam": 4, "by_machine": []}
 SCORE = {"bleu": 1.5, "signature": "s"}

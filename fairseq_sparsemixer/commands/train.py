@@ -54,8 +54,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts",
         type=whole_number,
+        default=EXPERTS,
         metavar="N",
-        help=f"in each layer that has them (default: {EXPERTS})",
+        help="in each layer that has them (default: %(default)s)",
     )
     parser.add_argument(
         "--model", choices=["base", "big"], default="base", help="default: %(default)s"
@@ -134,8 +135,6 @@ def request(args: argparse.Namespace) -> "Request":
     from fairseq_sparsemixer.runs.arms import DENSE
     from fairseq_sparsemixer.training.plan import Request
 
-    if args.router == DENSE:
+    if args.router == DENSE and args.experts != EXPERTS:
         refuse_without_effect(args, ["experts"], "are for a router, and dense has none")
-    if args.experts is None:
-        args.experts = EXPERTS
     return Request(**{name: getattr(args, name) for name in Request._fields})

@@ -20,7 +20,7 @@ ROUTING_METRICS = ("balance_loss", "z_loss", "router_entropy", "max_expert_share
 
 WRONG_FLAGS = {
     "unknown router": ({"router": "sparsmixer"}, "--router", "did you mean 'sparsemixer'"),
-    "no expert": ({"num-experts": 0}, "--num-experts", "at least 1, not 0"),
+    "no expert": ({"num-experts": 0}, "--num-experts", "at least 1 and below 2**31, not 0"),
     "more experts for a token than there are": ({"top-k": 5}, "--top-k", "(4), not 5"),
     "negative jitter": ({"jitter-eps": -1}, "--jitter-eps", "at least 0, not -1"),
     "jitter that changes the sign": (

@@ -10,9 +10,9 @@ from support.wmt14 import gpus
 
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import write_json
+from fairseq_sparsemixer.runs.folder import STUDY_STATE as STATE
 from fairseq_sparsemixer.runs.folder import read_run
 from fairseq_sparsemixer.study import runner
-from fairseq_sparsemixer.study.layout import STATE
 from fairseq_sparsemixer.study.machine import KEY, Choice, choose
 from fairseq_sparsemixer.study.plan import read_plan
 from fairseq_sparsemixer.training.machine import Machine

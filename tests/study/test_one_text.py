@@ -10,7 +10,8 @@ from support.small_study import DOMAINS, lines_of, study, write_plan
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.files import read_lines, write_json, write_lines
-from fairseq_sparsemixer.study.layout import STATE, lay_out, made_with, task_overrides
+from fairseq_sparsemixer.runs.folder import STUDY_STATE as STATE
+from fairseq_sparsemixer.study.layout import lay_out, made_with, task_overrides
 from fairseq_sparsemixer.training.settings import compose
 
 TINY = ["+model.encoder_layers=1", "+model.encoder_embed_dim=16", "+model.encoder_ffn_embed_dim=32"]

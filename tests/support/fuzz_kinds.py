@@ -345,7 +345,7 @@ def tables(goods, rng, place):
 
 
 _CASE = [{"kind": "order", "estimator": "topk", "scales": [1], "bias": [0.5], "slope": 1.5}]
-_DEMO = {"settings": {"overrides": [], "configs": {}}, "finished": True, "minutes": 2}
+_DEMO = {"settings": {"overrides": [], "configs": {}}, "finished": True}
 _RUN = {"settings": {"dataset": {}}, "tokens_per_update": 9, "data": {}, "starts": [],
         "gpus": [], "git": {"revision": "r", "dirty": False}}  # fmt: skip
 _STATE = {"finished_updates": 30, "overrides": ["a=1"], "beam": 4, "by_machine": []}
