@@ -12,10 +12,9 @@ from omegaconf import DictConfig
 from fairseq_sparsemixer.models.building import dictionary_of
 from fairseq_sparsemixer.moe import ROUTERS, MoEFeedForward
 from fairseq_sparsemixer.moe.feed_forward import moe_layers
-from fairseq_sparsemixer.runs.arms import DENSE
+from fairseq_sparsemixer.runs.arms import DENSE, of_any_text
 
 ALL = "all"
-OF_ANY_TEXT = [name for name, router in ROUTERS.items() if not router.needs_languages]
 
 
 class RandomWords:
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
         nargs="+",
-        choices=[*OF_ANY_TEXT, ALL],
+        choices=[*of_any_text(), ALL],
         default=["switch", "sparsemixer"],
         metavar="NAME",
         help=f"beside the dense model, {ALL!r} for every one (default: switch sparsemixer)",
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def arms(args: argparse.Namespace) -> List[str]:
     """The dense model and the routers."""
-    return [DENSE, *(OF_ANY_TEXT if ALL in args.router else args.router)]
+    return [DENSE, *(of_any_text() if ALL in args.router else args.router)]
 
 
 def configuration(args: argparse.Namespace, router: str, data: str, **more: Any) -> DictConfig:

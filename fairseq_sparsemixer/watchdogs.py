@@ -19,7 +19,7 @@ from fairseq_sparsemixer.criterions.routing_losses import PREFIX
 from fairseq_sparsemixer.errors import UserError
 from fairseq_sparsemixer.expert_parallelism import parallel_of
 from fairseq_sparsemixer.models.layers import switch_layers
-from fairseq_sparsemixer.moe import RoutingStatistics
+from fairseq_sparsemixer.moe import Router, RoutingStatistics
 from fairseq_sparsemixer.moe.parallel import ExpertParallel, is_spread
 
 logger = logging.getLogger(__name__)
@@ -213,15 +213,18 @@ def _layers(model: nn.Module, meters: Mapping[str, Any]) -> Dict[str, Layer]:
             if statistics.tokens:
                 router = layer.moe.router
                 learns = router.weight is not None
-                balancing = "a larger --balance-weight" if router.needs_balance else ""
-                balancing += ", --balance-bias-rate 0.001" if router.takes_balance_bias else ""
-                balancing += " or " if balancing else ""
                 entropy = statistics.mean_entropy.item() if learns else None
                 shares = statistics.expert_share.tolist()
-                layers[name] = Layer(
-                    shares, entropy, gradients.get(name), parts.get(name), balancing
-                )
+                known = gradients.get(name), parts.get(name), _balancing(router)
+                layers[name] = Layer(shares, entropy, *known)
     return layers
+
+
+def _balancing(router: Router) -> str:
+    """:attr:`Layer.balancing` of a layer with this router."""
+    cures = ["a larger --balance-weight"] * router.needs_balance
+    cures += ["--balance-bias-rate 0.001"] * router.takes_balance_bias
+    return f"{', '.join(cures)} or " if cures else ""
 
 
 def router_gradients(model: nn.Module) -> Dict[str, float]:

@@ -1,7 +1,8 @@
 """Lets several workers train together on a CPU too, and lets none of them outlive the others.
 
 fairseq starts its workers on GPUs only: on a CPU it divides by the number of GPUs under torchrun,
-starts no process at all without it, and hands pytorch_ddp a device that is none. Whoever loads the
+starts no process at all without it, and hands pytorch_ddp a device that is none. And where the
+batches of an epoch do not come out even, those that there are count, on GPUs too. Whoever loads the
 extension has this, ``fairseq-train --user-dir`` too. ``fairseq-hydra-train`` loads it only when its
 workers are there: it finds them by settings (:mod:`.training.machine`).
 """

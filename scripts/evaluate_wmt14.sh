@@ -9,8 +9,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 average=(--last 5)
+model="${1:-}"
+[ ! -f "${model%%:*}" ] || average=() # a checkpoint, or several, in place of a folder
 for argument in "$@"; do
-    [ ! -f "${argument%%:*}" ] || average=() # a checkpoint, or several, in place of a folder
     case "$argument" in
     --last | --last=* | --best | --best=* | --checkpoint | --checkpoint=*) average=() ;;
     esac

@@ -40,7 +40,13 @@ def test_on_a_gpu_without_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "average"), [("run", " --last 5"), ("run/a.pt", ""), ("run/a.pt:run/b.pt", "")]
+    ("model", "average"),
+    [
+        ("run", " --last 5"),
+        ("run --source run/a.pt", " --last 5"),  # another file is no model
+        ("run/a.pt", ""),
+        ("run/a.pt:run/b.pt", ""),
+    ],
 )
 def test_the_mean_of_checkpoints_is_that_of_a_folder(model, average, tmp_path):
     for part in ("scripts", "run", "bin"):
@@ -53,7 +59,7 @@ def test_the_mean_of_checkpoints_is_that_of_a_folder(model, average, tmp_path):
     command.chmod(0o755)
     environment = {"PATH": f"{command.parent}:/usr/bin:/bin"}
     result = subprocess.run(
-        [script, model], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [script, *model.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.stdout == f"evaluate --beam 4 --lenpen 0.6{average} {model}\n"
 

@@ -23,7 +23,6 @@ _DECIDED = {
     "model.router": "--router",
     "model.num_experts": "--num-experts",
     "task.data": "--data",
-    "common.user_dir": "fairseq-hydra-train, with a package that imports this one",
     "checkpoint.save_dir": "--runs",
     "hydra.run.dir": "--runs",
 }
@@ -91,13 +90,12 @@ def variants(args: argparse.Namespace) -> List["Variant"]:
     Raises:
         UserError: there is no such router, or too much is named.
     """
-    from fairseq_sparsemixer.moe import ROUTERS
-    from fairseq_sparsemixer.runs.arms import DENSE, build_variant
+    from fairseq_sparsemixer.runs.arms import DENSE, build_variant, of_any_text
 
     names = list(dict.fromkeys((args.router or "sparsemixer").split(",")))
     if args.compare:
         refuse_without_effect(args, ["router"], "name routers, and --compare names three")
         names = [DENSE, "switch", "sparsemixer"]
     elif args.router == "all":
-        names = [name for name, router in ROUTERS.items() if not router.needs_languages]
+        names = of_any_text()
     return [build_variant(name, args.num_experts) for name in names]

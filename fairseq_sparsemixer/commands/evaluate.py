@@ -132,7 +132,6 @@ def run(args: argparse.Namespace) -> None:
         why = "are for models that translate, which this is none of"
         scored = ("source", "reference", "baseline", "tokenize", "compound_split", "comet")
         languages = ("source_lang", "target_lang")
-        refuse_without_effect(args, [*scored, *languages, *PRECISIONS], why)
         other = [name for name, usual in SEARCH.items() if getattr(args, name) != usual]
-        refuse_without_effect(args, other, why)
+        refuse_without_effect(args, [*scored, *languages, *PRECISIONS, *other], why)
         evaluate_losses(model, subset, args.output)

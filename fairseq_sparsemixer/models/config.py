@@ -368,12 +368,15 @@ LARGEST_FACTOR = 10_000
 beside which losses are weighted, is about 10."""
 
 
+def _check_count(args: argparse.Namespace, flag: str) -> None:
+    value = getattr(args, flag)
+    if not 1 <= value < 1 << 31:
+        raise ConfigError(f"{_flag(flag)} must be at least 1 and below 2**31, not {value}")
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
     for flag in ("num_experts", "top_k", "moe_every", "expert_parallel_size"):
-        if not 1 <= getattr(args, flag) < 1 << 31:
-            raise ConfigError(
-                f"{_flag(flag)} must be at least 1 and below 2**31, not {getattr(args, flag)}"
-            )
+        _check_count(args, flag)
     if args.moe_offset < 0:
         raise ConfigError(f"--moe-offset must be at least 0, not {args.moe_offset}")
     if args.num_experts % args.expert_parallel_size:
@@ -408,10 +411,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 def _check_sizes(args: argparse.Namespace, sides: Sequence[str]) -> None:
     for side in sides:
         for flag in (f"{side}_embed_dim", f"{side}_ffn_embed_dim", f"{side}_attention_heads"):
-            if not 1 <= getattr(args, flag) < 1 << 31:
-                raise ConfigError(
-                    f"{_flag(flag)} must be at least 1 and below 2**31, not {getattr(args, flag)}"
-                )
+            _check_count(args, flag)
         width, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
         if width % heads:
             raise ConfigError(

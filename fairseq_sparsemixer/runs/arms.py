@@ -3,10 +3,15 @@
 from typing import List, NamedTuple
 
 from fairseq_sparsemixer.errors import UserError
-from fairseq_sparsemixer.moe.routing import find_router
+from fairseq_sparsemixer.moe.routing import ROUTERS, find_router
 
 DENSE = "dense"
 """In place of a router: the model without experts."""
+
+
+def of_any_text() -> List[str]:
+    """The routers that need no text of several languages."""
+    return [name for name, router in ROUTERS.items() if not router.needs_languages]
 
 
 class Variant(NamedTuple):

@@ -218,7 +218,6 @@ def _overrides(values: Any, path: Path, what: str) -> List[str]:
 
 _MADE_HERE: Mapping[str, str] = {
     "common.seed": "seeds",
-    "common.user_dir": "fairseq-hydra-train, with a package that imports this one",
     "task.data": "data",
     "checkpoint.finetune_from_model": "finetune_from",
     "optimization.max_update": "updates",

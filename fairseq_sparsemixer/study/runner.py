@@ -182,12 +182,13 @@ class _Study:
         prepare_folder(folder, self.folder / "data" / "bin")
         # A process that finds nothing left to train takes its time to find that out.
         last = folder / LAST
-        trained = self._updates_finished(run) >= self.plan.updates or (
+        before = read_run_state(folder)
+        trained = before.get("finished_updates", 0) >= self.plan.updates or (
             last.is_file() and num_updates(load_state(last)) >= self.plan.updates
         )
         state = {
             "finished_updates": 0,
-            **read_run_state(folder),
+            **before,
             **made_with(self.plan, run),
             KEY: self.choice.overrides,
         }
@@ -243,8 +244,8 @@ class _Study:
 
     def _fail(self, job: Job, reason: Optional[str]) -> None:
         name, stage = job.run.name, job.stage
-        killed = "" if reason else job.process.killed_by()
-        reason = reason or f"{killed}{'; ' if killed else ''}see {self.folder / name / stage}.log"
+        log = f"see {self.folder / name / stage}.log"
+        reason = reason or "; ".join(filter(None, [job.process.killed_by(), log]))
         print(f"{name}: {stage} failed: {reason}", flush=True)
         self.failures.append(_Failure(name, stage, reason))
 
@@ -285,9 +286,7 @@ class _Study:
             self.gains += 1
         self.shown[name] = len(found)
 
-    def _updates_finished(self, run: Variant) -> int:
-        return int(read_run_state(self.folder / run.name).get("finished_updates", 0))
-
     def _finished(self, run: Variant) -> bool:
-        scored = (self.folder / run.name / SCORES).is_file()
-        return scored and self._updates_finished(run) >= self.plan.updates
+        folder = self.folder / run.name
+        trained = read_run_state(folder).get("finished_updates", 0) >= self.plan.updates
+        return trained and (folder / SCORES).is_file()

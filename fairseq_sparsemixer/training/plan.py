@@ -41,7 +41,6 @@ _FLAGS = {
     "schedule": "--schedule",
     "data": "--pipeline, or task.data=FOLDER",
     "common.seed": "--seed",
-    "common.user_dir": "fairseq-hydra-train, with a package that imports this one",
     "checkpoint.save_dir": "--runs",
     "hydra.run.dir": "--runs",
     "gpus": "CUDA_VISIBLE_DEVICES, --workers and --nodes",

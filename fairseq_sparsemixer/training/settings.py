@@ -47,16 +47,22 @@ def refuse_decided(overrides: Iterable[str], decided: Mapping[str, str], where: 
     Raises:
         UserError: one is set, alone or in a group that is set as a whole.
     """
+    decided = {**decided, **_DECIDED_BY_ALL}
     for override in sorted(overrides):
         (key,) = overridden([override])
         if key in decided:
             raise UserError(f"{where}{key} is not set here: use {decided[key]}")
         whole = override.partition("=")[2].lstrip().startswith(("{", "$"))
-        for inside in (each for each in decided if whole and each.startswith(f"{key}.")):
+        inside = next((each for each in decided if each.startswith(f"{key}.")), None)
+        if whole and inside is not None:
             raise UserError(
                 f"{where}{key} is not set as a whole, since {inside} is decided by "
                 f"{decided[inside]}: set {key}.NAME=VALUE one by one"
             )
+
+
+_DECIDED_BY_ALL = {"common.user_dir": "fairseq-hydra-train, with a package that imports this one"}
+"""What no command that trains lets others decide."""
 
 
 def training_command(
